@@ -1,0 +1,46 @@
+"""PaSS for language models: one frozen model drafts with look-ahead embeddings and validates.
+
+`load` a model, then `stream` or `generate`; `custom_generate` plugs into transformers' own
+`generate`. Heavy libraries are imported with the name that needs them.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from passlm.generate import Generator, load
+    from passlm.hook import custom_generate
+    from passlm.outputs import Chunk, Output, Stats
+    from passlm.params import SamplingParams, StopParams
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Chunk": "passlm.outputs",
+    "Generator": "passlm.generate",
+    "Output": "passlm.outputs",
+    "SamplingParams": "passlm.params",
+    "Stats": "passlm.outputs",
+    "StopParams": "passlm.params",
+    "custom_generate": "passlm.hook",
+    "load": "passlm.generate",
+}
+
+__all__ = [
+    "Chunk",
+    "Generator",
+    "Output",
+    "SamplingParams",
+    "Stats",
+    "StopParams",
+    "custom_generate",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'passlm' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

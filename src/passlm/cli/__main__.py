@@ -1,0 +1,5 @@
+"""`python -m passlm.cli`, for launchers that start modules."""
+
+from passlm.cli import entry
+
+entry()

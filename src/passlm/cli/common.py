@@ -1,0 +1,81 @@
+"""Arguments that several subcommands share; flags of dataclasses are made from their fields."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Collection
+from dataclasses import MISSING, Field, fields
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from passlm.models import DEFAULT_MODEL, DTYPES
+
+T = TypeVar("T")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, dtype: str = "bfloat16") -> None:
+    """`--model`, `--dtype`, `--device`, `--threads`."""
+    parser.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        help=f"hub id, folder, .gguf file or {DEFAULT_MODEL} (the default)",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default=dtype, help=f"default {dtype}")
+    parser.add_argument("--device", default="cpu", help="as torch names it; default cpu")
+    parser.add_argument("--threads", type=int, help="of torch; default its own choice")
+
+
+def add_lookahead_argument(parser: argparse.ArgumentParser) -> None:
+    """`--lookahead`."""
+    parser.add_argument(
+        "--lookahead",
+        metavar="NAME",
+        help="folder, hub id, shipped name (embeddings) or none; default what ships for the model",
+    )
+
+
+def add_json_argument(parser: argparse.ArgumentParser) -> None:
+    """`--json`."""
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object as the last line"
+    )
+
+
+def add_fields(
+    parser: argparse.ArgumentParser, kind: type, leave_out: Collection[str] = ()
+) -> None:
+    """One flag for each field of a settings dataclass, with its help and default."""
+    hints = get_type_hints(kind)
+    for field in fields(kind):
+        if field.name not in leave_out:
+            flag = "--" + field.name.replace("_", "-")
+            parser.add_argument(flag, dest=field.name, **_flag(field, hints[field.name]))
+
+
+def _flag(field: Field[Any], hint: Any) -> dict[str, Any]:
+    default = None if field.default is MISSING else field.default
+    text = str(field.metadata["help"]).replace("%", "%%")
+    if hint is bool:
+        return {"action": "store_true", "help": text}
+    options: dict[str, Any] = {"default": default, "help": f"{text}; default {default}"}
+    if get_origin(hint) is Literal:
+        return {**options, "choices": get_args(hint)}
+    if get_origin(hint) is tuple:
+        return {"action": "append", "default": [], "help": text}
+    plain = next((arm for arm in get_args(hint) if arm is not type(None)), hint)
+    if default is None:
+        options["help"] = text
+    return {**options, "type": plain, "metavar": plain.__name__.upper()}
+
+
+def taken(kind: type[T], arguments: argparse.Namespace, leave_out: Collection[str] = ()) -> T:
+    """The settings dataclass that the flags of `add_fields` describe."""
+    values = {f.name: getattr(arguments, f.name) for f in fields(kind) if f.name not in leave_out}  # type: ignore[arg-type]
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def print_json(content: Any) -> None:
+    """The last line of standard output."""
+    sys.stdout.write(json.dumps(content) + "\n")
+    sys.stdout.flush()

@@ -1,0 +1,169 @@
+"""Stream a completion of one prompt."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from passlm.cli.common import (
+    add_fields,
+    add_json_argument,
+    add_lookahead_argument,
+    add_model_arguments,
+    print_json,
+    taken,
+)
+from passlm.errors import InputError
+from passlm.outputs import Chunk, Stats
+from passlm.params import SamplingParams, StopParams
+
+if TYPE_CHECKING:
+    from passlm.generate import Generator
+
+METHODS = ("ar", "two-pass", "one-pass")
+PYTHON_ONLY = ("logit_bias", "bad_words", "processors")  # they take token ids or objects
+_ACCEPTED, _PLAIN = "\x1b[32m", "\x1b[0m"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    parser.add_argument("prompt", nargs="?", help="text to continue; '-' reads standard input")
+    parser.add_argument("--prompt-file", metavar="F", help="read the prompt from a file")
+    parser.add_argument("--chat", action="store_true", help="apply the model's chat template")
+    add_model_arguments(parser)
+    add_lookahead_argument(parser)
+    parser.add_argument("--method", choices=METHODS, help="default two-pass; ar drafts nothing")
+    parser.add_argument(
+        "--lookahead-tokens", type=int, metavar="N", help="look-ahead steps; default 4"
+    )
+    add_fields(parser, SamplingParams, PYTHON_ONLY)
+    add_fields(parser, StopParams)
+    parser.add_argument("--stats", action="store_true", help="print counts and speed at the end")
+    parser.add_argument("--show-accepted", action="store_true", help="colour accepted drafts green")
+    add_json_argument(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Generate.
+
+    Raises:
+        InputError: the prompt, a parameter, the model or the look-ahead files cannot be used.
+    """
+    prompt = read_prompt(arguments.prompt, arguments.prompt_file)
+    sampling = taken(SamplingParams, arguments, PYTHON_ONLY)
+    stopping = taken(StopParams, arguments)
+    from passlm.generate import Options, load, set_threads  # after the cheap checks: seconds
+
+    set_threads(arguments.threads)
+    lookahead = "none" if arguments.method == "ar" else arguments.lookahead
+    lm = load(arguments.model, lookahead=lookahead, dtype=arguments.dtype, device=arguments.device)
+    given = {k: getattr(arguments, k) for k in ("method", "lookahead_tokens")}
+    options = Options.checked(
+        lm.look_ahead, sampling, stopping, **{k: v for k, v in given.items() if v is not None}
+    )
+    stats = Stats()
+    chunks = lm.stream_ids(_ids(lm, prompt, arguments.chat), options, stats)
+    tokens, reason = write(chunks, sys.stdout, arguments.show_accepted)
+    if arguments.stats:
+        print(describe(stats), file=sys.stderr)
+    if arguments.json:
+        print_json(
+            {
+                "model": arguments.model,
+                "method": options.method,
+                "lookahead_tokens": options.lookahead_tokens,
+                "text": lm.decode(tokens),
+                "tokens": tokens,
+                "finish_reason": reason,
+                "stats": summary(stats),
+            }
+        )
+
+
+def read_prompt(given: str | None, file: str | None) -> str:
+    """The prompt from the argument, a file or standard input.
+
+    Raises:
+        InputError: none or both were given, or the file cannot be read.
+    """
+    if (given is None) == (file is None):
+        raise InputError("give one prompt: as an argument, with --prompt-file F, or '-'")
+    try:
+        if given == "-":
+            text = sys.stdin.buffer.read().decode()
+        elif file is not None:
+            text = Path(file).read_text(encoding="utf-8")
+        else:
+            text = given or ""
+    except OSError as error:
+        raise InputError(f"cannot read prompt file {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"the prompt in {file or 'standard input'} is not UTF-8 text") from error
+    if not text:
+        raise InputError("the prompt is empty: give at least one character")
+    return text
+
+
+def _ids(lm: Generator, prompt: str, chat: bool) -> list[int]:
+    return lm.encode([{"role": "user", "content": prompt}] if chat else prompt)
+
+
+def write(
+    chunks: Iterator[Chunk], out: TextIO, show_accepted: bool
+) -> tuple[list[int], str | None]:
+    """Print chunks as they come; gives the token ids and why the text ended."""
+    tokens: list[int] = []
+    reason: str | None = None
+    try:
+        for chunk in chunks:
+            out.write(_coloured(chunk) if show_accepted else chunk.text)
+            out.flush()
+            tokens += chunk.tokens
+            reason = chunk.finish_reason
+    finally:  # an interrupted line is ended as well
+        out.write("\n")
+        out.flush()
+    return tokens, reason
+
+
+def _coloured(chunk: Chunk) -> str:
+    drafted = "".join(chunk.texts[: chunk.accepted])
+    drawn = "".join(chunk.texts[chunk.accepted :])
+    return f"{_ACCEPTED}{drafted}{_PLAIN}{drawn}" if drafted else drawn
+
+
+def summary(stats: Stats) -> dict[str, Any]:
+    """Counts and the figures made from them, JSON-ready."""
+    return {
+        **asdict(stats),
+        "tokens_per_pass": stats.tokens_per_pass,
+        "tokens_per_second": stats.tokens_per_second,
+        "accepted_length": stats.accepted_length,
+    }
+
+
+def describe(stats: Stats) -> str:
+    """The figures in a few lines for people."""
+    shares = [
+        f"{accepted / judged:.2f}"
+        for accepted, judged in zip(
+            stats.accepted_by_position, stats.judged_by_position, strict=True
+        )
+        if judged
+    ]
+    lines = [
+        f"{stats.tokens} tokens in {stats.passes} passes: "
+        f"{stats.tokens_per_pass:.2f} tokens a pass",
+        f"{stats.tokens_per_second:.1f} tokens a second, "
+        f"prompt of {stats.prompt_tokens} tokens in {stats.prefill_seconds:.2f} s",
+    ]
+    if shares:
+        lines.append(
+            f"accepted length {stats.accepted_length:.2f}; accepted of those reached, "
+            f"by position: {', '.join(shares)}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,68 @@
+"""Say what a model or a look-ahead folder is."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from passlm.cli.common import add_json_argument, print_json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    parser.add_argument("name", help="a model, or a look-ahead folder")
+    add_json_argument(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print what it is.
+
+    Raises:
+        InputError: it is neither.
+    """
+    from passlm.lookahead import CARD_FILE
+
+    folder = Path(arguments.name)
+    content = _lookahead(folder) if (folder / CARD_FILE).is_file() else _model(arguments.name)
+    for key, value in content.items():
+        if value not in (None, {}):
+            print(f"{key.replace('_', ' ')}: {value}")
+    if arguments.json:
+        print_json(content)
+
+
+def _lookahead(folder: Path) -> dict[str, Any]:
+    from passlm.lookahead import load
+
+    rows = load(folder)
+    card = rows.card
+    return {
+        "kind": "look-ahead files",
+        "base_model": card.base_model,
+        "made_for": card.target.shape,
+        "look_ahead_tokens": card.look_ahead_tokens,
+        "numbers": rows.embeddings.numel(),
+        "licence": card.licence,
+        "accepted_length": dict(card.accepted_length),
+        "training": dict(card.training),
+    }
+
+
+def _model(name: str) -> dict[str, Any]:
+    from passlm.lookahead import SHIPPED
+    from passlm.models import load_config, resolve
+
+    source = resolve(name)
+    config: Any = load_config(name).get_text_config()
+    return {
+        "kind": "model",
+        **{k: str(v) for k, v in asdict(source).items() if v is not None},
+        "architecture": config.model_type,
+        "layers": config.num_hidden_layers,
+        "d_model": config.hidden_size,
+        "vocabulary": config.vocab_size,
+        "context": getattr(config, "max_position_embeddings", None),
+        "shipped_lookahead": [p.name for p in sorted((SHIPPED / name).glob("*")) if p.is_dir()],
+    }

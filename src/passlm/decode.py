@@ -1,0 +1,242 @@
+"""The step of the method over a batch of texts that may join and leave between steps.
+
+Ids in, ids out: run the pass, judge, settle, draft. Plain decoding is a plan, not a second loop.
+Text, stop strings and streams are left to `generate.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from passlm import judge
+from passlm.cache import RowCache
+from passlm.errors import InputError
+from passlm.outputs import FinishReason, Step
+from passlm.params import Draft, Judge, SamplingParams
+from passlm.plan import Plan, Strategy, autoregressive
+from passlm.sampling import Noise, Purpose, TokenDistribution, processors
+from passlm.stopping import cut_block
+from passlm.target import PassRow, Target
+
+
+class PromptError(InputError):
+    """A prompt that cannot be decoded: empty, too long, or with unknown ids; one line."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One text to be continued.
+
+    Attributes:
+        prompt: token ids, at least one.
+        max_new_tokens: write at most this many.
+        eos: ids that end the text.
+        strategy: which plan each pass takes.
+        distribution: logits to probabilities, for target and draft.
+        seed: of all its draws; None takes a fresh one.
+        judge: how candidates are accepted.
+        draft: how candidates are drawn.
+    """
+
+    prompt: Sequence[int]
+    max_new_tokens: int
+    distribution: TokenDistribution
+    eos: frozenset[int] = frozenset()
+    strategy: Strategy = autoregressive
+    seed: int | None = None
+    judge: Judge = "coupled"
+    draft: Draft = "greedy"
+
+    @classmethod
+    def of(
+        cls,
+        prompt: Sequence[int],
+        sampling: SamplingParams,
+        max_new_tokens: int,
+        strategy: Strategy = autoregressive,
+        eos: Collection[int] = (),
+        ignore_eos: bool = False,
+    ) -> Request:
+        """A request from a user's parameters."""
+        chain = processors(sampling, len(prompt), () if ignore_eos else eos)
+        return cls(
+            prompt=prompt,
+            max_new_tokens=max_new_tokens,
+            distribution=TokenDistribution(chain, greedy=sampling.temperature == 0),
+            eos=frozenset() if ignore_eos else frozenset(eos),
+            strategy=strategy,
+            seed=sampling.seed,
+            judge=sampling.judge,
+            draft=sampling.draft,
+        )
+
+
+@dataclass(eq=False)
+class Row:
+    """One text under way: what is settled, and the candidates behind it.
+
+    Attributes:
+        request: what was asked.
+        room: how many tokens may still be written.
+        full: why the text ends where `room` runs out.
+        tokens: settled ids, prompt included; the last one is the root.
+        candidates: draft tokens behind it.
+        q: the distributions they were drawn from, `[M, V]`, where the judge needs them.
+        plan: what the pass under way computes.
+    """
+
+    request: Request
+    room: int
+    full: FinishReason
+    noise: Noise
+    tokens: list[int]
+    candidates: list[int] = field(default_factory=list)
+    q: Tensor | None = None
+    plan: Plan = field(default=Plan(0, (0,)))
+
+    def choose_plan(self, context: int | None) -> PassRow:
+        """The next pass: candidates and groups that could still be of use."""
+        useful = self.room - 1  # the pass draws one token of its own
+        del self.candidates[useful:]
+        deepest = len(self.tokens) - 1 + len(self.candidates)  # position of the last real row
+        longest = useful if context is None else min(useful, context - 1 - deepest)
+        self.plan = self.request.strategy(len(self.candidates), max(0, longest))
+        return PassRow([self.tokens[-1], *self.candidates], self.plan)
+
+    def judge(self, logits: Tensor) -> list[int]:
+        """The tokens that a pass settles: accepted candidates and one drawn behind them.
+
+        Args:
+            logits: the pass's rows, `[Q, V]`.
+        """
+        real = 1 + len(self.candidates)
+        p = self.request.distribution(logits[:real], self.tokens, self.candidates)
+        noise = self._noise(len(self.tokens), real, Purpose.SETTLE, p.shape[1])
+        if self.request.judge == "coupled":
+            verdict = judge.coupled(p, self.candidates, noise)
+        else:
+            uniform = self.noise.uniform(len(self.tokens), len(self.candidates), Purpose.ACCEPT)
+            q = None if self.q is None else self.q[: len(self.candidates)]
+            verdict = judge.rejection(p, q, self.candidates, uniform, noise)
+        return [*self.candidates[: verdict.accepted], verdict.token]
+
+    def draft(self, group: Tensor) -> None:
+        """Draw the next candidates from the group that hangs on the last accepted row.
+
+        Args:
+            group: its logits, `[l, V]`; a chain without rows leaves no candidates.
+        """
+        self.candidates, drawn_from = [], []
+        # Only a processor that reads the tokens so far makes a row wait for the one before it.
+        together = len(group) if not self.request.distribution.reads_history else 1
+        for start in range(0, len(group), together or 1):
+            history = [*self.tokens, *self.candidates]
+            q = self.request.distribution(group[start : start + together], history)
+            drawn, q = self._drawn(q, len(history))
+            self.candidates += drawn
+            drawn_from.append(q)
+        self.q = torch.cat(drawn_from) if drawn_from and self.request.judge == "rejection" else None
+
+    def _drawn(self, q: Tensor, position: int) -> tuple[list[int], Tensor]:
+        """Tokens drawn from `q`, and the distribution they were really drawn from."""
+        if self.request.draft == "greedy":
+            best = q.argmax(-1, keepdim=True)
+            return best.squeeze(1).tolist(), torch.zeros_like(q).scatter_(1, best, 1.0)
+        # Coupled drafts share the noise that will settle their position; rejection needs its own.
+        shared = self.request.judge == "coupled"
+        purpose = Purpose.SETTLE if shared else Purpose.DRAFT
+        drawn = judge.draw(q, self._noise(position, len(q), purpose, q.shape[1]))
+        return drawn.tolist(), q
+
+    def _noise(self, start: int, count: int, purpose: Purpose, size: int) -> Tensor | None:
+        if self.request.distribution.greedy:
+            return None
+        return self.noise.exponentials(start, count, purpose, size)
+
+
+class Decoder:
+    """Decodes a batch of texts, a pass at a time.
+
+    Args:
+        target: the frozen model.
+        look_ahead: input embeddings `LA_1..LA_L`, `[L, d_model]`; None where every request's
+            strategy does without.
+    """
+
+    def __init__(self, target: Target, look_ahead: Tensor | None = None) -> None:
+        self.target = target
+        self.look_ahead = look_ahead
+        self.rows: list[Row] = []
+        self._cache: RowCache = target.new_cache(batch=0)
+
+    def join(self, request: Request) -> Row:
+        """Take a text into the batch; its prompt is prefilled now.
+
+        Raises:
+            PromptError: the prompt is empty, holds unknown ids, or fills the model's context.
+        """
+        room, full = self._room(request)
+        row = Row(request, room, full, Noise(request.seed), list(request.prompt))
+        self._cache.append(self.target.prefill(row.tokens[:-1]))
+        self.rows.append(row)
+        return row
+
+    def leave(self, rows: Iterable[Row]) -> None:
+        """Take texts out of the batch, finished or not; the others are not touched."""
+        leaving = set(map(id, rows))
+        kept = [index for index, row in enumerate(self.rows) if id(row) not in leaving]
+        if len(kept) < len(self.rows):
+            self.rows = [self.rows[index] for index in kept]
+            self._cache.keep(kept)
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[Row, Step]]:
+        """One pass for every text of the batch; those that end leave it.
+
+        Returns:
+            What each row settled, in the batch's order.
+        """
+        rows = list(self.rows)
+        passes = [row.choose_plan(self.target.context) for row in rows]
+        logits = self.target.run(self._cache, passes, self.look_ahead)
+        steps = [self._settle(index, row, logits[index]) for index, row in enumerate(rows)]
+        ended = [row for row, step in zip(rows, steps, strict=True) if step.finish_reason]
+        self.leave(ended)
+        return list(zip(rows, steps, strict=True))
+
+    def _settle(self, index: int, row: Row, logits: Tensor) -> Step:
+        settled = row.judge(logits)
+        judged, accepted = len(row.candidates), len(settled) - 1
+        kept, reason = cut_block(settled, row.request.eos, row.room, row.full)
+        row.tokens += settled[:kept]
+        row.room -= kept
+        self._cache.settle(index, 1 + accepted)
+        if reason is None:
+            row.draft(logits[row.plan.group(accepted)])
+        step = Step(tuple(settled), accepted, judged, reason)
+        return step if reason is None else step.cut(kept, reason)
+
+    def _room(self, request: Request) -> tuple[int, FinishReason]:
+        """How many tokens may be written, and why no more."""
+        if not request.prompt:
+            raise PromptError("the prompt is empty: give at least one token")
+        unknown = [t for t in request.prompt if not 0 <= t < self.target.vocabulary]
+        if unknown:
+            raise PromptError(
+                f"the prompt holds token id {unknown[0]}, but the model knows 0 to "
+                f"{self.target.vocabulary - 1}"
+            )
+        context = self.target.context
+        left = request.max_new_tokens if context is None else context - len(request.prompt)
+        if left < 1:
+            raise PromptError(
+                f"the prompt has {len(request.prompt)} tokens and the model's context is "
+                f"{context}: shorten the prompt"
+            )
+        if left < request.max_new_tokens:
+            return left, "context"
+        return request.max_new_tokens, "length"

@@ -1,0 +1,349 @@
+"""Text in, text out: load a model with its look-ahead files, stream or generate.
+
+The one place where ids and text meet; `generate` is `stream`, joined. The step itself is left to
+`decode.py`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from passlm import lookahead as lookahead_files
+from passlm.decode import Decoder, PromptError, Request, Row
+from passlm.detokenize import Detokenizer
+from passlm.lookahead import LookAhead
+from passlm.models import DEFAULT_MODEL, load_model
+from passlm.outputs import Chunk, FinishReason, Output, Stats, Step
+from passlm.params import ParameterError, SamplingParams, StopParams
+from passlm.plan import METHODS, Strategy, strategy
+from passlm.stopping import StopStrings
+from passlm.target import Target
+
+Message: TypeAlias = Mapping[str, str]
+Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
+"""Text to continue, token ids, or the messages of a chat."""
+
+DRAFTING_METHOD = "two-pass"
+LOOK_AHEAD_TOKENS = 4
+
+_log = logging.getLogger(__name__)
+
+
+def load(
+    model: str = DEFAULT_MODEL,
+    *,
+    lookahead: str | Path | None = None,
+    dtype: str = "bfloat16",
+    device: str = "cpu",
+) -> Generator:
+    """Load a model and the look-ahead files for it.
+
+    Args:
+        model: the packaged default, a folder, a hub id or a `.gguf` file.
+        lookahead: a folder, the name of shipped files, or a hub id; `"none"` decodes plainly.
+            None takes what ships for the model, and says so in the log where nothing does.
+        dtype: `bfloat16`, `float16` or `float32`.
+        device: where the model goes, as torch names it.
+
+    Raises:
+        ModelError: the model cannot be found or loaded.
+        UnsupportedModelError: it cannot be decoded by plans.
+        LookAheadError: the files are missing, damaged or made for another model.
+    """
+    loaded = load_model(model, dtype=dtype, device=device)
+    target = Target(loaded.model)
+    return Generator(target, loaded.tokenizer, load_look_ahead(lookahead, target))
+
+
+def load_look_ahead(name: str | Path | None, target: Target) -> LookAhead | None:
+    """The look-ahead files of that name, checked against the target; see `load`.
+
+    Raises:
+        LookAheadError: the files are missing, damaged or made for another model.
+    """
+    if name == "none":
+        return None
+    if name is None:
+        name = next(iter(lookahead_files.shipped(target).values()), None)
+        if name is None:
+            _log.warning(
+                "no look-ahead files ship for this model: decoding plainly; "
+                "'passlm train' makes some"
+            )
+            return None
+    rows = lookahead_files.load(lookahead_files.locate(str(name), target))
+    rows.check(target)
+    return rows
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything one call asks for.
+
+    Attributes:
+        sampling: how tokens are drawn.
+        stopping: when the text ends.
+        method: `ar`, `two-pass` or `one-pass`.
+        lookahead_tokens: length of the look-ahead groups, `L`.
+    """
+
+    sampling: SamplingParams
+    stopping: StopParams
+    method: str
+    lookahead_tokens: int
+
+    @classmethod
+    def checked(
+        cls,
+        look_ahead: LookAhead | None,
+        sampling: SamplingParams,
+        stopping: StopParams,
+        method: str | None = None,
+        lookahead_tokens: int | None = None,
+    ) -> Options:
+        """Make sure that method and look-ahead files fit together; None takes the default.
+
+        Raises:
+            ParameterError: a drafting method without look-ahead files, or more look-ahead tokens
+                than they have rows.
+        """
+        if method is None:
+            method = DRAFTING_METHOD if look_ahead else "ar"
+        tokens = _checked_tokens(method, lookahead_tokens, look_ahead)
+        return cls(sampling, stopping, method, tokens)
+
+    @classmethod
+    def of(cls, look_ahead: LookAhead | None, given: Mapping[str, Any]) -> Options:
+        """Sort keyword arguments into their groups.
+
+        Raises:
+            ParameterError: an unknown name or a value outside its range.
+        """
+        wanted = dict(given)
+        chosen = {k: wanted.pop(k) for k in ("method", "lookahead_tokens") if k in wanted}
+        sampling, stopping = (_taken(kind, wanted) for kind in (SamplingParams, StopParams))
+        if wanted:
+            raise ParameterError(_unknown(next(iter(wanted))))
+        return cls.checked(look_ahead, sampling, stopping, **chosen)
+
+    def strategy(self) -> Strategy:
+        """The plans that the method takes."""
+        return strategy(self.method, self.lookahead_tokens)
+
+
+def _taken(kind: type, wanted: dict[str, Any]) -> Any:
+    names = [f.name for f in fields(kind) if f.name in wanted]
+    return kind(**{name: wanted.pop(name) for name in names})
+
+
+def _unknown(name: str) -> str:
+    known = [f.name for kind in (SamplingParams, StopParams) for f in fields(kind)]
+    near = difflib.get_close_matches(name, [*known, "method", "lookahead_tokens"], 1)
+    return f"unknown option {name!r}" + (f": did you mean {near[0]!r}?" if near else "")
+
+
+def _checked_tokens(method: str, tokens: int | None, look_ahead: LookAhead | None) -> int:
+    if method not in METHODS:
+        raise ParameterError(f"method is {method!r}: it must be one of {', '.join(METHODS)}")
+    if method == "ar":
+        return 0
+    if look_ahead is None:
+        raise ParameterError(
+            f"method {method} drafts with look-ahead files and none are loaded: name some, or "
+            "train some with 'passlm train', or take method ar"
+        )
+    chosen = min(LOOK_AHEAD_TOKENS, look_ahead.tokens) if tokens is None else tokens
+    if not 1 <= chosen <= look_ahead.tokens:
+        raise ParameterError(
+            f"lookahead_tokens is {chosen}: these look-ahead files have rows for 1 to "
+            f"{look_ahead.tokens}"
+        )
+    return chosen
+
+
+class Generator:
+    """A target, its tokenizer and its look-ahead rows.
+
+    Args:
+        target: the frozen model.
+        tokenizer: the model's own.
+        look_ahead: rows trained for it; None decodes plainly.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        tokenizer: PreTrainedTokenizerBase,
+        look_ahead: LookAhead | None = None,
+    ) -> None:
+        self.target = target
+        self.tokenizer = tokenizer
+        self.look_ahead = look_ahead
+        self.eos = _eos_ids(target, tokenizer)
+
+    def stream(self, prompt: Prompt, **options: Any) -> Iterator[Chunk]:
+        """Continue one prompt, a pass at a time.
+
+        Args:
+            prompt: text, token ids, or chat messages.
+            **options: fields of `SamplingParams` and `StopParams`, `method`, `lookahead_tokens`.
+
+        Yields:
+            What each pass settled; the texts of all chunks joined are the completion.
+
+        Raises:
+            ParameterError: an option is unknown or outside its range.
+            PromptError: the prompt is empty or longer than the model's context.
+        """
+        return self.stream_ids(self.encode(prompt), Options.of(self.look_ahead, options), Stats())
+
+    def stream_ids(self, prompt: Sequence[int], options: Options, stats: Stats) -> Iterator[Chunk]:
+        """`stream` of token ids with checked options; counts go into `stats` on the way."""
+        return (chunk for _, chunk in self._run([prompt], options, [stats]))
+
+    def generate(self, prompts: Prompt | Sequence[Prompt], **options: Any) -> list[Output]:
+        """Continue prompts as one batch, in order; arguments and errors are those of `stream`."""
+        chosen = Options.of(self.look_ahead, options)
+        ids = [self.encode(prompt) for prompt in _listed(prompts)]
+        stats = [Stats() for _ in ids]
+        chunks: list[list[Chunk]] = [[] for _ in ids]
+        for index, chunk in self._run(ids, chosen, stats):
+            chunks[index].append(chunk)
+        return [_joined(parts, counts) for parts, counts in zip(chunks, stats, strict=True)]
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt; chats go through the model's own template.
+
+        Raises:
+            PromptError: it is empty, or a chat for a model without a chat template.
+        """
+        if isinstance(prompt, str):
+            ids = self.tokenizer(prompt)["input_ids"]
+        elif prompt and isinstance(prompt[0], Mapping):
+            ids = self._encode_chat(prompt)
+        else:
+            ids = prompt
+        if not len(ids):
+            raise PromptError("the prompt is empty: give at least one token")
+        return [int(token) for token in ids]
+
+    def _encode_chat(self, messages: Sequence[Any]) -> list[int]:
+        if not self.tokenizer.chat_template:
+            raise PromptError("this model has no chat template: give the prompt as text")
+        text = self.tokenizer.apply_chat_template(
+            [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
+        )
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out."""
+        text = self.tokenizer.decode(
+            list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return str(text)
+
+    def _run(
+        self, prompts: Sequence[Sequence[int]], options: Options, stats: Sequence[Stats]
+    ) -> Iterator[tuple[int, Chunk]]:
+        """Decode a batch, giving each pass's chunk of each prompt; counts go into `stats`."""
+        rows = None if self.look_ahead is None else self.look_ahead.inputs(self.target)
+        decoder = Decoder(self.target, rows)
+        texts: dict[Row, _Text] = {}
+        for index, (prompt, counts) in enumerate(zip(prompts, stats, strict=True)):
+            begun = time.perf_counter()
+            row = decoder.join(self._request(prompt, options))
+            counts.prompt_tokens = len(prompt)
+            counts.prefill_seconds = time.perf_counter() - begun
+            detokenizer = Detokenizer(self.decode, prompt)
+            texts[row] = _Text(index, detokenizer, StopStrings(options.stopping.stop))
+        begun = time.perf_counter()
+        while decoder.rows:
+            for row, step in decoder.step():
+                text = texts[row]
+                chunk = text.push(step)
+                stats[text.index].count(text.kept)
+                stats[text.index].decode_seconds = time.perf_counter() - begun
+                if chunk.finish_reason == "stop":
+                    decoder.leave([row])
+                yield text.index, chunk
+
+    def _request(self, prompt: Sequence[int], options: Options) -> Request:
+        return Request.of(
+            prompt,
+            options.sampling,
+            options.stopping.max_new_tokens,
+            options.strategy(),
+            self.eos,
+            options.stopping.ignore_eos,
+        )
+
+
+@dataclass
+class _Text:
+    """One text on its way from ids to what is shown."""
+
+    index: int
+    detokenizer: Detokenizer
+    stops: StopStrings
+    kept: Step = field(default_factory=lambda: Step((), 0, 0))
+
+    def push(self, step: Step) -> Chunk:
+        """The chunk of one pass, cut where a stop string begins; `kept` is the step so cut."""
+        shown: list[str] = []
+        self.kept = step
+        for count, token in enumerate(step.tokens, start=1):
+            text, stopped = self.stops.push(self.detokenizer.push(token))
+            shown.append(text)
+            if stopped:
+                self.kept = step.cut(count, "stop")
+                break
+        else:
+            if step.finish_reason:
+                shown[-1] += self._rest()
+        return Chunk(tuple(shown), self.kept.tokens, self.kept.accepted, self.kept.finish_reason)
+
+    def _rest(self) -> str:
+        """What was held back, once the text is at its end."""
+        text, stopped = self.stops.push(self.detokenizer.flush())
+        return text if stopped else text + self.stops.flush()
+
+
+def _listed(prompts: Prompt | Sequence[Prompt]) -> Sequence[Any]:
+    """One prompt or several, as a list of several."""
+    single = isinstance(prompts, str) or (
+        len(prompts) > 0 and isinstance(prompts[0], int | Mapping)
+    )
+    return [prompts] if single else list(prompts)
+
+
+def _joined(chunks: Sequence[Chunk], stats: Stats) -> Output:
+    reason: FinishReason | None = chunks[-1].finish_reason
+    assert reason is not None, "a text left the batch without a reason"
+    tokens = tuple(token for chunk in chunks for token in chunk.tokens)
+    return Output("".join(chunk.text for chunk in chunks), tokens, reason, stats)
+
+
+def _eos_ids(target: Target, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """What the model's generation settings call its end, and what its tokenizer does."""
+    config = target.model.generation_config
+    stated = None if config is None else config.eos_token_id
+    ids = stated if isinstance(stated, list) else [stated]
+    return frozenset(int(i) for i in [*ids, tokenizer.eos_token_id] if i is not None)
+
+
+def set_threads(threads: int | None) -> None:
+    """Let torch compute with so many threads; None leaves its own choice."""
+    if threads is not None:
+        if threads < 1:
+            raise ParameterError(f"threads is {threads}: it must be 1 or more")
+        torch.set_num_threads(threads)

@@ -1,0 +1,162 @@
+"""What a user asks of one generation: how tokens are drawn and when to stop.
+
+Values are checked here, once, so that nothing below has to check them again. Turning them into
+transformers' processors is left to `sampling.py`, acting on the stops to `stopping.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from passlm.errors import InputError
+
+Judge = Literal["coupled", "rejection"]
+Draft = Literal["sampled", "greedy"]
+Processor = Callable[[Any, Any], Any]  # a transformers LogitsProcessor: (ids [1, T], scores [1, V])
+_COLDEST = 1e-6  # logits divided by much less overflow float32
+
+
+class ParameterError(InputError):
+    """A parameter outside its range; the message is one line that names the cure."""
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ParameterError(message)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and math.isfinite(value)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, numbers.Integral)
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is drawn. The defaults are greedy decoding.
+
+    Raises:
+        ParameterError: a value lies outside its range.
+    """
+
+    temperature: float = field(
+        default=0.0, metadata={"help": "0 is greedy; 1 is the model's own distribution"}
+    )
+    top_k: int = field(default=0, metadata={"help": "keep the k most likely tokens; 0 keeps all"})
+    top_p: float = field(
+        default=1.0, metadata={"help": "keep the smallest set of tokens of this probability"}
+    )
+    min_p: float = field(
+        default=0.0, metadata={"help": "drop tokens below this share of the likeliest one"}
+    )
+    repetition_penalty: float = field(
+        default=1.0, metadata={"help": "above 1 makes tokens already in the text less likely"}
+    )
+    logit_bias: Mapping[int, float] = field(
+        default_factory=dict, metadata={"help": "token id to a number added to its logit"}
+    )
+    bad_words: tuple[tuple[int, ...], ...] = field(
+        default=(), metadata={"help": "token sequences that must not be written"}
+    )
+    min_new_tokens: int = field(
+        default=0, metadata={"help": "no end of sequence before this many new tokens"}
+    )
+    processors: tuple[Processor, ...] = field(
+        default=(), metadata={"help": "further transformers LogitsProcessor objects"}
+    )
+    seed: int | None = field(
+        default=None, metadata={"help": "the same seed gives the same text; fresh if not given"}
+    )
+    judge: Judge = field(
+        default="coupled",
+        metadata={"help": "how candidates are accepted; both keep the model's distribution"},
+    )
+    draft: Draft = field(
+        default="greedy", metadata={"help": "how candidates are drawn from look-ahead rows"}
+    )
+
+    def __post_init__(self) -> None:
+        _require(
+            _is_number(self.temperature)
+            and (self.temperature == 0 or self.temperature >= _COLDEST),
+            f"temperature is {self.temperature!r}: it must be 0 (greedy) or {_COLDEST} or more",
+        )
+        _require(
+            _is_whole(self.top_k) and self.top_k >= 0,
+            f"top_k is {self.top_k!r}: it must be a whole number, 0 (off) or more",
+        )
+        _require(
+            _is_number(self.top_p) and 0 < self.top_p <= 1,
+            f"top_p is {self.top_p!r}: it must be above 0 and at most 1",
+        )
+        _require(
+            _is_number(self.min_p) and 0 <= self.min_p <= 1,
+            f"min_p is {self.min_p!r}: it must lie between 0 and 1",
+        )
+        _require(
+            _is_number(self.repetition_penalty) and self.repetition_penalty > 0,
+            f"repetition_penalty is {self.repetition_penalty!r}: it must be positive (1 is off)",
+        )
+        _require(
+            _is_whole(self.min_new_tokens) and self.min_new_tokens >= 0,
+            f"min_new_tokens is {self.min_new_tokens!r}: it must be a whole number, 0 or more",
+        )
+        _require(
+            self.seed is None or (_is_whole(self.seed) and 0 <= self.seed < 2**64),
+            f"seed is {self.seed!r}: it must be a whole number between 0 and 2**64 - 1",
+        )
+        for token, bias in self.logit_bias.items():
+            _require(
+                _is_whole(token) and token >= 0 and _is_number(bias),
+                f"logit_bias of {token!r} is {bias!r}: it must give a token id a finite number",
+            )
+        _require(
+            self.judge in get_args(Judge),
+            f"judge is {self.judge!r}: it must be one of {', '.join(get_args(Judge))}",
+        )
+        _require(
+            self.draft in get_args(Draft),
+            f"draft is {self.draft!r}: it must be one of {', '.join(get_args(Draft))}",
+        )
+        _require(
+            all(len(word) > 0 and min(word) >= 0 for word in self.bad_words),
+            "bad_words holds an empty sequence or a negative token id: leave it out",
+        )
+
+
+@dataclass(frozen=True)
+class StopParams:
+    """When a generation ends.
+
+    Raises:
+        ParameterError: a value lies outside its range.
+    """
+
+    max_new_tokens: int = field(
+        default=128, metadata={"help": "write at most this many new tokens"}
+    )
+    stop: tuple[str, ...] = field(
+        default=(), metadata={"help": "end before this text; may be given several times"}
+    )
+    ignore_eos: bool = field(
+        default=False, metadata={"help": "go on after the end-of-sequence token"}
+    )
+
+    def __post_init__(self) -> None:
+        _require(
+            _is_whole(self.max_new_tokens) and self.max_new_tokens >= 1,
+            f"max_new_tokens is {self.max_new_tokens!r}: it must be a whole number, 1 or more",
+        )
+        _require(
+            not isinstance(self.stop, str),
+            f"stop is the text {self.stop!r}: it must be a sequence of texts, ({self.stop!r},)",
+        )
+        _require(
+            all(self.stop), "a stop string is empty: leave it out or give at least one character"
+        )

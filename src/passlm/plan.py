@@ -1,0 +1,135 @@
+"""What a pass computes: how many candidates it verifies and which real rows carry look-ahead.
+
+A `Plan` says it, its `Layout` spells it out as positions and visibility, for decoding and for
+training alike. Which plan is worth taking is left to the strategies below and to the planner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from passlm.errors import InputError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The rows of one pass in order: the real rows, then group after group.
+
+    Attributes:
+        offset: position of each row relative to the root, `[Q]`.
+        look_ahead: 0 for a real row, `j` for a row with the input embedding `LA_j`, `[Q]`.
+        visible: row `q` sees row `k` of the same pass where `visible[q, k]`, `[Q, Q]` bool.
+        real: number of real rows.
+    """
+
+    offset: Tensor
+    look_ahead: Tensor
+    visible: Tensor
+    real: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One pass: the root, `candidates` draft tokens, and a look-ahead group on each real row.
+
+    Attributes:
+        candidates: number of draft tokens to verify, `M`.
+        groups: length of the look-ahead group on each of the `1 + M` real rows.
+    """
+
+    candidates: int
+    groups: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.candidates < 0 or len(self.groups) != 1 + self.candidates or min(self.groups) < 0:
+            raise ValueError(
+                f"plan of {self.candidates} candidates and groups {self.groups}: "
+                "expected one group length, 0 or more, for the root and each candidate"
+            )
+
+    @property
+    def rows(self) -> int:
+        """Rows of the pass, real and look-ahead."""
+        return 1 + self.candidates + sum(self.groups)
+
+    def group(self, real_row: int) -> slice:
+        """The rows of the group that hangs on `real_row`."""
+        start = 1 + self.candidates + sum(self.groups[:real_row])
+        return slice(start, start + self.groups[real_row])
+
+    def layout(self) -> Layout:
+        """Positions and visibility of METHOD's single step; see `Layout`."""
+        return _layout(self)
+
+
+@lru_cache(maxsize=64)
+def _layout(plan: Plan) -> Layout:
+    real = 1 + plan.candidates
+    lengths = torch.tensor(plan.groups)
+    owner = torch.repeat_interleave(torch.arange(real), lengths)  # real row a look-ahead row is on
+    first = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
+    depth = torch.arange(len(owner)) - first + 1  # j of row (i, j)
+    # A real row is its own owner at depth 0, so one rule covers both kinds: a row sees the real
+    # rows up to its owner, and of its owner's group the rows up to its own depth.
+    owners = torch.cat([torch.arange(real), owner])
+    depths = torch.cat([torch.zeros(real, dtype=torch.long), depth])
+    sees_real = (depths[None, :] == 0) & (owners[None, :] <= owners[:, None])
+    same_group = (depths[None, :] > 0) & (owners[None, :] == owners[:, None])
+    visible = sees_real | (same_group & (depths[None, :] <= depths[:, None]))
+    return Layout(owners + depths, depths, visible, real)
+
+
+Strategy = Callable[[int, int], Plan]
+"""Given the number of candidates at hand and the longest group allowed, the next pass."""
+
+
+def autoregressive(candidates: int, longest_group: int) -> Plan:
+    """Plain decoding: one real row, no group."""
+    return Plan(0, (0,))
+
+
+@dataclass(frozen=True)
+class TwoPass:
+    """The paper's PaSS: a drafting pass, then a validating pass of `look_ahead` candidates."""
+
+    look_ahead: int
+
+    def __call__(self, candidates: int, longest_group: int) -> Plan:
+        """See `Strategy`."""
+        if candidates:
+            return Plan(candidates, (0,) * (1 + candidates))
+        return Plan(0, (min(self.look_ahead, longest_group),))
+
+
+@dataclass(frozen=True)
+class OnePass:
+    """Every pass verifies the candidates at hand and drafts `look_ahead` new ones."""
+
+    look_ahead: int
+
+    def __call__(self, candidates: int, longest_group: int) -> Plan:
+        """See `Strategy`."""
+        return Plan(candidates, (min(self.look_ahead, longest_group),) * (1 + candidates))
+
+
+METHODS = ("ar", "two-pass", "one-pass")
+
+
+def strategy(method: str, look_ahead: int) -> Strategy:
+    """The strategy that a method's name stands for.
+
+    Raises:
+        InputError: an unknown method, or a drafting one without look-ahead tokens.
+    """
+    if method not in METHODS:
+        raise InputError(f"method is {method!r}: it must be one of {', '.join(METHODS)}")
+    if method == "ar":
+        return autoregressive
+    if look_ahead < 1:
+        raise InputError(f"method {method} needs 1 or more look-ahead tokens, not {look_ahead}")
+    return TwoPass(look_ahead) if method == "two-pass" else OnePass(look_ahead)

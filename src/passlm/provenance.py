@@ -1,0 +1,93 @@
+"""Where a file or figure came from, and writing files so that a reader never meets half of one."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("torch", "transformers", "safetensors", "numpy")
+
+
+def provenance(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Versions, commit, machine, arguments and time, as JSON-ready values.
+
+    Args:
+        arguments: the command's arguments; those of this process if not given.
+    """
+    import torch  # here: versions and threads are all that is wanted of it
+
+    packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {
+        "passlm": importlib.metadata.version("passlm"),
+        "commit": commit(),
+        "python": platform.python_version(),
+        "packages": packages,
+        "machine": {
+            "system": platform.platform(),
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+        "arguments": list(sys.argv[1:] if arguments is None else arguments),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def commit() -> str | None:
+    """The commit of the checkout this runs from, marked where it has changes; None outside one."""
+    folder = Path(__file__).parent
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Write a file so that it is there whole or not at all.
+
+    Args:
+        path: the file; its folder is made if missing.
+        content: bytes, or text for UTF-8.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; the old file stays as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = content.encode() if isinstance(content, str) else content
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise

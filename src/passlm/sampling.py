@@ -1,0 +1,173 @@
+"""From logits to the distribution a token is drawn from, and the seeded noise it is drawn with.
+
+Draft, target and plain decoding all go through `TokenDistribution`, with transformers' own
+processors in transformers' own order; greedy decoding is its one-hot case. What is accepted is
+left to `judge.py`.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Collection, Sequence
+from enum import IntEnum
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from passlm.params import SamplingParams
+
+# These look at the scores alone, so all rows of a pass can go through them at once.
+_BLIND = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
+_SMALLEST = float(np.finfo(np.float32).tiny)  # a number to divide by
+
+
+def processors(
+    params: SamplingParams, prompt_tokens: int, eos: Collection[int]
+) -> LogitsProcessorList:
+    """Transformers' processors for these parameters, in the order of its `generate`.
+
+    Args:
+        params: what the user asked for.
+        prompt_tokens: length of the prompt, for `min_new_tokens`.
+        eos: end-of-sequence ids that `min_new_tokens` holds back.
+    """
+    chosen = LogitsProcessorList()
+    if params.logit_bias:
+        bias = [[[token], float(value)] for token, value in params.logit_bias.items()]
+        chosen.append(SequenceBiasLogitsProcessor(bias))  # type: ignore[arg-type]
+    if params.repetition_penalty != 1.0:
+        chosen.append(RepetitionPenaltyLogitsProcessor(float(params.repetition_penalty)))
+    if params.bad_words:
+        words = [list(word) for word in params.bad_words]
+        chosen.append(NoBadWordsLogitsProcessor(words, eos_token_id=list(eos) or None))
+    if params.min_new_tokens and eos:
+        chosen.append(
+            MinNewTokensLengthLogitsProcessor(
+                prompt_tokens, int(params.min_new_tokens), list(eos)
+            )
+        )
+    chosen.extend(params.processors)
+    if params.temperature > 0:
+        chosen.extend(_warpers(params))
+    return chosen
+
+
+def _warpers(params: SamplingParams) -> LogitsProcessorList:
+    chosen = LogitsProcessorList()
+    if params.temperature != 1.0:
+        chosen.append(TemperatureLogitsWarper(float(params.temperature)))
+    if params.top_k:
+        chosen.append(TopKLogitsWarper(int(params.top_k)))
+    if params.top_p < 1.0:
+        chosen.append(TopPLogitsWarper(params.top_p))
+    if params.min_p > 0:
+        chosen.append(MinPLogitsWarper(params.min_p))
+    return chosen
+
+
+class TokenDistribution:
+    """The distribution of the next token, for every row of one text.
+
+    Args:
+        processors: transformers' processors, warpers included, in order.
+        greedy: give the one-hot distribution on the best token.
+    """
+
+    def __init__(self, processors: LogitsProcessorList, greedy: bool) -> None:
+        self.processors = processors
+        self.greedy = greedy
+        self.reads_history = any(not isinstance(p, _BLIND) for p in processors)
+
+    def __call__(self, logits: Tensor, history: Sequence[int], tail: Sequence[int] = ()) -> Tensor:
+        """Probabilities of the token that follows each row.
+
+        Args:
+            logits: `[R, V]`, of any floating type.
+            history: settled token ids of the text, which every row follows.
+            tail: candidates behind the history; row `i` follows the first `i` of them.
+
+        Returns:
+            `[R, V]` float32, each row summing to 1.
+        """
+        scores = self._processed(logits.float(), history, tail)
+        if self.greedy:
+            return torch.zeros_like(scores).scatter_(1, scores.argmax(-1, keepdim=True), 1.0)
+        return scores.softmax(-1)
+
+    def _processed(self, scores: Tensor, history: Sequence[int], tail: Sequence[int]) -> Tensor:
+        if not self.processors:
+            return scores
+        if not self.reads_history:
+            unread = torch.empty(len(scores), 0, dtype=torch.long, device=scores.device)
+            return self._through(unread, scores)
+        ids = torch.tensor([[*history, *tail]], device=scores.device)
+        first = len(history)
+        rows = [
+            self._through(ids[:, : first + row], scores[row : row + 1])
+            for row in range(len(scores))
+        ]
+        return torch.cat(rows)
+
+    def _through(self, ids: Tensor, scores: Tensor) -> Tensor:
+        processed: Tensor = self.processors(ids, scores)  # type: ignore[arg-type]
+        return processed
+
+
+class Purpose(IntEnum):
+    """What a position's noise is used for; each has a stream of its own."""
+
+    SETTLE = 0
+    DRAFT = 1
+    ACCEPT = 2
+
+
+class Noise:
+    """Random numbers made from a seed, a position and a purpose alone.
+
+    No state runs from one draw to the next, so the numbers of a position are the same under any
+    plan, alone or in a batch. They come from numpy's Philox generator, keyed with seed and
+    position (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
+
+    Args:
+        seed: 0 to 2**64 - 1; None takes a fresh one.
+    """
+
+    def __init__(self, seed: int | None) -> None:
+        self.seed = secrets.randbits(64) if seed is None else seed
+
+    def _generator(self, position: int, purpose: Purpose) -> np.random.Generator:
+        key = np.array([self.seed, position], dtype=np.uint64)
+        counter = np.array([0, 0, 0, purpose], dtype=np.uint64)
+        return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+    def exponential(self, position: int, purpose: Purpose, size: int) -> Tensor:
+        """Standard exponential numbers, `[size]` float32.
+
+        `argmax(p / e)` draws from `p`: the exponential race, the same as the Gumbel-max trick
+        with `g = -log e`.
+        """
+        # Drawn in float64: numpy's float32 ones have 23 random bits, so a vocabulary of 50,000
+        # would meet a zero, which wins every race, once in 170 positions.
+        drawn = self._generator(position, purpose).standard_exponential(size)
+        return torch.from_numpy(np.maximum(drawn, _SMALLEST).astype(np.float32))
+
+    def exponentials(self, start: int, count: int, purpose: Purpose, size: int) -> Tensor:
+        """`exponential` of `count` positions from `start` on, `[count, size]`."""
+        return torch.stack([self.exponential(start + i, purpose, size) for i in range(count)])
+
+    def uniform(self, start: int, count: int, purpose: Purpose) -> Tensor:
+        """One number of `[0, 1)` for each of `count` positions from `start` on, `[count]`."""
+        drawn = [self._generator(start + i, purpose).random() for i in range(count)]
+        return torch.tensor(drawn, dtype=torch.float64)

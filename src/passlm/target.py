@@ -1,0 +1,377 @@
+"""The frozen model: prefill, and a pass over a plan.
+
+The only file that knows transformers' modelling internals. It never changes the model: rows,
+positions and visibility are handed to the model's own `forward`. Judging and drafting are left to
+`decode.py`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from passlm.cache import RowCache, as_prefix
+from passlm.errors import InputError
+from passlm.plan import Layout, Plan
+
+PREFILL_CHUNK = 512  # prompt tokens a pass: bounds the memory of activations and masks
+_FORWARD_ARGUMENTS = ("inputs_embeds", "position_ids", "attention_mask", "past_key_values")
+_LAYER_KINDS = ("full_attention", "sliding_attention")
+
+
+class UnsupportedModelError(InputError):
+    """The model's state cannot be rolled back, or it is not a decoder; the message says why."""
+
+
+@dataclass(frozen=True)
+class PassRow:
+    """What one batch row computes in a pass: its real tokens, root first, and its plan."""
+
+    tokens: Sequence[int]
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Hung:
+    """What look-ahead rows of known texts gave.
+
+    Attributes:
+        logits: of the look-ahead rows, `[B, R, V]`, with gradients.
+        text_logits: of the texts' own rows, `[B, S, V]`, without.
+        depth: `j` of each look-ahead row, `[B, R]`.
+        position: of each look-ahead row, `[B, R]`; it predicts the token at `position + 1`.
+    """
+
+    logits: Tensor
+    text_logits: Tensor
+    depth: Tensor
+    position: Tensor
+
+
+class Target:
+    """A causal language model of transformers, used as it is.
+
+    Args:
+        model: the model; its weights, configuration and hooks are left alone.
+
+    Raises:
+        UnsupportedModelError: the model cannot be decoded by plans, with the reason.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.config = model.config.get_text_config()
+        check_supported(model)
+        self._window = _window(self.config)
+        self._kinds = _layer_kinds(self.config, self._window)
+        self._additive = _attention(model) == "eager"
+        self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    @property
+    def device(self) -> torch.device:
+        """Where the input embeddings lie."""
+        return self._embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the input embeddings."""
+        return self._embedding.weight.dtype
+
+    @property
+    def d_model(self) -> int:
+        """Numbers in an input embedding."""
+        return int(self._embedding.weight.shape[1])
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids."""
+        return int(self._embedding.weight.shape[0])
+
+    @property
+    def context(self) -> int | None:
+        """The longest text the model can take, in tokens; None where it states none."""
+        limit = getattr(self.config, "max_position_embeddings", None)
+        return int(limit) if limit else None
+
+    @property
+    def _embedding(self) -> torch.nn.Embedding:
+        embedding: Any = self.model.get_input_embeddings()
+        return embedding  # type: ignore[no-any-return]
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Input embeddings of token ids, `[..., d_model]`."""
+        embedded: Tensor = self._embedding(tokens)
+        return embedded
+
+    def new_cache(self, batch: int = 1) -> RowCache:
+        """An empty cache of `batch` rows."""
+        return RowCache(int(self.config.num_hidden_layers), batch)
+
+    @torch.inference_mode()
+    def prefill(self, tokens: Sequence[int]) -> RowCache:
+        """Keys and values of a text, chunk by chunk.
+
+        Args:
+            tokens: token ids; may be empty.
+        """
+        cache = self.new_cache()
+        for start in range(0, len(tokens), PREFILL_CHUNK):
+            chunk = tokens[start : start + PREFILL_CHUNK]
+            causal = Plan(len(chunk) - 1, (0,) * len(chunk))
+            self._forward(cache, [PassRow(chunk, causal)], None, last_logits_only=True)
+            cache.settle(0, len(chunk))
+        return cache
+
+    @torch.inference_mode()
+    def run(self, cache: RowCache, rows: Sequence[PassRow], look_ahead: Tensor | None) -> Tensor:
+        """One forward pass over each batch row's plan.
+
+        Args:
+            cache: a cache with one batch row for each of `rows`; its lengths stay as they are.
+            rows: tokens and plan of each batch row.
+            look_ahead: input embeddings `LA_1..LA_L`, `[L, d_model]`; None where no plan has a
+                group.
+
+        Returns:
+            Logits, `[B, Q, V]`, where `Q` is the longest plan; row `b` has meaning up to its own
+            plan's length, real rows first, then its groups.
+        """
+        return self._forward(cache, rows, look_ahead, last_logits_only=False)
+
+    def hang(self, text: Tensor, layouts: Sequence[Layout], look_ahead: Tensor) -> Hung:
+        """Look-ahead rows of known texts, with gradients to `look_ahead` alone: for training.
+
+        The texts go through once, without gradients; then all groups of a layout go through in
+        one pass, each seeing its text up to its own real row, and itself.
+
+        Args:
+            text: token ids, `[B, S]`.
+            layouts: one for each text, of a plan with `S` real rows; equal numbers of rows.
+            look_ahead: input embeddings `LA_1..LA_L`, `[L, d_model]`.
+        """
+        cache = self.new_cache(len(text))
+        rows = text.shape[1]
+        causal = Plan(rows - 1, (0,) * rows)
+        with torch.no_grad():
+            passes = [PassRow(tokens, causal) for tokens in text.tolist()]
+            text_logits = self._forward(cache, passes, None, last_logits_only=False)
+        for index in range(len(text)):
+            cache.settle(index, rows)
+        depth = torch.stack([layout.look_ahead[rows:] for layout in layouts]).to(self.device)
+        offset = torch.stack([layout.offset[rows:] for layout in layouts]).to(self.device)
+        seen = torch.stack([layout.visible[rows:] for layout in layouts]).to(self.device)
+        cache.filled = seen.shape[2]
+        output = self.model(
+            inputs_embeds=look_ahead.to(self.dtype)[depth - 1],
+            position_ids=offset,
+            attention_mask=self._by_kind(seen, cache, offset),
+            past_key_values=as_prefix(cache),
+            use_cache=True,
+        )
+        return Hung(output.logits, text_logits, depth, offset)
+
+    def _forward(
+        self,
+        cache: RowCache,
+        rows: Sequence[PassRow],
+        look_ahead: Tensor | None,
+        last_logits_only: bool,
+    ) -> Tensor:
+        layouts = [row.plan.layout() for row in rows]
+        longest = max(len(layout.offset) for layout in layouts)
+        cache.begin(longest, self.device)
+        offsets = _padded([layout.offset for layout in layouts], longest).to(self.device)
+        lengths = torch.tensor(cache.lengths, device=self.device)
+        options: dict[str, Any] = {}
+        if last_logits_only and self._takes_logits_to_keep:
+            options["logits_to_keep"] = 1
+        output = self.model(
+            inputs_embeds=self._inputs(rows, longest, look_ahead),
+            position_ids=lengths[:, None] + offsets,
+            attention_mask=self._masks(cache, layouts, longest, lengths[:, None] + offsets),
+            past_key_values=cache,
+            use_cache=True,
+            **options,
+        )
+        logits: Tensor = output.logits
+        return logits
+
+    def _inputs(self, rows: Sequence[PassRow], longest: int, look_ahead: Tensor | None) -> Tensor:
+        tokens = torch.zeros(len(rows), longest, dtype=torch.long)
+        for index, row in enumerate(rows):
+            tokens[index, : len(row.tokens)] = torch.tensor(row.tokens)
+        inputs = self.embed(tokens.to(self.device))
+        for index, row in enumerate(rows):
+            group_rows = row.plan.layout().look_ahead[len(row.tokens) :]
+            if len(group_rows):
+                assert look_ahead is not None, "a plan has look-ahead rows, but none were given"
+                start = len(row.tokens)
+                inputs[index, start : start + len(group_rows)] = look_ahead[
+                    (group_rows - 1).to(look_ahead.device)
+                ].to(inputs)
+        return inputs
+
+    def _masks(
+        self, cache: RowCache, layouts: Sequence[Layout], longest: int, positions: Tensor
+    ) -> Any:
+        """What the model's `forward` takes as its mask: none, one, or one for each layer kind."""
+        if len(layouts) == 1 and longest == 1 and not self._windowed(cache):
+            return None  # one row that sees all that is filled
+        full = visibility(cache.lengths, [layout.visible for layout in layouts], self.device)
+        return self._by_kind(full, cache, positions)
+
+    def _by_kind(self, full: Tensor, cache: RowCache, positions: Tensor) -> Any:
+        masks = {}
+        for kind in self._kinds:
+            seen = full if kind == "full_attention" else self._within_window(full, cache, positions)
+            masks[kind] = self._as_model_takes(seen)
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def _windowed(self, cache: RowCache) -> bool:
+        return self._window is not None and cache.filled > self._window
+
+    def _within_window(self, full: Tensor, cache: RowCache, positions: Tensor) -> Tensor:
+        if self._window is None or not self._windowed(cache):
+            return full
+        return full & within_window(cache.lengths, positions, cache.filled, self._window)
+
+    def _as_model_takes(self, seen: Tensor) -> Tensor:
+        mask = seen[:, None]  # [B, 1, Q, S]
+        if not self._additive:
+            return mask
+        blocked = torch.finfo(self.dtype).min
+        return torch.zeros(mask.shape, dtype=self.dtype, device=mask.device).masked_fill_(
+            ~mask, blocked
+        )
+
+
+def visibility(lengths: Sequence[int], visible: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Which cache slot each row of a pass may see.
+
+    Args:
+        lengths: settled slots of each batch row; the pass's own rows follow them.
+        visible: `[Q_b, Q_b]` of each batch row's layout.
+        device: where the result is wanted.
+
+    Returns:
+        `[B, Q, max(lengths) + Q]` bool. Rows that only fill up a batch see themselves alone, so
+        that no row of the softmax is empty.
+    """
+    rows = max(len(own) for own in visible)
+    seen = torch.zeros(len(lengths), rows, max(lengths) + rows, dtype=torch.bool)
+    filler = torch.eye(rows, dtype=torch.bool)
+    for index, (length, own) in enumerate(zip(lengths, visible, strict=True)):
+        used = len(own)
+        seen[index, :used, :length] = True
+        seen[index, :used, length : length + used] = own
+        if used < rows:
+            seen[index, used:, length : length + rows] = filler[used:]
+    return seen.to(device)
+
+
+def within_window(lengths: Sequence[int], positions: Tensor, filled: int, window: int) -> Tensor:
+    """Which slots lie inside each row's sliding window, by position.
+
+    Args:
+        lengths: settled slots of each batch row; slot `s` below it holds position `s`.
+        positions: position of each row of the pass, `[B, Q]`.
+        filled: number of slots, `S`.
+        window: how many positions a row sees, itself included.
+
+    Returns:
+        `[B, Q, S]` bool.
+    """
+    slots = torch.arange(filled, device=positions.device).repeat(len(lengths), 1)
+    for index, length in enumerate(lengths):
+        slots[index, length : length + positions.shape[1]] = positions[index]
+    return positions[:, :, None] - slots[:, None, :] < window
+
+
+def _padded(rows: Sequence[Tensor], length: int) -> Tensor:
+    padded = torch.zeros(len(rows), length, dtype=torch.long)
+    for index, row in enumerate(rows):
+        padded[index, : len(row)] = row
+    return padded
+
+
+def check_supported(model: PreTrainedModel) -> None:
+    """Refuse, by name, a model that plans cannot decode.
+
+    Raises:
+        UnsupportedModelError: not a decoder, state that cannot be rolled back, positions or
+            attention that cannot be told, or an attention kernel without masks.
+    """
+    name = type(model).__name__
+    config = model.config.get_text_config()
+    reason = (
+        _reason_by_class(model)
+        or _reason_by_layers(config)
+        or _reason_by_forward(model)
+        or _reason_by_positions(config)
+    )
+    if reason:
+        raise UnsupportedModelError(f"{name} ({config.model_type}) is not supported: {reason}")
+    if _attention(model) not in ("sdpa", "eager"):
+        raise UnsupportedModelError(
+            f"{name} was loaded with attn_implementation={_attention(model)!r}, which takes no "
+            "mask for look-ahead rows: load it with attn_implementation='sdpa'"
+        )
+
+
+def _reason_by_class(model: PreTrainedModel) -> str | None:
+    if getattr(model.config, "is_encoder_decoder", False):
+        return "it is an encoder-decoder, and PaSS needs a decoder alone"
+    if getattr(model, "_is_stateful", False):
+        return "its recurrent state cannot be rolled back when a candidate is refused"
+    if not model.can_generate():
+        return "it is no causal language model"
+    return None
+
+
+def _reason_by_layers(config: Any) -> str | None:
+    kinds = set(getattr(config, "layer_types", None) or ())
+    strange = sorted(kinds - set(_LAYER_KINDS))
+    if strange:
+        return f"its {', '.join(strange)} layers keep a state that cannot be rolled back"
+    return None
+
+
+def _reason_by_forward(model: PreTrainedModel) -> str | None:
+    accepted = inspect.signature(model.forward).parameters
+    missing = [name for name in _FORWARD_ARGUMENTS if name not in accepted]
+    if missing:
+        return f"its forward takes no {', '.join(missing)}"
+    return None
+
+
+def _reason_by_positions(config: Any) -> str | None:
+    if getattr(config, "alibi", False):
+        return "its ALiBi positions cannot be told to look-ahead rows (rotary ones can)"
+    if "local" in (getattr(config, "attention_layers", None) or ()):
+        return "its local attention keeps a mask of its own"
+    return None
+
+
+def _attention(model: PreTrainedModel) -> str:
+    return str(model.config.get_text_config()._attn_implementation)
+
+
+def _window(config: Any) -> int | None:
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and "sliding_attention" not in kinds:
+        return None
+    window = getattr(config, "sliding_window", None)
+    return int(window) if window else None
+
+
+def _layer_kinds(config: Any, window: int | None) -> tuple[str, ...]:
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        return tuple(dict.fromkeys(kinds))
+    return ("sliding_attention",) if window else ("full_attention",)

