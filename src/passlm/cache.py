@@ -88,7 +88,7 @@ class RowCache(Cache):
     def begin(self, rows: int, device: torch.device) -> None:
         """Make room for a pass of `rows` rows behind every batch row's length."""
         self.filled = max(self.lengths) + rows
-        self.capacity = max(self.capacity, -(-self.filled // BLOCK) * BLOCK)
+        self.capacity = max(self.capacity, _blocks(self.filled))
         start = self.lengths[0]
         if all(length == start for length in self.lengths):
             self.write_slots = (start, None)  # one slice: no index to build, no gather
@@ -111,13 +111,14 @@ class RowCache(Cache):
         self.lengths += other.lengths
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Keep only these batch rows, in this order."""
+        """Keep only these batch rows, in this order, and the blocks that they fill."""
         self.lengths = [self.lengths[row] for row in rows]
+        self.capacity = _blocks(max(self.lengths, default=0))
         for layer in self.row_layers:
             if layer.keys is not None and layer.values is not None:
                 index = torch.tensor(list(rows), device=layer.keys.device, dtype=torch.long)
-                layer.keys = layer.keys.index_select(0, index)
-                layer.values = layer.values.index_select(0, index)
+                layer.keys = layer.keys[:, :, : self.capacity].index_select(0, index)
+                layer.values = layer.values[:, :, : self.capacity].index_select(0, index)
 
 
 class PrefixLayer(StaticLayer):  # type: ignore[no-untyped-call]  # its base's hook
@@ -153,6 +154,11 @@ def as_prefix(cache: RowCache) -> Cache:
         assert layer.values is not None, "the texts were not run"
         layers.append(PrefixLayer(layer.keys[:, :, :length], layer.values[:, :, :length]))
     return Cache(layers=list(layers))
+
+
+def _blocks(slots: int) -> int:
+    """The least capacity that holds so many slots."""
+    return -(-slots // BLOCK) * BLOCK
 
 
 def _joined(

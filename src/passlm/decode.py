@@ -105,6 +105,7 @@ class Row:
         deepest = len(self.tokens) - 1 + len(self.candidates)  # position of the last real row
         longest = useful if context is None else min(useful, context - 1 - deepest)
         self.plan = self.request.strategy(len(self.candidates), max(0, longest))
+        del self.candidates[self.plan.candidates :]  # a strategy may verify fewer
         return PassRow([self.tokens[-1], *self.candidates], self.plan)
 
     def judge(self, logits: Tensor) -> list[int]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -315,7 +316,7 @@ def locate(name: str, target: Target) -> Path:
     packaged = shipped(target)
     if name in packaged:
         return packaged[name]
-    if Path(name).is_dir():
+    if os.path.isdir(name):  # Path.is_dir raises where a name is too long
         return Path(name)
     if "/" in name and not name.startswith((".", "/", "~")) and name.count("/") == 1:
         return _from_hub(name)

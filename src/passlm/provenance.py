@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ def provenance(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
     packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
     return {
-        "passlm": importlib.metadata.version("passlm"),
+        # By name: the package's own file counts as above this one. Its version is there where
+        # nothing is installed, as in a checkout.
+        "passlm": import_module("passlm").__version__,
         "commit": commit(),
         "python": platform.python_version(),
         "packages": packages,

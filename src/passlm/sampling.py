@@ -54,9 +54,7 @@ def processors(
         chosen.append(NoBadWordsLogitsProcessor(words, eos_token_id=list(eos) or None))
     if params.min_new_tokens and eos:
         chosen.append(
-            MinNewTokensLengthLogitsProcessor(
-                prompt_tokens, int(params.min_new_tokens), list(eos)
-            )
+            MinNewTokensLengthLogitsProcessor(prompt_tokens, int(params.min_new_tokens), list(eos))
         )
     chosen.extend(params.processors)
     if params.temperature > 0:

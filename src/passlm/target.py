@@ -36,6 +36,13 @@ class PassRow:
     tokens: Sequence[int]
     plan: Plan
 
+    def __post_init__(self) -> None:
+        if len(self.tokens) != 1 + self.plan.candidates:
+            raise ValueError(
+                f"{len(self.tokens)} tokens for a plan of {self.plan.candidates} candidates: "
+                "expected the root and each candidate"
+            )
+
 
 @dataclass(frozen=True)
 class Hung:
@@ -95,8 +102,14 @@ class Target:
 
     @property
     def context(self) -> int | None:
-        """The longest text the model can take, in tokens; None where it states none."""
-        limit = getattr(self.config, "max_position_embeddings", None)
+        """The longest text the model can take, in tokens; None where it states none.
+
+        Longrope turns all keys differently from one position on, also those in the cache: up to
+        there the model is decoded.
+        """
+        limit = _longrope_switch(self.config)
+        if limit is None:
+            limit = getattr(self.config, "max_position_embeddings", None)
         return int(limit) if limit else None
 
     @property
@@ -331,6 +344,8 @@ def _reason_by_class(model: PreTrainedModel) -> str | None:
         return "its recurrent state cannot be rolled back when a candidate is refused"
     if not model.can_generate():
         return "it is no causal language model"
+    if not getattr(model.config, "is_decoder", True):
+        return "it is an encoder, whose tokens see those behind them (its is_decoder is False)"
     return None
 
 
@@ -338,7 +353,10 @@ def _reason_by_layers(config: Any) -> str | None:
     kinds = set(getattr(config, "layer_types", None) or ())
     strange = sorted(kinds - set(_LAYER_KINDS))
     if strange:
-        return f"its {', '.join(strange)} layers keep a state that cannot be rolled back"
+        return (
+            f"its {', '.join(strange)} layers keep a state that cannot be rolled back, or see the "
+            "text in a way that cannot be told to look-ahead rows"
+        )
     return None
 
 
@@ -347,6 +365,8 @@ def _reason_by_forward(model: PreTrainedModel) -> str | None:
     missing = [name for name in _FORWARD_ARGUMENTS if name not in accepted]
     if missing:
         return f"its forward takes no {', '.join(missing)}"
+    if getattr(model.config.get_text_config(), "hidden_size_per_layer_input", 0):
+        return "its layers look up token ids, which look-ahead rows do not have"
     return None
 
 
@@ -355,6 +375,8 @@ def _reason_by_positions(config: Any) -> str | None:
         return "its ALiBi positions cannot be told to look-ahead rows (rotary ones can)"
     if "local" in (getattr(config, "attention_layers", None) or ()):
         return "its local attention keeps a mask of its own"
+    if config.model_type == "moshi":
+        return "its attention ignores the sliding window that its configuration states"
     return None
 
 
@@ -368,6 +390,18 @@ def _window(config: Any) -> int | None:
         return None
     window = getattr(config, "sliding_window", None)
     return int(window) if window else None
+
+
+def _longrope_switch(config: Any) -> int | None:
+    """The number of positions up to which longrope's frequencies are the short ones."""
+    ropes = getattr(config, "rope_parameters", None) or {}
+    every = [ropes] if "rope_type" in ropes else [r for r in ropes.values() if isinstance(r, dict)]
+    switches = [
+        int(rope["original_max_position_embeddings"])
+        for rope in every
+        if rope.get("rope_type") == "longrope"
+    ]
+    return min(switches, default=None)
 
 
 def _layer_kinds(config: Any, window: int | None) -> tuple[str, ...]:

@@ -103,6 +103,7 @@ class Trainer:
         Raises:
             TrainingError: the loss is no number; the last checkpoint stays.
         """
+        self._cut_history()
         begun = time.perf_counter() - self.seconds
         while self.steps_done < self.config.steps:
             rate = self._rate(self.steps_done)
@@ -129,16 +130,21 @@ class Trainer:
         hung = self.target.hang(text, layouts, self.look_ahead.embeddings)
         loss = distillation(hung) if config.loss == "distillation" else cross_entropy(hung, text)
         value = float(loss.detach())
-        if not math.isfinite(value):
-            raise TrainingError(
-                f"the loss is {value} at step {self.steps_done + 1}: the last checkpoint in "
-                f"{self.folder} is good; go on from it with a lower --learning-rate"
-            )
+        self._check_finite("loss", value)
+        # Not backward(): it would leave gradients on a target whose weights ask for them.
+        (gradient,) = torch.autograd.grad(loss, [self.look_ahead.embeddings])
+        self._check_finite("gradient", float(gradient.norm()))
+        self.look_ahead.embeddings.grad = gradient
         self.optimizer.param_groups[0]["lr"] = rate
-        self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         return value
+
+    def _check_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"the {what} is {value} at step {self.steps_done + 1}: train with a lower "
+                f"--learning-rate; a checkpoint kept in {self.folder} is from before and good"
+            )
 
     def _rate(self, step: int) -> float:
         """Linear warm-up, then a cosine down to a hundredth."""
@@ -208,19 +214,31 @@ class Trainer:
         """
         path = self.folder / CHECKPOINT
         tensors, about = _read_checkpoint(path)
-        kept, now = json.loads(about["settings"]), self._settings()
+        now = self._settings()
+        try:
+            kept = json.loads(about["settings"])
+            steps_done, seconds = int(about["steps_done"]), float(about["seconds"])
+            embeddings = tensors.pop("embeddings")
+        except (KeyError, TypeError, ValueError) as error:
+            raise TrainingError(
+                f"{path} is damaged (bad or missing {error}): start anew without --resume"
+            ) from error
         different = [name for name in now if kept.get(name) != now[name]]
         if different:
             changes = ", ".join(f"{n} was {kept.get(n)}, is {now[n]}" for n in different)
             raise TrainingError(f"{path} was made with other settings: {changes}")
-        self.look_ahead.embeddings.data.copy_(tensors.pop("embeddings"))
-        self.optimizer.state[self.look_ahead.embeddings] = {
-            name.removeprefix("optimizer."): value.to(self.look_ahead.embeddings.device)
+        mine = self.look_ahead.embeddings
+        if embeddings.shape != mine.shape:
+            raise TrainingError(
+                f"{path} holds embeddings of shape {tuple(embeddings.shape)}, this model takes "
+                f"{tuple(mine.shape)}: resume with the model it was made for"
+            )
+        mine.data.copy_(embeddings)
+        self.optimizer.state[mine] = {
+            name.removeprefix("optimizer."): value.to(mine.device)
             for name, value in tensors.items()
         }
-        self.steps_done = int(about["steps_done"])
-        self.seconds = float(about["seconds"])
-        self._cut_history()
+        self.steps_done, self.seconds = steps_done, seconds
 
     def _cut_history(self) -> None:
         """Drop the steps after the checkpoint: they are done again."""
@@ -275,5 +293,6 @@ def read_history(folder: Path) -> list[Progress]:
     path = folder / HISTORY
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [Progress(**json.loads(line)) for line in lines if line.strip()]
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    # A line without an end was being written when the run was cut off.
+    return [Progress(**json.loads(line)) for line in lines if line.endswith("\n")]

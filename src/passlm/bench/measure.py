@@ -1,0 +1,265 @@
+"""Methods side by side: which runs when, and the figures that are made of it.
+
+Methods are interleaved prompt by prompt, so that whatever slows the machine for a while slows all
+of them. How a method decodes is left to `methods.py`, tables to `report.py`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from passlm.bench.methods import BASELINE, Method, Record
+from passlm.outputs import Stats
+from passlm.plan import Plan
+from passlm.target import PassRow, Target
+
+RESAMPLES = 2000
+COVERAGE = 0.95
+WARM_UP_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt as every method meets it."""
+
+    suite: str
+    name: str
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one method did with the prompt of that number."""
+
+    prompt: int
+    method: Method
+    record: Record
+
+
+def warm_up(prompt: Prompt, methods: Sequence[Method], max_new_tokens: int) -> None:
+    """Run every method once, not counted: first passes pay for things later ones find done."""
+    for method in methods:
+        method(prompt.ids, 0, min(WARM_UP_TOKENS, max_new_tokens))
+
+
+def interleave(
+    prompts: Sequence[Prompt], methods: Sequence[Method], max_new_tokens: int, seed: int
+) -> Iterator[Sample]:
+    """Every method on the first prompt, in random order, then on the next.
+
+    Args:
+        prompts: of one suite.
+        methods: what to run on each.
+        max_new_tokens: of each run.
+        seed: of the order; of the draws as well, with the prompt's number added, so that methods
+            share the noise of a prompt and prompts do not.
+    """
+    order = random.Random(seed)
+    for number, prompt in enumerate(prompts):
+        for method in order.sample(list(methods), len(methods)):
+            record = method(prompt.ids, (seed + number) % 2**64, max_new_tokens)
+            yield Sample(number, method, record)
+
+
+def prompt_record(prompt: Prompt, sample: Sample) -> dict[str, Any]:
+    """One line of `prompts.jsonl`."""
+    stats = sample.record.stats
+    return {
+        "suite": prompt.suite,
+        "name": prompt.name,
+        "prompt_tokens": len(prompt.ids),
+        **_identity(sample.method),
+        "tokens": len(sample.record.tokens),
+        "passes": stats and stats.passes,
+        "seconds": sample.record.seconds,
+        "prefill_seconds": stats and stats.prefill_seconds,
+        "decode_seconds": stats and stats.decode_seconds,
+        "accepted": stats and stats.accepted,
+    }
+
+
+def summarize(
+    prompts: Sequence[Prompt],
+    samples: Sequence[Sample],
+    methods: Sequence[Method],
+    target: Target,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """The entries of `results.json` for one suite, one for each method, in order.
+
+    Runs the target again at first differences from plain decoding, so nothing may be timed beside.
+
+    Args:
+        prompts: of one suite, all of them run by every method.
+        samples: what `interleave` gave.
+        methods: among them plain decoding at every temperature.
+        target: the model.
+        seed: of the bootstrap.
+    """
+    records: dict[int, list[Record]] = {id(method): [] for method in methods}
+    for sample in sorted(samples, key=lambda sample: sample.prompt):
+        records[id(sample.method)].append(sample.record)
+    plain = {m.sampling.temperature: records[id(m)] for m in methods if m.name == BASELINE}
+    runs = []
+    for method in methods:
+        own, expected = records[id(method)], plain[method.sampling.temperature]
+        compared = zip(prompts, own, expected, strict=True) if method.repeats_plain else None
+        runs.append(
+            {
+                "suite": prompts[0].suite,
+                **_identity(method),
+                **_counts(own),
+                **_speed(own, expected, seed),
+                **_agreement(compared, target),
+            }
+        )
+    return runs
+
+
+def _identity(method: Method) -> dict[str, Any]:
+    ours = method.plan is not None
+    return {
+        "method": method.name,
+        "plan": method.plan,
+        "lookahead_tokens": method.lookahead_tokens,
+        "temperature": method.sampling.temperature,
+        "judge": method.sampling.judge if ours else None,
+        "draft": method.sampling.draft if ours else None,
+    }
+
+
+def _counts(records: Sequence[Record]) -> dict[str, Any]:
+    """Sums over the prompts; what only our methods count is null for others."""
+    seconds = sum(record.seconds for record in records)
+    tokens = sum(len(record.tokens) for record in records)
+    parts = [record.stats for record in records if record.stats is not None]
+    stats = Stats.total(parts) if parts else None
+    return {
+        "prompts": len(records),
+        "tokens": tokens,
+        "passes": stats and stats.passes,
+        "seconds": seconds,
+        "prefill_seconds": stats and stats.prefill_seconds,
+        "decode_seconds": stats and stats.decode_seconds,
+        "tokens_per_second": tokens / seconds,
+        "tokens_per_pass": stats and stats.tokens_per_pass,
+        "accepted_length": stats and stats.accepted_length,
+        **_by_position(stats),
+        "seconds_outside_forward_share": _outside_forward(records, stats),
+    }
+
+
+def _by_position(stats: Stats | None) -> dict[str, Any]:
+    """Acceptance by position: of all passes with candidates, and of those that got so far."""
+    if stats is None:
+        names = ("accepted_by_position", "judged_by_position", "accepted_of_judged_by_position")
+        return dict.fromkeys(names)
+    accepted, judged = stats.accepted_by_position, stats.judged_by_position
+    return {
+        "accepted_by_position": [count / stats.judging_passes for count in accepted],
+        "judged_by_position": judged,
+        "accepted_of_judged_by_position": [
+            part / whole if whole else None for part, whole in zip(accepted, judged, strict=True)
+        ],
+    }
+
+
+def _outside_forward(records: Sequence[Record], stats: Stats | None) -> float | None:
+    """Share of the decoding time, prefill not counted, spent outside the target's forward."""
+    forward = [record.forward_seconds for record in records if record.forward_seconds is not None]
+    if stats is None or len(forward) < len(records) or not stats.decode_seconds:
+        return None
+    return 1 - sum(forward) / stats.decode_seconds
+
+
+def _speed(records: Sequence[Record], baseline: Sequence[Record], seed: int) -> dict[str, Any]:
+    tokens = np.array([[len(record.tokens) for record in part] for part in (records, baseline)])
+    seconds = np.array([[record.seconds for record in part] for part in (records, baseline)])
+    return {
+        "speedup_vs_ar": float(_ratio(tokens.sum(1), seconds.sum(1))),
+        "speedup_interval": speedup_interval(tokens, seconds, seed),
+    }
+
+
+def _ratio(tokens: np.ndarray[Any, Any], seconds: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    rates = tokens / seconds
+    ratio: np.ndarray[Any, Any] = rates[0] / rates[1]
+    return ratio
+
+
+def speedup_interval(
+    tokens: np.ndarray[Any, Any], seconds: np.ndarray[Any, Any], seed: int
+) -> list[float] | None:
+    """Where the speed-up lies with 95 % confidence: paired bootstrap over prompts.
+
+    Efron and Tibshirani, "An Introduction to the Bootstrap" (1993), the percentile interval.
+    Prompts are drawn with replacement, and a method and the baseline always on the same prompts.
+
+    Args:
+        tokens: new tokens of the method and of the baseline on each prompt, `[2, prompts]`.
+        seconds: the time they took, `[2, prompts]`.
+        seed: of the draws.
+
+    Returns:
+        Low and high end; None with fewer than two prompts, which say nothing of the spread.
+    """
+    prompts = tokens.shape[1]
+    if prompts < 2:
+        return None
+    drawn = np.random.default_rng(seed).integers(prompts, size=(RESAMPLES, prompts))
+    ratios = _ratio(tokens[:, drawn].sum(2), seconds[:, drawn].sum(2))
+    tail = (1 - COVERAGE) / 2
+    return [float(end) for end in np.quantile(ratios, [tail, 1 - tail])]
+
+
+def _agreement(
+    compared: Iterable[tuple[Prompt, Record, Record]] | None, target: Target
+) -> dict[str, Any]:
+    """How many texts equal plain decoding's; null where another text is no fault.
+
+    Args:
+        compared: each prompt, what the method made of it, and what plain decoding did.
+        target: the model.
+    """
+    if compared is None:
+        return {"identical_to_ar": None, "differences": None}
+    pairs = list(compared)
+    differences = [
+        _difference(prompt, record.tokens, plain.tokens, target)
+        for prompt, record, plain in pairs
+        if record.tokens != plain.tokens
+    ]
+    return {"identical_to_ar": 1 - len(differences) / len(pairs), "differences": differences}
+
+
+def _difference(
+    prompt: Prompt, tokens: Sequence[int], plain: Sequence[int], target: Target
+) -> dict[str, Any]:
+    shorter = min(len(tokens), len(plain))
+    index = next((i for i in range(shorter) if tokens[i] != plain[i]), shorter)
+    return {
+        "prompt": prompt.name,
+        "index": index,
+        "token": tokens[index] if index < len(tokens) else None,
+        "ar_token": plain[index] if index < len(plain) else None,
+        "margin": margin(target, [*prompt.ids, *plain[:index]]),
+    }
+
+
+@torch.inference_mode()
+def margin(target: Target, text: Sequence[int]) -> float:
+    """How far the best logit of the next token lies above the second.
+
+    Measured with a pass of a single row in the target's own type, before any processor: a margin
+    near 0 is a tie that rounding decides, a large one is a fault.
+    """
+    cache = target.prefill(text[:-1])
+    logits = target.run(cache, [PassRow([text[-1]], Plan(0, (0,)))], None)
+    best, second = logits[0, 0].float().topk(2).values.tolist()
+    return float(best - second)

@@ -1,0 +1,278 @@
+"""The methods that `bench` compares: each decodes one prompt, ids to ids, and is timed.
+
+All of them are timed alike: from the prompt's ids to the last new id, prefill included and no text
+decoded. Which prompts they meet, in which order, is left to `measure.py`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from passlm.cache import RowCache
+from passlm.decode import Decoder, Request
+from passlm.errors import InputError
+from passlm.generate import Generator, Options
+from passlm.lookahead import LookAhead
+from passlm.outputs import Stats
+from passlm.params import SamplingParams, StopParams
+from passlm.plan import Strategy, strategy
+from passlm.target import PassRow, Target
+
+BASELINE = "ar"
+METHODS = (BASELINE, "fixed-token", "two-pass", "one-pass", "hf")
+_ONCE_PER_TEMPERATURE = (BASELINE, "hf")  # the others run for each number of look-ahead tokens
+
+
+class MethodError(InputError):
+    """A method that does not exist or cannot run with this model; one line."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One prompt decoded by one method.
+
+    Attributes:
+        tokens: the new ids.
+        seconds: from the prompt's ids to the last new id, prefill included.
+        stats: counts of the passes; None for methods that are not ours.
+        forward_seconds: time of the decoding passes inside the target's forward; None where it
+            cannot be told without disturbing the run.
+    """
+
+    tokens: tuple[int, ...]
+    seconds: float
+    stats: Stats | None = None
+    forward_seconds: float | None = None
+
+
+Decode = Callable[[Sequence[int], SamplingParams, int], Record]
+"""Decodes one prompt: its ids, how to draw, and at most how many new tokens."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way of decoding, with everything that tells it from the others.
+
+    Attributes:
+        name: one of `METHODS`.
+        plan: its strategy in words; None for methods that are not ours.
+        sampling: how tokens are drawn; the seed is given with each prompt.
+        lookahead_tokens: length of the look-ahead groups, `L`; 0 without.
+        decode: what does it.
+    """
+
+    name: str
+    plan: str | None
+    sampling: SamplingParams
+    lookahead_tokens: int
+    decode: Decode
+
+    def __call__(self, prompt: Sequence[int], seed: int, max_new_tokens: int) -> Record:
+        """Decode one prompt."""
+        return self.decode(prompt, replace(self.sampling, seed=seed), max_new_tokens)
+
+    @property
+    def repeats_plain(self) -> bool:
+        """Whether its tokens must equal plain decoding's with the same seed, up to rounding."""
+        if self.sampling.temperature == 0 or self.name == BASELINE:
+            return True
+        return self.plan is not None and self.sampling.judge == "coupled"
+
+
+class TimedTarget(Target):
+    """A target that adds up the time spent in its decoding passes, `seconds`."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
+        self.seconds = 0.0
+
+    @property
+    def can_time(self) -> bool:
+        """Whether a pass is over when `run` returns; elsewhere waiting for it would slow it."""
+        return self.device.type == "cpu"
+
+    def run(self, cache: RowCache, rows: Sequence[PassRow], look_ahead: Tensor | None) -> Tensor:
+        """As `Target.run`, timed."""
+        begun = time.perf_counter()
+        logits = super().run(cache, rows, look_ahead)
+        self.seconds += time.perf_counter() - begun
+        return logits
+
+
+@dataclass(frozen=True)
+class PlanDecoding:
+    """Decoding by plans: every method of ours."""
+
+    target: TimedTarget
+    strategy: Strategy
+    look_ahead: Tensor | None
+    eos: frozenset[int]
+    ignore_eos: bool
+
+    def __call__(
+        self, prompt: Sequence[int], sampling: SamplingParams, max_new_tokens: int
+    ) -> Record:
+        """See `Decode`."""
+        stats = Stats(prompt_tokens=len(prompt))
+        tokens: list[int] = []
+        in_forward = self.target.seconds
+        begun = time.perf_counter()
+        decoder = Decoder(self.target, self.look_ahead)
+        decoder.join(
+            Request.of(prompt, sampling, max_new_tokens, self.strategy, self.eos, self.ignore_eos)
+        )
+        prefilled = time.perf_counter()
+        while decoder.rows:
+            for _, step in decoder.step():
+                tokens += step.tokens
+                stats.count(step)
+        ended = time.perf_counter()
+        stats.prefill_seconds, stats.decode_seconds = prefilled - begun, ended - prefilled
+        forward = self.target.seconds - in_forward if self.target.can_time else None
+        return Record(tuple(tokens), ended - begun, stats, forward)
+
+
+@dataclass(frozen=True)
+class TransformersGenerate:
+    """Transformers' own `generate` on the same model object, with the same settings."""
+
+    model: PreTrainedModel
+    eos: frozenset[int]
+    ignore_eos: bool
+
+    def __call__(
+        self, prompt: Sequence[int], sampling: SamplingParams, max_new_tokens: int
+    ) -> Record:
+        """See `Decode`."""
+        options = self._options(sampling)
+        model: Any = self.model
+        torch.manual_seed(sampling.seed or 0)
+        begun = time.perf_counter()
+        ids = torch.tensor([list(prompt)], device=self.model.device)
+        written = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, **options
+        )
+        tokens = tuple(written[0, len(prompt) :].tolist())
+        return Record(tokens, time.perf_counter() - begun)
+
+    def _options(self, sampling: SamplingParams) -> dict[str, Any]:
+        """Every setting named, since `generate` fills gaps from the model's own settings."""
+        options: dict[str, Any] = {
+            "do_sample": sampling.temperature > 0,
+            "num_beams": 1,
+            "use_cache": True,
+            "repetition_penalty": sampling.repetition_penalty,
+            "min_new_tokens": sampling.min_new_tokens or None,
+            "eos_token_id": None if self.ignore_eos else sorted(self.eos) or None,
+            "pad_token_id": min(self.eos, default=0),  # unused in a batch of one
+        }
+        if sampling.temperature > 0:
+            options |= {
+                "temperature": sampling.temperature,
+                "top_k": sampling.top_k,
+                "top_p": sampling.top_p,
+                "min_p": sampling.min_p or None,
+            }
+        return options
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Make sure that the methods exist.
+
+    Raises:
+        MethodError: one does not; names the nearest.
+    """
+    for name in names:
+        if name not in METHODS:
+            near = difflib.get_close_matches(name, METHODS, 1)
+            hint = f"did you mean {near[0]!r}?" if near else "give one of them"
+            raise MethodError(f"there is no method {name!r} ({', '.join(METHODS)}): {hint}")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Which methods to compare.
+
+    Attributes:
+        names: of `METHODS`.
+        temperatures: each method runs at each.
+        lookahead_tokens: each drafting method runs with each.
+        sampling: everything about drawing but temperature and seed.
+        stopping: when texts end; stop strings are not looked at.
+    """
+
+    names: tuple[str, ...]
+    temperatures: tuple[float, ...]
+    lookahead_tokens: tuple[int, ...]
+    sampling: SamplingParams
+    stopping: StopParams
+
+
+def build(lm: Generator, asked: Asked, base_model: str) -> list[Method]:
+    """The methods, one for each temperature and number of look-ahead tokens.
+
+    Args:
+        lm: model and look-ahead files; all methods share the model object.
+        asked: which methods.
+        base_model: the model's name.
+
+    Raises:
+        MethodError: an unknown method, or a model without a token for `fixed-token`.
+        InputError: a drafting method without look-ahead files, or with too few rows.
+    """
+    check_names(asked.names)
+    target = TimedTarget(lm.target.model)
+    made = []
+    for temperature in asked.temperatures:
+        sampling = replace(asked.sampling, temperature=temperature)
+        for name in asked.names:
+            for tokens in (0,) if name in _ONCE_PER_TEMPERATURE else asked.lookahead_tokens:
+                decode, plan = _decoding(name, tokens, lm, target, asked.stopping, base_model)
+                made.append(Method(name, plan, sampling, tokens, decode))
+    return made
+
+
+def _decoding(
+    name: str,
+    tokens: int,
+    lm: Generator,
+    target: TimedTarget,
+    stopping: StopParams,
+    base_model: str,
+) -> tuple[Decode, str | None]:
+    """What decodes, and its plan in words."""
+    if name == "hf":
+        return TransformersGenerate(target.model, lm.eos, stopping.ignore_eos), None
+    rows: LookAhead | None = None
+    kind = name
+    if name == "fixed-token":
+        kind = "two-pass"
+        rows = _fixed_rows(lm, target, tokens, base_model)
+    elif name != BASELINE:
+        rows = lm.look_ahead
+        Options.checked(rows, SamplingParams(), stopping, name, tokens)
+    inputs = None if rows is None else rows.inputs(target).detach()
+    decode = PlanDecoding(target, strategy(kind, tokens), inputs, lm.eos, stopping.ignore_eos)
+    return decode, kind if kind == BASELINE else f"{kind}({tokens})"
+
+
+def _fixed_rows(lm: Generator, target: Target, tokens: int, base_model: str) -> LookAhead:
+    if tokens < 1:
+        raise MethodError(f"fixed-token needs 1 or more look-ahead tokens, not {tokens}")
+    token: Any = lm.tokenizer.unk_token_id
+    if token is None:
+        token = lm.tokenizer.eos_token_id
+    if token is None:
+        raise MethodError(
+            "method fixed-token puts the unknown or end token in every look-ahead row, and this "
+            "tokenizer has neither: leave the method out"
+        )
+    return LookAhead.fixed_token(target, int(token), tokens, base_model)

@@ -1,0 +1,350 @@
+"""Run methods side by side."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from passlm.bench.tasks import SUITES, Task, TaskError, load_prompts, load_suite
+from passlm.cli.common import (
+    add_fields,
+    add_json_argument,
+    add_lookahead_argument,
+    add_model_arguments,
+    print_json,
+    taken,
+)
+from passlm.errors import InputError
+from passlm.params import SamplingParams, StopParams
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from passlm.bench.measure import Prompt
+    from passlm.bench.methods import Asked, Method
+    from passlm.generate import Generator
+
+RESULTS, REPORT, PROMPTS = "results.json", "report.md", "prompts.jsonl"
+DEFAULT_METHODS = "ar,fixed-token,two-pass,one-pass,hf"
+NEED_LOOKAHEAD = ("two-pass", "one-pass")
+# Given as lists, with each prompt, or as token ids and objects.
+SAMPLING_ELSEWHERE = ("temperature", "seed", "logit_bias", "bad_words", "processors")
+STOPPING_ELSEWHERE = ("stop",)  # no text is decoded
+
+_log = logging.getLogger("passlm.bench")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    parser.add_argument("--suite", type=_listed(str), default=(), help=f"any of {','.join(SUITES)}")
+    parser.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="JSONL with a prompt or messages on each line"
+    )
+    parser.add_argument(
+        "--methods",
+        type=_listed(str),
+        default=_listed(str)(DEFAULT_METHODS),
+        help=f"default {DEFAULT_METHODS}",
+    )
+    parser.add_argument(
+        "--temperature", type=_listed(float), default=(0.0,), help="list; default 0, greedy"
+    )
+    parser.add_argument(
+        "--lookahead-tokens",
+        type=_listed(int),
+        default=(4,),
+        metavar="N",
+        help="list of look-ahead steps; default 4",
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="prompts of each suite; default all")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the order and of all draws; default 0"
+    )
+    add_model_arguments(parser)
+    add_lookahead_argument(parser)
+    add_fields(parser, SamplingParams, SAMPLING_ELSEWHERE)
+    add_fields(parser, StopParams, STOPPING_ELSEWHERE)
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help=f"write {RESULTS}, {REPORT} and {PROMPTS} there"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the results in DIR")
+    add_json_argument(parser)
+
+
+def _listed(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    """A parser of values separated by commas; repeated ones count once."""
+
+    def parse(text: str) -> tuple[Any, ...]:
+        try:
+            return tuple(dict.fromkeys(kind(part.strip()) for part in text.split(",")))
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(
+                f"expected values separated by commas, each {kind.__name__}, not {text!r}"
+            ) from error
+
+    return parse
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure, print the report and write the folder.
+
+    Raises:
+        InputError: a suite, method, parameter, the model or the folder cannot be used, or no
+            prompt is left.
+    """
+    _check(arguments)
+    given = [] if arguments.prompts is None else load_prompts(arguments.prompts, arguments.limit)
+    asked = _asked(arguments)
+    from passlm.bench.methods import build
+    from passlm.generate import load, set_threads
+
+    set_threads(arguments.threads)
+    drafts = any(name in NEED_LOOKAHEAD for name in asked.names)
+    lm = load(
+        arguments.model,
+        lookahead=arguments.lookahead if drafts else "none",
+        dtype=arguments.dtype,
+        device=arguments.device,
+    )
+    methods = build(lm, asked, arguments.model)
+    bench = _Bench(arguments, lm, methods)
+    suites = bench.suites(given)
+    with _opened(arguments) as out:
+        bench.measure(suites, out)
+    sys.stdout.write(bench.report())
+    if arguments.json:
+        print_json(bench.results)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """What can be told wrong before anything is loaded."""
+    if not arguments.suite and arguments.prompts is None:
+        raise InputError(f"name prompts: --suite with any of {', '.join(SUITES)}, or --prompts F")
+    for name in arguments.suite:
+        if name not in SUITES:
+            near = difflib.get_close_matches(name, SUITES, 1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}?" if near else "give one of them"
+            raise InputError(f"there is no suite {name!r} ({', '.join(SUITES)}): {hint}")
+    if arguments.prompts is not None and arguments.prompts.stem in arguments.suite:
+        raise InputError(
+            f"--prompts {arguments.prompts} would be called like the suite "
+            f"{arguments.prompts.stem!r}: rename the file"
+        )
+    if arguments.limit is not None and arguments.limit < 1:
+        raise InputError(f"limit is {arguments.limit}: it must be 1 or more")
+    if not 0 <= arguments.seed < 2**64:
+        raise InputError(f"seed is {arguments.seed}: it must lie between 0 and 2**64 - 1")
+    _check_folder(arguments.out, arguments.overwrite)
+
+
+def _check_folder(out: Path | None, overwrite: bool) -> None:
+    if out is None:
+        if overwrite:
+            raise InputError("--overwrite replaces the results in a folder: name it with --out")
+        return
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file: name a folder")
+    held = [name for name in (RESULTS, PROMPTS) if (out / name).exists()]
+    if held and not overwrite:
+        raise InputError(
+            f"--out {out} holds {held[0]} of another run: name another folder, or use --overwrite"
+        )
+
+
+def _asked(arguments: argparse.Namespace) -> Asked:
+    sampling = taken(SamplingParams, arguments, SAMPLING_ELSEWHERE)
+    stopping = taken(StopParams, arguments, STOPPING_ELSEWHERE)
+    for temperature in arguments.temperature:
+        SamplingParams(temperature=temperature)
+    from passlm.bench.methods import BASELINE, Asked, check_names
+
+    names = arguments.methods
+    check_names(names)
+    if BASELINE not in names:
+        _log.info("method %s is added: every speed-up is a ratio to it", BASELINE)
+        names = (BASELINE, *names)
+    return Asked(names, arguments.temperature, arguments.lookahead_tokens, sampling, stopping)
+
+
+@contextlib.contextmanager
+def _opened(arguments: argparse.Namespace) -> Iterator[TextIO | None]:
+    """The file that takes a line for each prompt and method as it comes; None without a folder."""
+    if arguments.out is None:
+        yield None
+        return
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        for name in (RESULTS, REPORT):
+            (arguments.out / name).unlink(missing_ok=True)
+        file = (arguments.out / PROMPTS).open("w", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write to --out {arguments.out}: {error.strerror}") from error
+    with file:
+        yield file
+
+
+class _Bench:
+    """One call of the command: its model and methods, and what has been measured so far."""
+
+    def __init__(self, arguments: argparse.Namespace, lm: Generator, methods: list[Method]) -> None:
+        from passlm.provenance import provenance
+
+        self.arguments = arguments
+        self.lm = lm
+        self.methods = methods
+        self.results: dict[str, Any] = {
+            "provenance": provenance(),
+            "settings": _settings(arguments, lm),
+            "complete": False,
+            "peak_memory_bytes": None,
+            "missing_suites": {},
+            "skipped": [],
+            "runs": [],
+        }
+
+    def suites(self, given: list[Task]) -> list[list[Prompt]]:
+        """The prompts of each suite that has some, those too long for the context left out.
+
+        Raises:
+            InputError: none is left.
+        """
+        groups = [self._suite(name) for name in self.arguments.suite]
+        found = [self._fitting(tasks) for tasks in (*groups, given)]
+        left = [prompts for prompts in found if prompts]
+        if not left:
+            raise InputError(
+                "no prompts are left to run: install what the suites need, take fewer "
+                "--max-new-tokens, or give others with --prompts"
+            )
+        return left
+
+    def _suite(self, name: str) -> list[Task]:
+        tokenizer: Any = self.lm.tokenizer
+
+        def encode(text: str) -> list[int]:
+            ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            return ids
+
+        try:
+            return load_suite(name, encode, tokenizer.decode, self.arguments.limit)
+        except TaskError as error:
+            _log.warning("%s", error)
+            self.results["missing_suites"][name] = str(error)
+            return []
+
+    def _fitting(self, tasks: list[Task]) -> list[Prompt]:
+        from passlm.bench.measure import Prompt
+
+        context = self.lm.target.context
+        fitting = []
+        for task in tasks:
+            ids = tuple(self.lm.encode(task.prompt if task.prompt else list(task.messages or ())))
+            if context is None or len(ids) + self.arguments.max_new_tokens <= context:
+                fitting.append(Prompt(task.suite, task.name, ids))
+                continue
+            skipped = {"suite": task.suite, "prompt": task.name, "tokens": len(ids)}
+            self.results["skipped"].append(skipped)
+            _log.warning(
+                "skipped %s of %s: its %d tokens and %d new ones exceed the context of %d",
+                *(task.name, task.suite, len(ids), self.arguments.max_new_tokens, context),
+            )
+        return fitting
+
+    def measure(self, suites: list[list[Prompt]], out: TextIO | None) -> None:
+        """Run every suite; results and report are written after each."""
+        from passlm.bench.measure import interleave, prompt_record, summarize, warm_up
+
+        length, seed = self.arguments.max_new_tokens, self.arguments.seed
+        total = sum(map(len, suites)) * len(self.methods)
+        with _bar() as bar:
+            progress = bar.add_task("warm-up", total=total)
+            warm_up(suites[0][0], self.methods, length)
+            for number, prompts in enumerate(suites, start=1):
+                samples = []
+                for sample in interleave(prompts, self.methods, length, seed):
+                    samples.append(sample)
+                    prompt = prompts[sample.prompt]
+                    if out is not None:
+                        out.write(json.dumps(prompt_record(prompt, sample)) + "\n")
+                        out.flush()
+                    bar.update(progress, advance=1, description=f"{prompt.suite} {prompt.name}")
+                runs = summarize(prompts, samples, self.methods, self.lm.target, seed)
+                self._keep(runs, complete=number == len(suites))
+
+    def _keep(self, runs: list[dict[str, Any]], complete: bool) -> None:
+        from passlm.provenance import write_atomically
+
+        self.results["runs"] += runs
+        self.results["complete"] = complete
+        self.results["peak_memory_bytes"] = _peak_memory()
+        folder: Path | None = self.arguments.out
+        if folder is not None:
+            write_atomically(folder / RESULTS, json.dumps(self.results, indent=1) + "\n")
+            write_atomically(folder / REPORT, self.report())
+
+    def report(self) -> str:
+        """The results as Markdown."""
+        from passlm.bench.report import markdown
+
+        return markdown(self.results)
+
+
+def _settings(arguments: argparse.Namespace, lm: Generator) -> dict[str, Any]:
+    """What was asked for and loaded, beyond what each run's entry says."""
+    shared = {
+        **asdict(taken(SamplingParams, arguments, SAMPLING_ELSEWHERE)),
+        **asdict(taken(StopParams, arguments, STOPPING_ELSEWHERE)),
+    }
+    own = (*SAMPLING_ELSEWHERE, *STOPPING_ELSEWHERE, "judge", "draft")
+    card = None if lm.look_ahead is None else lm.look_ahead.card
+    lookahead = card and {
+        "name": arguments.lookahead or "shipped",
+        "base_model": card.base_model,
+        "look_ahead_tokens": card.look_ahead_tokens,
+    }
+    return {
+        "model": arguments.model,
+        "dtype": str(lm.target.dtype).removeprefix("torch."),
+        "device": str(lm.target.device),
+        "lookahead": lookahead,
+        "limit": arguments.limit,
+        "seed": arguments.seed,
+        **{name: value for name, value in shared.items() if name not in own},
+    }
+
+
+def _peak_memory() -> int | None:
+    """Most bytes of memory the process has held; None where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def _bar() -> Progress:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False),
+    )
+    return Progress(*columns, console=Console(file=sys.stderr))

@@ -1,0 +1,214 @@
+"""A converted copy of every GGUF file that is loaded, kept in the user's cache folder.
+
+Converting takes transformers far longer than loading. A copy belongs to the content of its GGUF
+file, is there whole or not at all, and is made anew where it is damaged, whatever happened to the
+process that made it. How a file is converted and a copy read is left to `models.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from passlm.errors import InputError
+from passlm.provenance import write_atomically
+
+CACHE_VARIABLE = "PASSLM_CACHE"
+
+_COPY_FORMAT = 1  # raise it when a copy made by older code must not be used any more
+_MANIFEST = "manifest.json"
+
+_Loaded = TypeVar("_Loaded")
+_log = logging.getLogger(__name__)
+
+
+class ModelError(InputError):
+    """A model that cannot be found or used; one line that says what is wrong and the cure."""
+
+
+def cache_folder() -> Path:
+    """The folder for what can be made again: the `PASSLM_CACHE` variable, or the user's own."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    if chosen:
+        return Path(chosen).expanduser().absolute()
+    from platformdirs import user_cache_path
+
+    return user_cache_path("passlm")
+
+
+def one_line(error: BaseException) -> str:
+    """The text of an error without line breaks, and its type where the text may need it."""
+    text = " ".join(str(error).split()).rstrip(".")
+    plain = isinstance(error, OSError | ValueError | ImportError) and text
+    return text if plain else f"{type(error).__name__}: {text}"
+
+
+def load_copy(
+    gguf: Path, *, convert: Callable[[Path], None], read: Callable[[Path], _Loaded]
+) -> _Loaded:
+    """Load a GGUF file's converted copy, made first where there is none, and anew where broken.
+
+    Args:
+        gguf: the file, by its absolute path.
+        convert: writes the converted model into an empty folder.
+        read: reads the folder of a copy.
+
+    Raises:
+        ModelError: the copy cannot be written.
+        SafetensorError: the copy made anew is damaged, too.
+    """
+    from safetensors import SafetensorError
+
+    copy = _converted(gguf, convert)
+    manifest = (copy / _MANIFEST).read_bytes()
+    try:
+        return read(copy)
+    except SafetensorError as error:
+        _log.warning("the converted copy of %s is damaged (%s): making it anew", gguf.name, error)
+    with _locked(copy):
+        if (copy / _MANIFEST).read_bytes() == manifest:  # nobody else made it anew meanwhile
+            (copy / _MANIFEST).unlink()
+    return read(_converted(gguf, convert))
+
+
+def whole_copy(gguf: Path) -> Path | None:
+    """The folder of a GGUF file's converted copy; None where there is none, or a damaged one."""
+    copy = _copy_folder(gguf)
+    return copy if _is_whole(copy) else None
+
+
+def _converted(gguf: Path, convert: Callable[[Path], None]) -> Path:
+    """The folder of a GGUF file's converted copy, which is whole."""
+    from safetensors import SafetensorError
+
+    try:
+        copy = _copy_folder(gguf)
+        if not _is_whole(copy):
+            with _locked(copy):
+                if not _is_whole(copy):  # another process may just have made it
+                    _make_copy(gguf, copy, convert)
+        return copy
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"cannot keep the converted copy of {gguf.name} in {cache_folder()}: "
+            f"{one_line(error)}; make room there or set {CACHE_VARIABLE} to another folder"
+        ) from error
+
+
+def _copy_folder(gguf: Path) -> Path:
+    return cache_folder() / "gguf" / f"{_digest(gguf)[:32]}-v{_COPY_FORMAT}"
+
+
+def _digest(gguf: Path) -> str:
+    """sha256 of the file, remembered for as long as its size and times do not change."""
+    facts = gguf.stat()
+    stamp = [str(gguf), facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns]
+    place = hashlib.sha256(str(gguf).encode()).hexdigest()[:32]
+    note = cache_folder() / "gguf" / "digests" / f"{place}.json"
+    known = _read_json(note)
+    if known is not None and known.get("stamp") == stamp:
+        return str(known["sha256"])
+    with gguf.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    write_atomically(note, json.dumps({"stamp": stamp, "sha256": digest}))
+    return digest
+
+
+def _make_copy(gguf: Path, copy: Path, convert: Callable[[Path], None]) -> None:
+    """Convert beside the final place, then move there; the caller holds the lock."""
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{copy.name}-"
+    for leftover in copy.parent.glob(f"{prefix}*"):  # of a process that died while it converted
+        shutil.rmtree(leftover)
+    _log.info("converting %s, once: this takes a while (20 s for 100 MB)", gguf.name)
+    work = Path(tempfile.mkdtemp(prefix=prefix, dir=copy.parent))
+    try:
+        convert(work)
+        _seal(work, gguf)
+        if copy.exists():
+            shutil.rmtree(copy)
+        work.rename(copy)
+        _sync(copy.parent)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    _log.info("converted: the copy is %s", copy)
+
+
+def _seal(folder: Path, gguf: Path) -> None:
+    """Force the files to disk, then write the manifest that makes the folder a whole copy."""
+    import transformers
+
+    for path in folder.iterdir():
+        _sync(path)
+    manifest = {
+        "gguf": gguf.name,
+        "transformers": transformers.__version__,
+        "copy": folder.name,  # a random name: tells one making of a copy from the next
+        "files": _facts(folder),
+    }
+    write_atomically(folder / _MANIFEST, json.dumps(manifest, indent=2))
+    _sync(folder)
+
+
+def _is_whole(copy: Path) -> bool:
+    manifest = _read_json(copy / _MANIFEST)
+    try:
+        return manifest is not None and manifest.get("files") == _facts(copy)
+    except OSError:  # another process is just taking a damaged copy away
+        return False
+
+
+def _facts(folder: Path) -> dict[str, list[Any]]:
+    """Size and sha256 of each file; of weights the size only, since they would take too long."""
+    facts: dict[str, list[Any]] = {}
+    for path in sorted(folder.iterdir()):
+        if path.name != _MANIFEST:
+            weights = path.suffix == ".safetensors"
+            digest = None if weights else hashlib.sha256(path.read_bytes()).hexdigest()
+            facts[path.name] = [path.stat().st_size, digest]
+    return facts
+
+
+@contextmanager
+def _locked(copy: Path) -> Iterator[None]:
+    """Hold the lock of a copy, between processes."""
+    from filelock import FileLock, Timeout
+
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{copy}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        _log.info("waiting for another process that converts the same GGUF file")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":
+        return  # Windows cannot open folders
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file, or None where there is none."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None

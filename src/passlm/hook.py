@@ -1,0 +1,540 @@
+"""PaSS inside transformers: a callable for `model.generate(..., custom_generate=...)`.
+
+Transformers prepares ids, processors and stopping criteria and then calls it in the place of its
+own sampling loop. Here that loop's bookkeeping is repeated token by token, and what cannot be
+honoured is refused; the passes themselves are left to `decode.py`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PrefixConstrainedLogitsProcessor,
+    PreTrainedModel,
+    StoppingCriteriaList,
+    SynthIDTextWatermarkLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.stopping_criteria import EosTokenCriteria
+from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from passlm import lookahead as lookahead_files
+from passlm.decode import Decoder, Request, Row
+from passlm.errors import InputError
+from passlm.lookahead import LookAhead, LookAheadError
+from passlm.params import Draft, Judge, ParameterError, SamplingParams
+from passlm.plan import Strategy, strategy
+from passlm.sampling import TokenDistribution
+from passlm.target import Target
+
+LOOK_AHEAD_TOKENS = 4  # rows a group has where nothing else is asked for and there are as many
+
+_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+_REFUSED_OPTIONS = {
+    "output_attentions": "a pass over look-ahead rows has other ones",
+    "output_hidden_states": "a pass over look-ahead rows has other ones",
+    "prefill_chunk_size": "prompts are prefilled in chunks anyway",
+    "compile_config": "PaSS calls the model as it is",
+}
+_STATEFUL_PROCESSORS = (
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+    SynthIDTextWatermarkLogitsProcessor,
+)
+_MODEL_INPUTS = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep")
+_GENERATE = inspect.unwrap(GenerationMixin.generate).__code__
+
+_log = logging.getLogger(__name__)
+
+
+class GenerateError(InputError):
+    """Something asked of transformers' `generate` that PaSS cannot do; one line."""
+
+
+def custom_generate(
+    *,
+    lookahead: str | Path | LookAhead | None = None,
+    method: str = "two-pass",
+    lookahead_tokens: int | None = None,
+    judge: Judge = "coupled",
+    draft: Draft = "greedy",
+    seed: int | None = None,
+) -> CustomGenerate:
+    """PaSS for transformers: `model.generate(..., custom_generate=passlm.custom_generate())`.
+
+    The result is `generate`'s own: greedy text token for token, sampled text of the same
+    distribution. Left-padded batches, processors, stopping criteria, `num_return_sequences`,
+    `streamer` and `return_dict_in_generate` work as they do there, with these differences:
+
+    - Transformers takes no `stop_strings` beside a callable: give
+      `stopping_criteria=[StopStringCriteria(tokenizer, [...])]`, which does the same.
+    - Processors must be functions of their arguments, and treat the batch's rows apart.
+    - A text ends, with a warning, where the model's context does.
+    - Of `output_scores` and `output_logits`, rows that hold padding give it with certainty.
+      `past_key_values` of the result is None.
+
+    Args:
+        lookahead: a folder, the name of shipped files, a hub id, or look-ahead rows in memory;
+            None takes what ships for the model.
+        method: `two-pass`, `one-pass`, or `ar` for plain decoding without look-ahead files.
+        lookahead_tokens: length of the look-ahead groups; None takes up to 4.
+        judge: `coupled` or `rejection`.
+        draft: `greedy` or `sampled`.
+        seed: of all draws; None draws one from torch's global generator when sampling, so that
+            `torch.manual_seed` and `transformers.set_seed` make the text reproducible. Every row
+            of a batch gets a seed of its own from it.
+
+    Returns:
+        The callable; it may be kept for further calls and other models, and loads the look-ahead
+        files once for each model.
+
+    Raises:
+        InputError: an argument is outside its range.
+    """
+    strategy(method, 1)  # refuses an unknown name now and not in the middle of `generate`
+    sampling = SamplingParams(judge=judge, draft=draft, seed=seed)
+    return CustomGenerate(lookahead, method, lookahead_tokens, sampling)
+
+
+@dataclass(frozen=True, eq=False)
+class CustomGenerate:
+    """What `custom_generate` gives; see there for the fields."""
+
+    lookahead: str | Path | LookAhead | None
+    method: str
+    lookahead_tokens: int | None
+    sampling: SamplingParams
+    _loaded: WeakKeyDictionary[PreTrainedModel, LookAhead] = field(
+        default_factory=WeakKeyDictionary, init=False, repr=False
+    )
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool | None = None,
+        streamer: BaseStreamer | None = None,
+        **model_kwargs: Any,
+    ) -> GenerateDecoderOnlyOutput | Tensor:
+        """Decode what transformers' `generate` has prepared; it is the one that calls this.
+
+        Raises:
+            UnsupportedModelError: the model cannot be decoded by plans.
+            GenerateError: an option of `generate` cannot be honoured.
+            LookAheadError: the look-ahead files are missing, damaged or made for another model.
+            PromptError: a prompt is empty or longer than the model's context.
+        """
+        target = Target(model)
+        handed_on = {"synced_gpus": synced_gpus, "streamer": streamer}
+        given = _withheld(model) | {k: v for k, v in handed_on.items() if v is not None}
+        _refuse(generation_config, logits_processor, given, model_kwargs)
+        call = _Call(
+            input_ids,
+            _seen(input_ids, model_kwargs),
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            given.get("streamer"),
+        )
+        call.check_padding(target.context)
+        look_ahead = self._look_ahead(target)
+        plans = self._strategy(look_ahead)
+        decoder = Decoder(target, None if look_ahead is None else look_ahead.inputs(target))
+        rows = [decoder.join(request) for request in call.requests(plans, self.sampling)]
+        return _Loop(call, decoder, rows).run()
+
+    def _look_ahead(self, target: Target) -> LookAhead | None:
+        if self.method == "ar":
+            return None
+        if target.model not in self._loaded:
+            self._loaded[target.model] = _load(self.lookahead, target)
+        return self._loaded[target.model]
+
+    def _strategy(self, look_ahead: LookAhead | None) -> Strategy:
+        if look_ahead is None:
+            return strategy(self.method, 0)
+        tokens = self.lookahead_tokens
+        if tokens is None:
+            tokens = min(LOOK_AHEAD_TOKENS, look_ahead.tokens)
+        if not 1 <= tokens <= look_ahead.tokens:
+            raise ParameterError(
+                f"lookahead_tokens is {tokens}: these look-ahead files have rows for 1 to "
+                f"{look_ahead.tokens}"
+            )
+        return strategy(self.method, tokens)
+
+
+def _load(wanted: str | Path | LookAhead | None, target: Target) -> LookAhead:
+    """Look-ahead rows that fit the target."""
+    if isinstance(wanted, LookAhead):
+        wanted.check(target)
+        return wanted
+    if wanted is None:
+        folder = next(iter(lookahead_files.shipped(target).values()), None)
+    else:
+        folder = lookahead_files.locate(str(wanted), target)
+    if folder is None:
+        raise LookAheadError(
+            "no look-ahead files ship for this model: name some as lookahead=..., train some "
+            "with 'passlm train', or take method='ar'"
+        )
+    rows = lookahead_files.load(folder)
+    rows.check(target)
+    return rows
+
+
+def _seeds(seed: int | None, rows: int) -> list[int]:
+    """A seed for each row: the first has the given one, the others are hashed from it."""
+    first = int(torch.randint(2**63 - 1, ())) if seed is None else seed
+    others = [np.random.SeedSequence([first, row]) for row in range(1, rows)]
+    return [first, *(int(other.generate_state(1, np.uint64)[0]) for other in others)]
+
+
+def _withheld(model: PreTrainedModel) -> dict[str, Any]:
+    """What the `generate` call under way was given and does not hand on to a callable.
+
+    Transformers 5 takes `streamer`, `synced_gpus` and `assistant_model` beside a callable and
+    then drops them: whoever reads the streamer would wait for ever. They are read from the frame
+    of the call, the one place where they are.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is _GENERATE and frame.f_locals["self"] is model:
+            names = ("streamer", "synced_gpus", "assistant_model")
+            return {name: frame.f_locals[name] for name in names}
+        frame = frame.f_back
+    return {}
+
+
+def _refuse(
+    config: GenerationConfig,
+    processors: LogitsProcessorList,
+    given: Mapping[str, Any],
+    model_kwargs: Mapping[str, Any],
+) -> None:
+    complaints = chain(
+        _mode_complaints(config, given),
+        _cache_complaints(config, model_kwargs),
+        _input_complaints(processors, model_kwargs),
+    )
+    complaint = next(complaints, None)
+    if complaint is not None:
+        raise GenerateError(complaint)
+
+
+def _mode_complaints(config: GenerationConfig, given: Mapping[str, Any]) -> Iterator[str]:
+    mode = config.get_generation_mode(given.get("assistant_model"))
+    if mode not in _MODES:
+        yield (
+            f"generate was asked for {mode.value.replace('_', ' ')}: PaSS decodes by greedy search "
+            "or sampling, so leave out what asks for more (num_beams, assistant_model, ...)"
+        )
+    if given.get("synced_gpus"):
+        yield "generate was given synced_gpus: PaSS decodes on one process, so leave it out"
+    for name, reason in _REFUSED_OPTIONS.items():
+        if getattr(config, name, None):
+            yield f"generate was given {name}, and with PaSS {reason}: leave it out"
+
+
+def _cache_complaints(config: GenerationConfig, model_kwargs: Mapping[str, Any]) -> Iterator[str]:
+    if config.cache_implementation not in (None, "dynamic"):
+        yield (
+            f"generate was given cache_implementation={config.cache_implementation!r}: PaSS needs "
+            "a cache of its own, so leave it out"
+        )
+    if not model_kwargs.get("use_cache", True):
+        yield "generate was given use_cache=False: PaSS needs its cache, so leave it out"
+    cache = model_kwargs.get("past_key_values")
+    # An empty one is prepared by `generate` itself. A user's own would be expected to be filled.
+    if cache is not None and (getattr(cache, "_is_user_defined", False) or cache.get_seq_length()):
+        yield (
+            "generate was given past_key_values: PaSS can neither continue nor fill a cache that "
+            "is not its own, so give the whole text as input_ids and leave it out"
+        )
+
+
+def _input_complaints(
+    processors: LogitsProcessorList, model_kwargs: Mapping[str, Any]
+) -> Iterator[str]:
+    for name, value in model_kwargs.items():
+        if value is not None and name not in _MODEL_INPUTS:
+            yield f"generate was given {name}: PaSS takes text as input_ids alone, so leave it out"
+    for processor in processors:
+        if isinstance(processor, _STATEFUL_PROCESSORS):
+            yield (
+                f"{type(processor).__name__} keeps a state from token to token, which refused "
+                "candidates would spoil: leave out the option or processor that asks for it"
+            )
+
+
+def _seen(ids: Tensor, model_kwargs: Mapping[str, Any]) -> Tensor:
+    """Which ids are text and not padding, `[B, P]` bool; padding is on the left alone."""
+    mask = model_kwargs.get("attention_mask")  # `generate` drops one without padding
+    seen = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(ids.device) != 0
+    if bool((seen[:, :-1] & ~seen[:, 1:]).any()):
+        raise GenerateError(
+            "attention_mask hides ids behind the beginning of a prompt: pad on the left, with "
+            "tokenizer.padding_side='left', and hide nothing else"
+        )
+    positions = model_kwargs.get("position_ids")
+    counted = seen.long().cumsum(-1) - 1
+    if positions is not None and bool(((positions.to(ids.device) != counted) & seen).any()):
+        raise GenerateError(
+            "generate was given position_ids that do not count each prompt from 0: leave them out"
+        )
+    return seen
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What one call of `generate` has prepared.
+
+    Attributes:
+        ids: the prompts, padded on the left, `[B, P]`.
+        seen: False for padding, `[B, P]` bool.
+        processors: for the whole batch, warpers included.
+        criteria: when a row is finished.
+        config: every option, prepared.
+        streamer: gets each token.
+    """
+
+    ids: Tensor
+    seen: Tensor
+    processors: LogitsProcessorList
+    criteria: StoppingCriteriaList
+    config: GenerationConfig
+    streamer: BaseStreamer | None
+
+    @property
+    def room(self) -> int:
+        """How many tokens each row may write."""
+        limit = self.criteria.max_length  # a user's own criterion replaces the configuration's
+        length = self.config.max_length if limit is None else limit
+        return max(1, int(length) - self.ids.shape[1])  # the criteria are asked after a token
+
+    @property
+    def pads(self) -> bool:
+        """Whether finished rows get padding; as in `_sample`, they go on to write otherwise."""
+        return any(hasattr(criterion, "eos_token_id") for criterion in self.criteria)
+
+    @property
+    def pad(self) -> int | None:
+        """The padding token, if there is one."""
+        token = self.config._pad_token_tensor
+        return None if token is None else int(token)
+
+    @property
+    def eos(self) -> frozenset[int]:
+        """Ids that surely finish a row, so that its decoding may end with them."""
+        criteria = [c for c in self.criteria if isinstance(c, EosTokenCriteria)]
+        return frozenset(token for c in criteria for token in c.eos_token_id.flatten().tolist())
+
+    @property
+    def keeps(self) -> list[str]:
+        """Which of `scores` and `logits` are wanted beside the ids."""
+        if not self.config.return_dict_in_generate:
+            return []
+        return [kind for kind in ("scores", "logits") if getattr(self.config, f"output_{kind}")]
+
+    def check_padding(self, context: int | None) -> None:
+        """Make sure that there is a padding token where one may be needed."""
+        longest = int(self.seen.sum(-1).max()) + self.room
+        unequal = self.pads or (context is not None and longest > context)
+        if self.pad is None and unequal and len(self.ids) > 1:
+            raise GenerateError(
+                "rows of this batch may end at different lengths and there is no padding token: "
+                "give generate a pad_token_id"
+            )
+
+    def requests(self, plans: Strategy, sampling: SamplingParams) -> list[Request]:
+        """Each row's text, for the decoder."""
+        greedy = not self.config.do_sample
+        seeds = [0] * len(self.ids) if greedy else _seeds(sampling.seed, len(self.ids))
+        kind = _Recording if self.keeps else TokenDistribution
+        return [
+            Request(
+                prompt=self.ids[row][self.seen[row]].tolist(),
+                max_new_tokens=self.room,
+                distribution=kind(self._processors(row), greedy),
+                eos=self.eos,
+                strategy=plans,
+                seed=seed,
+                judge=sampling.judge,
+                draft=sampling.draft,
+            )
+            for row, seed in enumerate(seeds)
+        ]
+
+    def _processors(self, row: int) -> LogitsProcessorList:
+        """The prepared processors, each as it is for one row of the batch."""
+        padding = self.ids[row][~self.seen[row]][None]
+        chosen = LogitsProcessorList()
+        for one in self.processors:
+            reads_ids = TokenDistribution(LogitsProcessorList([one]), greedy=True).reads_history
+            chosen.append(_InBatch(one, padding, row, len(self.ids)) if reads_ids else one)
+        return chosen
+
+
+class _InBatch(LogitsProcessor):
+    """Shows a processor one row's ids as `generate` would: padded, and at its place in the batch.
+
+    Args:
+        processor: the one that `generate` prepared for all rows.
+        padding: the ids before the row's prompt, `[1, N]`.
+        row: the row's place.
+        size: number of rows; a processor may hold something for each of them.
+    """
+
+    def __init__(self, processor: Any, padding: Tensor, row: int, size: int) -> None:
+        self.processor = processor
+        self.padding = padding
+        self.row = row
+        self.size = size
+        if isinstance(processor, PrefixConstrainedLogitsProcessor):
+            # It would ask about the other places too, where this row's ids make no sense.
+            allowed = processor._prefix_allowed_tokens_fn
+            self.processor = PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row, ids), 1)
+            self.row, self.size = 0, 1
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Processed scores, `[1, V]`, of a text `[1, T]`."""
+        ids = torch.cat([self.padding, input_ids.to(self.padding.device)], dim=1)
+        shown = scores.to(self.padding.device).repeat(self.size, 1)
+        processed: Tensor = self.processor(ids.repeat(self.size, 1), shown)
+        return processed[self.row : self.row + 1].to(scores.device)
+
+
+class _Recording(TokenDistribution):
+    """Keeps the `logits` of each position as they came and the processed `scores`, `[V]` each.
+
+    A draft writes ahead of the settled text and a later pass over it: what stands at a settled
+    position was written by the pass that settled it.
+    """
+
+    def __init__(self, processors: LogitsProcessorList, greedy: bool) -> None:
+        super().__init__(processors, greedy)
+        self.at: dict[int, dict[str, Tensor]] = {}
+
+    def _processed(self, scores: Tensor, history: Sequence[int], tail: Sequence[int]) -> Tensor:
+        came = scores.clone()  # a processor may write into what it is given
+        processed = super()._processed(scores, history, tail)
+        for row in range(len(scores)):
+            self.at[len(history) + row] = {"logits": came[row], "scores": processed[row]}
+        return processed
+
+
+class _Loop:
+    """The loop of transformers' `_sample`, fed by a decoder whose rows may run ahead of it.
+
+    A token counts once every row has come so far: then the criteria look at the batch's ids, once
+    and in order, as they do in `generate`, and the streamer gets the tokens.
+    """
+
+    def __init__(self, call: _Call, decoder: Decoder, rows: Sequence[Row]) -> None:
+        self.call = call
+        self.decoder = decoder
+        self.rows = rows
+        self.ids = call.ids
+        self.written = 0
+        self.unfinished = [True] * len(rows)
+        self.kept: dict[str, tuple[Tensor, ...]] = {kind: () for kind in call.keeps}
+
+    def run(self) -> GenerateDecoderOnlyOutput | Tensor:
+        """Write tokens until every row is finished; gives what `generate` returns."""
+        while any(self.unfinished):
+            while any(self._next(row) is None for row in self.decoder.rows):
+                self.decoder.step()
+            self._write()
+        if self.call.streamer is not None:
+            self.call.streamer.end()  # type: ignore[no-untyped-call]
+        if not self.call.config.return_dict_in_generate:
+            return self.ids
+        return GenerateDecoderOnlyOutput(
+            sequences=self.ids,  # type: ignore[arg-type]
+            **self.kept,  # type: ignore[arg-type]
+        )
+
+    def _place(self, row: Row) -> int:
+        """Where in the row's text the next token to write stands."""
+        return len(row.request.prompt) + self.written
+
+    def _next(self, row: Row) -> int | None:
+        """The row's next token to write, once it is settled."""
+        place = self._place(row)
+        return row.tokens[place] if place < len(row.tokens) else None
+
+    def _write(self) -> None:
+        """One more token for every row, then the criteria, then the streamer."""
+        tokens = [
+            self._next(row) if unfinished or not self.call.pads else None
+            for row, unfinished in zip(self.rows, self.unfinished, strict=True)
+        ]
+        if self.kept:
+            self._record([token is not None for token in tokens])
+        padded = [self.call.pad if token is None else token for token in tokens]
+        column = torch.tensor(padded, dtype=self.ids.dtype, device=self.ids.device)
+        self.ids = torch.cat([self.ids, column[:, None]], dim=1)
+        self.written += 1
+        done = self.call.criteria(self.ids, self.kept.get("scores"))
+        self._finish(done.tolist())
+        if self.call.streamer is not None:
+            self.call.streamer.put(column.cpu())  # type: ignore[no-untyped-call]
+
+    def _finish(self, done: Sequence[bool]) -> None:
+        """Mark the rows that are done; those that get padding from now on leave the decoder."""
+        for index, row in enumerate(self.rows):
+            self.unfinished[index] &= not done[index]
+            used_up = row.room == 0 and self._next(row) is None
+            if self.unfinished[index] and used_up:
+                self.unfinished[index] = False
+                _log.warning(
+                    "row %d of the batch ends at the model's context of %s tokens, before "
+                    "anything else stopped it",
+                    index,
+                    self.decoder.target.context,
+                )
+        if self.call.pads:
+            pairs = zip(self.rows, self.unfinished, strict=True)
+            self.decoder.leave([row for row, unfinished in pairs if not unfinished])
+
+    def _record(self, own: Sequence[bool]) -> None:
+        """Keep what the next tokens are chosen from, `[B, V]`.
+
+        Args:
+            own: whether each row writes a token of its own, and not padding.
+        """
+        taken = [
+            self._recording(row).at.pop(self._place(row)) if wanted else None
+            for row, wanted in zip(self.rows, own, strict=True)
+        ]
+        some = next(record for record in taken if record is not None)
+        for kind in self.kept:
+            padding = torch.full_like(some[kind], -torch.inf)
+            if self.call.pad is not None:
+                padding[self.call.pad] = 0.0
+            rows = [padding if record is None else record[kind] for record in taken]
+            self.kept[kind] += (torch.stack(rows).to(self.ids.device),)
+
+    def _recording(self, row: Row) -> _Recording:
+        recording = row.request.distribution
+        assert isinstance(recording, _Recording), "scores are wanted, but were not recorded"
+        return recording

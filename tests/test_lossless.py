@@ -1,0 +1,383 @@
+"""Every way of decoding gives plain decoding's text, token for token, and plain decoding is
+transformers' own.
+
+False alarms: the models and seeds are fixed, so a test that passes once passes again. On another
+machine a text can only flip where two of its best logits lie within float32's rounding, about
+1e-6; `test_plain_decoding_is_generate` makes sure that they lie further apart than 1e-4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import pytest
+import tiny
+import torch
+from tiny import (
+    ARCHITECTURES,
+    GREEDY,
+    MORE_ARCHITECTURES,
+    NEW_TOKENS,
+    PROMPT_LENGTHS,
+    Rig,
+    Run,
+    requests_for,
+    run,
+)
+
+from passlm.decode import Decoder, PromptError, Request, Row
+from passlm.params import Draft, Judge, SamplingParams
+from passlm.plan import OnePass, Plan, Strategy, TwoPass, strategy
+from passlm.target import Target
+
+LONGEST = 6
+DRAFTING = ("two-pass", "one-pass")
+LOOK_AHEADS = (1, 3, LONGEST)
+DRAFTS: tuple[Draft, ...] = ("greedy", "sampled")
+TEMPERED = SamplingParams(temperature=0.8, top_k=10, seed=17)
+PENALISED = SamplingParams(temperature=0.9, top_k=12, repetition_penalty=1.3, seed=23)
+SAMPLED_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Case:
+    """A target with four prompts of different lengths and what plain decoding makes of them."""
+
+    target: Target
+
+    @cached_property
+    def prompts(self) -> list[list[int]]:
+        return [tiny.prompt(length) for length in PROMPT_LENGTHS]
+
+    @cached_property
+    def look_ahead(self) -> torch.Tensor:
+        return tiny.look_ahead_rows(self.target, LONGEST)
+
+    @cached_property
+    def greedy(self) -> list[list[int]]:
+        return self.plain(GREEDY)
+
+    @cached_property
+    def tempered(self) -> list[list[int]]:
+        return self.plain(TEMPERED, SAMPLED_TOKENS)
+
+    def plain(self, sampling: SamplingParams, new: int = NEW_TOKENS) -> list[list[int]]:
+        """Each prompt continued, one token a pass."""
+        return self.run(requests_for(self.prompts, sampling=sampling, new=new)).texts
+
+    def run(self, asked: Sequence[Request], rig: Rig | None = None) -> Run:
+        """Decode in one batch."""
+        return run(self.target, asked, self.look_ahead, rig)
+
+    def check(
+        self,
+        plan: Strategy,
+        sampling: SamplingParams,
+        truth: list[list[int]],
+        rigged: bool,
+        alone: Sequence[int] = (),
+    ) -> set[int]:
+        """Decode some prompts alone and all in a batch; give the accepted lengths that occurred."""
+        rig = Rig(self.prompts, truth) if rigged else None
+        asked = requests_for(self.prompts, plan, sampling, len(truth[0]))
+        judged = max(plan(0, NEW_TOKENS).groups)
+        occurred: set[int] = set()
+        for index in alone:
+            single = self.run([asked[index]], rig)
+            assert single.texts[0] == truth[index], f"prompt {index} alone, rigged: {rigged}"
+            occurred |= single.accepted(judged)
+        batch = self.run(asked, rig)
+        assert batch.texts == truth, f"in a batch, rigged: {rigged}"
+        return occurred | batch.accepted(judged)
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def case(request: pytest.FixtureRequest, tiny_target: Callable[[str], Target]) -> Case:
+    return Case(tiny_target(request.param))
+
+
+@pytest.fixture(scope="module", params=MORE_ARCHITECTURES)
+def further_case(request: pytest.FixtureRequest, tiny_target: Callable[[str], Target]) -> Case:
+    return Case(tiny_target(request.param))
+
+
+@pytest.fixture(scope="module", params=["gemma3", "gpt2"])
+def some_case(request: pytest.FixtureRequest, tiny_target: Callable[[str], Target]) -> Case:
+    return Case(tiny_target(request.param))
+
+
+@pytest.fixture(scope="module")
+def llama_case(llama: Target) -> Case:
+    return Case(llama)
+
+
+def check_plain(case: Case) -> None:
+    """Plain decoding is `generate`, of a text that would show a difference."""
+    expected = [tiny.generate(case.target.model, tokens, NEW_TOKENS) for tokens in case.prompts]
+    texts = [text for text, _ in expected]
+    assert case.greedy == texts
+    assert case.run(requests_for(case.prompts[3:])).texts == texts[3:]
+    assert min(len(set(text)) for text in texts) >= 12
+    assert len(set(map(tuple, texts))) == len(texts)
+    assert min(margin for _, margin in expected) > 1e-4
+
+
+# The whole matrix of architectures
+
+
+def test_plain_decoding_is_generate(case: Case) -> None:
+    """Catches a wrong mask, window, position or cache slot that all our own ways share, and a
+    comparison that means nothing: constant text, or logits so close that rounding decides."""
+    check_plain(case)
+
+
+@pytest.mark.parametrize("look_ahead", LOOK_AHEADS)
+@pytest.mark.parametrize("method", DRAFTING)
+def test_accepted_drafts_change_nothing(case: Case, method: str, look_ahead: int) -> None:
+    """Catches candidates judged by the wrong row, refused ones left in the cache, accepted ones
+    lost from it, and rows of a batch written to each other's slots: all accepted lengths occur."""
+    one_prompt = (look_ahead % len(PROMPT_LENGTHS),)
+    plan = strategy(method, look_ahead)
+    occurred = case.check(plan, GREEDY, case.greedy, rigged=True, alone=one_prompt)
+    assert occurred == set(range(look_ahead + 1))
+
+
+def test_random_drafts_change_nothing(case: Case) -> None:
+    """Catches real rows that see look-ahead rows, and look-ahead rows left in the cache: with
+    random embeddings nearly every candidate is refused."""
+    plans = [strategy(method, rows) for method in DRAFTING for rows in LOOK_AHEADS]
+    asked = [
+        Request.of(case.prompts[index % 4], GREEDY, NEW_TOKENS, plan)
+        for index, plan in enumerate(plans)
+    ]
+    assert case.run(asked).texts == [case.greedy[index % 4] for index in range(len(plans))]
+    for index in (2, 3):
+        assert case.run(asked[index : index + 1]).texts == [case.greedy[index % 4]]
+
+
+@pytest.mark.parametrize("draft", DRAFTS)
+@pytest.mark.parametrize("method", DRAFTING)
+def test_coupled_sampling_is_plain_sampling(case: Case, method: str, draft: Draft) -> None:
+    """Catches noise that depends on the pass, the plan or the batch instead of the position."""
+    plan, sampling = strategy(method, 3), replace(TEMPERED, draft=draft)
+    case.check(plan, sampling, case.tempered, rigged=True, alone=(DRAFTS.index(draft),))
+    case.check(plan, sampling, case.tempered, rigged=False)
+
+
+def test_further_architectures(further_case: Case) -> None:
+    """Catches what is particular to an architecture that goes through the same code as those of
+    the matrix: parallel residuals, partial rotation, scaled logits, a window in some layers."""
+    check_plain(further_case)
+    for method in DRAFTING:
+        plan = strategy(method, 3)
+        occurred = further_case.check(plan, GREEDY, further_case.greedy, rigged=True, alone=(2,))
+        assert occurred == {0, 1, 2, 3}
+    further_case.check(OnePass(2), TEMPERED, further_case.tempered, rigged=True)
+
+
+# What one or a few architectures show
+
+
+@pytest.mark.parametrize("method", DRAFTING)
+def test_every_prompt_alone(llama_case: Case, method: str) -> None:
+    """Catches what the matrix leaves out: each prompt alone, with drafts right and random."""
+    plan = strategy(method, 3)
+    for rigged in (True, False):
+        everyone = range(len(PROMPT_LENGTHS))
+        llama_case.check(plan, GREEDY, llama_case.greedy, rigged, alone=everyone)
+
+
+@pytest.mark.parametrize("draft", DRAFTS)
+@pytest.mark.parametrize("method", DRAFTING)
+def test_repetition_penalty_sees_the_true_history(
+    llama_case: Case, method: str, draft: Draft
+) -> None:
+    """Catches a processor that reads a history without the candidates before its row, or with
+    refused ones; greedy too, since the penalty moves the best token."""
+    plan = strategy(method, 3)
+    for sampling in (replace(PENALISED, draft=draft), replace(PENALISED, temperature=0.0)):
+        truth = llama_case.plain(sampling, SAMPLED_TOKENS)
+        assert truth[3] not in (llama_case.tempered[3], llama_case.greedy[3][:SAMPLED_TOKENS])
+        llama_case.check(plan, sampling, truth, rigged=False)
+        occurred = llama_case.check(plan, sampling, truth, rigged=True, alone=(2,))
+        assert occurred == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("draft", DRAFTS)
+@pytest.mark.parametrize("method", DRAFTING)
+def test_rejection_is_the_same_alone_and_in_a_batch(
+    llama_case: Case, method: str, draft: Draft
+) -> None:
+    """Catches draws of the rejection judge that depend on the batch. Its text depends on the
+    plan, so plain decoding is no measure; that it has the right distribution is shown elsewhere."""
+    sampling = replace(TEMPERED, judge="rejection", draft=draft)
+    asked = requests_for(llama_case.prompts, strategy(method, 3), sampling, SAMPLED_TOKENS)
+    for rig in (None, Rig(llama_case.prompts, llama_case.tempered)):
+        batch = llama_case.run(asked, rig)
+        for request, text in zip(asked, batch.texts, strict=True):
+            assert llama_case.run([request], rig).texts == [text]
+        assert {0, 1} <= batch.accepted(3)
+
+
+def mixed(candidates: int, longest_group: int) -> Plan:
+    """Groups of unequal length, none on some rows: the mixed strategy of the method."""
+    lengths = [(2 * row) % 5 for row in range(1 + candidates)]
+    return Plan(candidates, tuple(min(length, longest_group) for length in lengths[::-1]))
+
+
+def frugal(candidates: int, longest_group: int) -> Plan:
+    """Drafts four and verifies at most two of them."""
+    return Plan(min(candidates, 2), (min(4, longest_group),) * (1 + min(candidates, 2)))
+
+
+@pytest.mark.parametrize("plan", [mixed, frugal])
+def test_any_strategy_gives_the_text(some_case: Case, plan: Strategy) -> None:
+    """Catches a group taken from the wrong rows where groups have unequal lengths, and a strategy
+    that verifies fewer candidates than there are."""
+    for rigged in (False, True):
+        some_case.check(plan, GREEDY, some_case.greedy, rigged, alone=(0,))
+        some_case.check(plan, TEMPERED, some_case.tempered, rigged, alone=(3,))
+
+
+def _mixed_requests(prompts: Sequence[Sequence[int]]) -> list[Request]:
+    """Eight texts that differ in all that a request can say."""
+    first, second, third, fourth = prompts
+    rejection: Judge = "rejection"
+    return [
+        Request.of(first, GREEDY, 40, OnePass(3)),
+        Request.of(second, TEMPERED, 25, TwoPass(6)),
+        Request.of(third, GREEDY, 33),
+        Request.of(fourth, replace(TEMPERED, judge=rejection), 50, OnePass(2)),
+        Request.of(first, PENALISED, 17, OnePass(6)),
+        Request.of(second, replace(PENALISED, judge=rejection, draft="sampled"), 60, TwoPass(3)),
+        Request.of(third, replace(TEMPERED, draft="sampled", seed=5), 1, OnePass(4)),
+        Request.of(fourth, GREEDY, 2, mixed),
+    ]
+
+
+@pytest.mark.parametrize("rigged", [False, True])
+def test_unlike_rows_share_a_batch(some_case: Case, rigged: bool) -> None:
+    """Catches a plan, a mask, a seed or a length of one row that reaches another one."""
+    asked = _mixed_requests(some_case.prompts)
+    rig = Rig(some_case.prompts, some_case.greedy) if rigged else None
+    batch = some_case.run(asked, rig)
+    alone = [some_case.run([one], rig).texts[0] for one in asked]
+    assert batch.texts == alone
+    assert [len(text) for text in batch.texts] == [one.max_new_tokens for one in asked]
+
+
+@pytest.mark.parametrize("rigged", [False, True])
+def test_rows_join_and_leave_between_steps(some_case: Case, rigged: bool) -> None:
+    """Catches a batch row whose cache, length or candidates move to another text when a third
+    one joins late, leaves half-way, or ends."""
+    asked = _mixed_requests(some_case.prompts)
+    rig = Rig(some_case.prompts, some_case.greedy) if rigged else None
+    alone = [some_case.run([one], rig).texts[0] for one in asked]
+    decoder = Decoder(some_case.target, some_case.look_ahead)
+    rows: list[Row] = []
+    left = {3: 0, 8: 3, 11: 5}  # at this step, this row leaves
+    step = 0
+    while decoder.rows or len(rows) < len(asked):
+        if step % 2 == 0 and len(rows) < len(asked):
+            rows.append(decoder.join(asked[len(rows)]))
+        if step in left:
+            decoder.leave([rows[left[step]]])
+        tiny.advance(decoder, rig)
+        step += 1
+    for index, (row, text) in enumerate(zip(rows, alone, strict=True)):
+        written = row.tokens[len(row.request.prompt) :]
+        whole = text[: len(written)] if index in left.values() else text
+        assert written == whole, f"row {index}"
+    assert 0 < len(rows[0].tokens) - len(asked[0].prompt) < asked[0].max_new_tokens
+
+
+def test_steps_are_what_settles(llama_case: Case) -> None:
+    """Catches a step that reports other tokens than those that settled: the stream would differ
+    from the text."""
+    case = llama_case
+    decoder = Decoder(case.target, case.look_ahead)
+    row = decoder.join(Request.of(case.prompts[2], GREEDY, 30, OnePass(3)))
+    told: list[int] = []
+    reasons = []
+    rig = Rig(case.prompts, case.greedy)
+    while decoder.rows:
+        ((_, step),) = tiny.advance(decoder, rig)
+        assert step.accepted <= min(step.judged, len(step.tokens))
+        told += step.tokens
+        reasons.append(step.finish_reason)
+        assert row.tokens == [*case.prompts[2], *told]
+    assert told == case.greedy[2][:30]
+    assert reasons == [None] * (len(reasons) - 1) + ["length"]
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
+def test_prompt_in_chunks_and_capacity_in_blocks(
+    name: str, tiny_target: Callable[[str], Target], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a chunk that does not see the chunks before it, and slots lost or mixed up where
+    the capacity grows, alone and with a batch that grows to a newcomer's capacity."""
+    target = tiny_target(name)
+    prompts = [tiny.prompt(100), tiny.prompt(9)]
+    truth = [tiny.generate(target.model, tokens, 40)[0] for tokens in prompts]
+    monkeypatch.setattr("passlm.target.PREFILL_CHUNK", 7)
+    monkeypatch.setattr("passlm.cache.BLOCK", 16)
+    look_ahead = tiny.look_ahead_rows(target, 3)
+    for asked in (requests_for(prompts, new=40), requests_for(prompts, OnePass(3), new=40)):
+        for rig in (None, Rig(prompts, truth)):
+            assert run(target, asked, look_ahead, rig).texts == truth
+            assert run(target, asked[::-1], look_ahead, rig).texts == truth[::-1]
+            assert run(target, asked[:1], look_ahead, rig).texts == truth[:1]
+
+
+def test_text_across_a_block_of_the_real_size(llama: Target) -> None:
+    """Catches a capacity that does not grow in time at its true block size."""
+    prompts = [tiny.prompt(100)]
+    truth = [tiny.generate(llama.model, prompts[0], 60)[0]]
+    asked = requests_for(prompts, OnePass(6), new=60)
+    rig = Rig(prompts, truth)
+    assert run(llama, asked, tiny.look_ahead_rows(llama, 6), rig).texts == truth
+
+
+@pytest.mark.parametrize("method", ["ar", *DRAFTING])
+@pytest.mark.parametrize("name", ["gpt2", "opt", "llama"])
+def test_decoding_to_the_last_position(name: str, method: str) -> None:
+    """Catches look-ahead rows beyond the last learned position, which are an index error, and a
+    text that ends before the context does, or without saying why."""
+    context = 40
+    size = "n_positions" if name == "gpt2" else "max_position_embeddings"
+    target = Target(ARCHITECTURES[name].build(**{size: context}))
+    prompts = [tiny.prompt(length) for length in (11, 36, context - 1)]
+    truth = [tiny.generate(target.model, p, context - len(p))[0] for p in prompts]
+    look_ahead = tiny.look_ahead_rows(target, LONGEST)
+    asked = requests_for(prompts, strategy(method, LONGEST), new=100)
+    for rig in (None, Rig(prompts, truth)):
+        batch = run(target, asked, look_ahead, rig)
+        assert batch.texts == truth
+        assert [row[-1].finish_reason for row in batch.steps] == ["context"] * 3
+        alone = run(target, asked[:1], look_ahead, rig)
+        assert alone.texts == truth[:1]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ([], "empty"),
+        ([1, 64], "64"),
+        ([1, -1], "-1"),
+        (tiny.prompt(tiny.CONTEXT), "256"),
+        (tiny.prompt(tiny.CONTEXT + 1), "257"),
+    ],
+)
+def test_prompts_that_cannot_be_decoded(llama: Target, prompt: list[int], said: str) -> None:
+    """Catches an index error or a wrapped-around id where a one-line message is due, and a batch
+    that is changed by a prompt it refused."""
+    decoder = Decoder(llama)
+    with pytest.raises(PromptError, match=said):
+        decoder.join(Request.of(prompt, GREEDY, 8))
+    assert not decoder.rows
+    row = decoder.join(Request.of(tiny.prompt(5), GREEDY, 8))
+    while decoder.rows:
+        decoder.step()
+    assert row.tokens[5:] == tiny.generate(llama.model, tiny.prompt(5), 8)[0]
