@@ -10,5 +10,5 @@ python recipes/fetch_text.py "$text"
 exec passlm train --model smollm2-135m \
     --data "$text"/code/{stdlib,django,sympy,codeio} "$text"/text/{wikipedia,factbook} \
     --data-weights 0.20 0.12 0.12 0.26 0.22 0.08 \
-    --look-ahead-tokens 8 --steps 1000 --sequence-tokens 256 --anchors 128 --keep 0.45 \
-    --learning-rate 0.02 --evaluate-texts 24 --threads 1 --out "$out" "${@:3}"
+    --look-ahead-tokens 8 --steps 850 --sequence-tokens 256 --anchors 128 --keep 0.45 \
+    --learning-rate 0.01 --evaluate-texts 24 --threads 1 --out "$out" "${@:3}"

@@ -23,10 +23,12 @@ def write(cache: RowCache, marks: Sequence[Sequence[float]]) -> list[tuple[Tenso
     Returns:
         What each layer's `update` gave.
     """
-    states = torch.tensor(marks, dtype=torch.float32)[:, None, :, None].expand(-1, HEADS, -1, D_HEAD)
+    states = torch.tensor(marks, dtype=torch.float32)[:, None, :, None].expand(
+        -1, HEADS, -1, D_HEAD
+    )
     cache.begin(states.shape[2], CPU)
     given = []
-    for number, layer in enumerate(cache.layers):
+    for number, layer in enumerate(cache.row_layers):
         own = states + 100 * number
         given.append(layer.update(own, own + 1000))
     return given
@@ -89,7 +91,7 @@ def test_a_pass_meets_all_slots_up_to_its_own() -> None:
     for keys, values in write(cache, [[5, 6], [15, 16], [25, 26]]):
         assert keys.shape == values.shape == (3, HEADS, 3 + 2, D_HEAD)
     assert cache.filled == 5
-    assert cache.layers[0].get_mask_sizes(2) == (5, 0)
+    assert cache.row_layers[0].get_mask_sizes(2) == (5, 0)
     assert cache.get_seq_length() == 3
 
 

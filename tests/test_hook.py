@@ -140,9 +140,14 @@ def free_text(model: PreTrainedModel) -> list[list[int]]:
     return new
 
 
-def mid_token(text: list[int]) -> int:
+def mid_token(text: list[int], after: int = 5) -> int:
     """A token that a text has first somewhere in its middle."""
-    return next(token for place, token in enumerate(text) if 5 <= place == text.index(token))
+    return next(token for place, token in enumerate(text) if after <= place == text.index(token))
+
+
+def staggered_stops(model: PreTrainedModel) -> list[int]:
+    """A token for each row of `PROMPTS`, one row's some way behind the other's."""
+    return [mid_token(text, 4 + 4 * row) for row, text in enumerate(free_text(model))]
 
 
 # Equality
@@ -264,7 +269,7 @@ def test_criteria_see_what_generate_shows_them(
 
     Without an end of sequence, finished rows go on until the last one ends.
     """
-    stops = [mid_token(text) for text in free_text(llama)]
+    stops = staggered_stops(llama)
     options = {**PROMPTS, "max_new_tokens": NEW, "do_sample": False, "pad_token_id": PAD}
     plain, ours = Watch(stops), Watch(stops)
     expected = llama.generate(
@@ -280,6 +285,38 @@ def test_criteria_see_what_generate_shows_them(
     assert got.tolist() == expected.tolist()
     assert ours.seen == plain.seen
     assert len(plain.seen) < NEW, "nothing stopped the text"
+
+
+@pytest.mark.parametrize(("by_eos", "method"), [(True, "one-pass"), (False, "ar")])
+def test_finished_rows_are_not_decoded_on(
+    llama: PreTrainedModel,
+    rows: LookAhead,
+    true_drafts: Callable[[Tensor], None],
+    monkeypatch: pytest.MonkeyPatch,
+    by_eos: bool,
+    method: str,
+) -> None:
+    """Catches work for rows that will only be padded.
+
+    An end of sequence ends a row that is ahead of the others; what only the criteria see ends it
+    once they are asked, which plain decoding does after every pass.
+    """
+    joined: list[Row] = []
+    join = Decoder.join
+    monkeypatch.setattr(
+        Decoder, "join", lambda *given: (joined.append(join(*given)), joined[-1])[1]
+    )
+    stops = staggered_stops(llama)
+    options = {**PROMPTS, "max_new_tokens": NEW, "do_sample": False, "pad_token_id": PAD}
+    true_drafts(llama.generate(**options))
+    llama.generate(
+        **options,
+        eos_token_id=stops[0] if by_eos else 1,
+        stopping_criteria=StoppingCriteriaList([] if by_eos else [Watch(stops)]),
+        custom_generate=custom_generate(lookahead=rows, method=method),
+    )
+    text = joined[0].tokens[len(joined[0].request.prompt) :]
+    assert text.index(stops[0]) == len(text) - 1
 
 
 @pytest.fixture(scope="module")

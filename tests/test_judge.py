@@ -251,7 +251,7 @@ def _upside_down(p: Tensor, q: Tensor, candidates: Tensor) -> Tensor:
 
 def _count_all_accepted(p: Tensor, q: Tensor | None, *rest: Tensor) -> Verdict:
     """Goes on behind a refusal."""
-    candidates, uniform, noise = rest
+    candidates, uniform, _ = rest
     if q is None or not len(candidates):
         return judge_rejection(p, q, *rest)
     passed = uniform < judge.acceptance(p[:-1], q, torch.tensor(candidates))

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 
 import pytest
 import tiny
@@ -38,7 +39,7 @@ LOOK_AHEADS = (1, 3, LONGEST)
 DRAFTS: tuple[Draft, ...] = ("greedy", "sampled")
 TEMPERED = SamplingParams(temperature=0.8, top_k=10, seed=17)
 PENALISED = SamplingParams(temperature=0.9, top_k=12, repetition_penalty=1.3, seed=23)
-SAMPLED_TOKENS = 32
+SAMPLED_TOKENS = 24
 
 
 @dataclass(frozen=True)
@@ -138,23 +139,27 @@ def test_plain_decoding_is_generate(case: Case) -> None:
 def test_accepted_drafts_change_nothing(case: Case, method: str, look_ahead: int) -> None:
     """Catches candidates judged by the wrong row, refused ones left in the cache, accepted ones
     lost from it, and rows of a batch written to each other's slots: all accepted lengths occur."""
-    one_prompt = (look_ahead % len(PROMPT_LENGTHS),)
+    alone = {1: (), 3: (3,), LONGEST: (2,)}[look_ahead]
     plan = strategy(method, look_ahead)
-    occurred = case.check(plan, GREEDY, case.greedy, rigged=True, alone=one_prompt)
+    occurred = case.check(plan, GREEDY, case.greedy, rigged=True, alone=alone)
     assert occurred == set(range(look_ahead + 1))
 
 
 def test_random_drafts_change_nothing(case: Case) -> None:
     """Catches real rows that see look-ahead rows, and look-ahead rows left in the cache: with
-    random embeddings nearly every candidate is refused."""
-    plans = [strategy(method, rows) for method in DRAFTING for rows in LOOK_AHEADS]
-    asked = [
-        Request.of(case.prompts[index % 4], GREEDY, NEW_TOKENS, plan)
-        for index, plan in enumerate(plans)
-    ]
-    assert case.run(asked).texts == [case.greedy[index % 4] for index in range(len(plans))]
-    for index in (2, 3):
-        assert case.run(asked[index : index + 1]).texts == [case.greedy[index % 4]]
+    random embeddings nearly every candidate is refused. All in one batch, some also alone."""
+    asked, truth = [], []
+    for index, (method, rows) in enumerate(product(DRAFTING, LOOK_AHEADS)):
+        plan, prompt = strategy(method, rows), index % 4
+        asked.append(Request.of(case.prompts[prompt], GREEDY, NEW_TOKENS, plan))
+        truth.append(case.greedy[prompt])
+    for prompt, (method, draft) in enumerate(product(DRAFTING, DRAFTS)):
+        sampling, plan = replace(TEMPERED, draft=draft), strategy(method, 3)
+        asked.append(Request.of(case.prompts[prompt], sampling, SAMPLED_TOKENS, plan))
+        truth.append(case.tempered[prompt])
+    assert case.run(asked).texts == truth
+    assert case.run(asked[3:4]).texts == truth[3:4]
+    assert case.run(asked[7:8]).texts == truth[7:8]
 
 
 @pytest.mark.parametrize("draft", DRAFTS)
@@ -162,13 +167,14 @@ def test_random_drafts_change_nothing(case: Case) -> None:
 def test_coupled_sampling_is_plain_sampling(case: Case, method: str, draft: Draft) -> None:
     """Catches noise that depends on the pass, the plan or the batch instead of the position."""
     plan, sampling = strategy(method, 3), replace(TEMPERED, draft=draft)
-    case.check(plan, sampling, case.tempered, rigged=True, alone=(DRAFTS.index(draft),))
-    case.check(plan, sampling, case.tempered, rigged=False)
+    occurred = case.check(plan, sampling, case.tempered, rigged=True, alone=(DRAFTS.index(draft),))
+    assert occurred == {0, 1, 2, 3}
 
 
 def test_further_architectures(further_case: Case) -> None:
     """Catches what is particular to an architecture that goes through the same code as those of
-    the matrix: parallel residuals, partial rotation, scaled logits, a window in some layers."""
+    the matrix: eager attention, parallel residuals, partial rotation, scaled logits, a window in
+    some layers."""
     check_plain(further_case)
     for method in DRAFTING:
         plan = strategy(method, 3)
@@ -183,26 +189,26 @@ def test_further_architectures(further_case: Case) -> None:
 @pytest.mark.parametrize("method", DRAFTING)
 def test_every_prompt_alone(llama_case: Case, method: str) -> None:
     """Catches what the matrix leaves out: each prompt alone, with drafts right and random."""
-    plan = strategy(method, 3)
-    for rigged in (True, False):
-        everyone = range(len(PROMPT_LENGTHS))
+    for look_ahead, rigged in ((1, True), (3, True), (LONGEST, True), (3, False)):
+        plan, everyone = strategy(method, look_ahead), range(len(PROMPT_LENGTHS))
         llama_case.check(plan, GREEDY, llama_case.greedy, rigged, alone=everyone)
 
 
-@pytest.mark.parametrize("draft", DRAFTS)
+@pytest.mark.parametrize(
+    "sampling", [replace(PENALISED, draft="sampled"), replace(PENALISED, temperature=0.0)]
+)
 @pytest.mark.parametrize("method", DRAFTING)
 def test_repetition_penalty_sees_the_true_history(
-    llama_case: Case, method: str, draft: Draft
+    llama_case: Case, method: str, sampling: SamplingParams
 ) -> None:
     """Catches a processor that reads a history without the candidates before its row, or with
     refused ones; greedy too, since the penalty moves the best token."""
     plan = strategy(method, 3)
-    for sampling in (replace(PENALISED, draft=draft), replace(PENALISED, temperature=0.0)):
-        truth = llama_case.plain(sampling, SAMPLED_TOKENS)
-        assert truth[3] not in (llama_case.tempered[3], llama_case.greedy[3][:SAMPLED_TOKENS])
-        llama_case.check(plan, sampling, truth, rigged=False)
-        occurred = llama_case.check(plan, sampling, truth, rigged=True, alone=(2,))
-        assert occurred == {0, 1, 2, 3}
+    truth = llama_case.plain(sampling, SAMPLED_TOKENS)
+    assert truth[3] not in (llama_case.tempered[3], llama_case.greedy[3][:SAMPLED_TOKENS])
+    llama_case.check(plan, sampling, truth, rigged=False)
+    occurred = llama_case.check(plan, sampling, truth, rigged=True, alone=(2,))
+    assert occurred == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize("draft", DRAFTS)
@@ -218,7 +224,7 @@ def test_rejection_is_the_same_alone_and_in_a_batch(
         batch = llama_case.run(asked, rig)
         for request, text in zip(asked, batch.texts, strict=True):
             assert llama_case.run([request], rig).texts == [text]
-        assert {0, 1} <= batch.accepted(3)
+    assert {0, 1} <= batch.accepted(3)
 
 
 def mixed(candidates: int, longest_group: int) -> Plan:
@@ -324,11 +330,12 @@ def test_prompt_in_chunks_and_capacity_in_blocks(
     monkeypatch.setattr("passlm.target.PREFILL_CHUNK", 7)
     monkeypatch.setattr("passlm.cache.BLOCK", 16)
     look_ahead = tiny.look_ahead_rows(target, 3)
-    for asked in (requests_for(prompts, new=40), requests_for(prompts, OnePass(3), new=40)):
-        for rig in (None, Rig(prompts, truth)):
-            assert run(target, asked, look_ahead, rig).texts == truth
-            assert run(target, asked[::-1], look_ahead, rig).texts == truth[::-1]
-            assert run(target, asked[:1], look_ahead, rig).texts == truth[:1]
+    asked = requests_for(prompts, OnePass(3), new=40)
+    rig = Rig(prompts, truth)
+    assert run(target, requests_for(prompts, new=40)).texts == truth
+    assert run(target, asked, look_ahead).texts == truth
+    assert run(target, asked[::-1], look_ahead, rig).texts == truth[::-1]
+    assert run(target, asked[:1], look_ahead, rig).texts == truth[:1]
 
 
 def test_text_across_a_block_of_the_real_size(llama: Target) -> None:

@@ -97,8 +97,8 @@ def test_real_rows_ignore_the_rest_of_the_pass(target: Target) -> None:
     rows = [PassRow(text[14:18], Plan(3, (4, 0, 2, 4)))]
     logits = target.run(cache, rows, look_ahead)[0]
     for real in range(4):
-        alone = target.prefill(text[: 14 + real])
-        plain = target.run(alone, [PassRow([text[14 + real]], Plan(0, (0,)))], None)
+        before = target.prefill(text[: 14 + real])
+        plain = target.run(before, [PassRow([text[14 + real]], Plan(0, (0,)))], None)
         assert close(logits[real], plain[0, 0])
     cache.append(target.prefill(shorter[:6]))
     rows.append(PassRow(shorter[6:], Plan(0, (1,))))
@@ -296,7 +296,7 @@ def test_a_model_without_a_head_is_refused() -> None:
     """Catches hidden states that are taken for logits."""
     with torch.device("meta"):
         model = AutoModel.from_config(ARCHITECTURES["llama"].config())
-    with pytest.raises(UnsupportedModelError, match="LlamaModel.*no causal language model"):
+    with pytest.raises(UnsupportedModelError, match=r"LlamaModel.*no causal language model"):
         Target(model)
 
 
@@ -374,6 +374,12 @@ def test_the_model_is_left_as_it_was(name: str, training: bool) -> None:
         del abandoned
 
 
+def finish(decoder: Decoder, rig: Rig) -> None:
+    """Step until every text has ended."""
+    while decoder.rows:
+        tiny.advance(decoder, rig)
+
+
 def test_a_processor_that_raises(llama: Target) -> None:
     """Catches a model, or the other texts of the batch, left half-way through a step: once the
     broken text is taken out, the others go on to plain decoding's text."""
@@ -386,11 +392,9 @@ def test_a_processor_that_raises(llama: Target) -> None:
         decoder = Decoder(llama, tiny.look_ahead_rows(llama, 3))
         first, middle, last = (decoder.join(one) for one in (asked[0], broken, asked[2]))
         with pytest.raises(RuntimeError, match="broken processor"):
-            while decoder.rows:
-                tiny.advance(decoder, rig)
+            finish(decoder, rig)
         assert len(middle.tokens) > len(prompts[1])
         decoder.leave([middle])
-        while decoder.rows:
-            tiny.advance(decoder, rig)
+        finish(decoder, rig)
     for row, prompt, text in ((first, prompts[0], truth[0]), (last, prompts[2], truth[2])):
         assert row.tokens == [*prompt, *text]

@@ -17,10 +17,9 @@ from typing import Any, TypeAlias
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from passlm import lookahead as lookahead_files
 from passlm.decode import Decoder, PromptError, Request, Row
 from passlm.detokenize import Detokenizer
-from passlm.lookahead import LookAhead
+from passlm.lookahead import LookAhead, load_for
 from passlm.models import DEFAULT_MODEL, load_model
 from passlm.outputs import Chunk, FinishReason, Output, Stats, Step
 from passlm.params import ParameterError, SamplingParams, StopParams
@@ -33,7 +32,6 @@ Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
 """Text to continue, token ids, or the messages of a chat."""
 
 DRAFTING_METHOD = "two-pass"
-LOOK_AHEAD_TOKENS = 4
 
 _log = logging.getLogger(__name__)
 
@@ -44,6 +42,7 @@ def load(
     lookahead: str | Path | None = None,
     dtype: str = "bfloat16",
     device: str = "cpu",
+    pack: bool = True,
 ) -> Generator:
     """Load a model and the look-ahead files for it.
 
@@ -53,6 +52,7 @@ def load(
             None takes what ships for the model, and says so in the log where nothing does.
         dtype: `bfloat16`, `float16` or `float32`.
         device: where the model goes, as torch names it.
+        pack: on a CPU in bfloat16, keep a second copy of the weights in a faster layout.
 
     Raises:
         ModelError: the model cannot be found or loaded.
@@ -60,28 +60,18 @@ def load(
         LookAheadError: the files are missing, damaged or made for another model.
     """
     loaded = load_model(model, dtype=dtype, device=device)
-    target = Target(loaded.model)
-    return Generator(target, loaded.tokenizer, load_look_ahead(lookahead, target))
+    target = Target(loaded.model, pack=pack)
+    return Generator(target, loaded.tokenizer, _look_ahead(lookahead, target))
 
 
-def load_look_ahead(name: str | Path | None, target: Target) -> LookAhead | None:
-    """The look-ahead files of that name, checked against the target; see `load`.
-
-    Raises:
-        LookAheadError: the files are missing, damaged or made for another model.
-    """
+def _look_ahead(name: str | Path | None, target: Target) -> LookAhead | None:
     if name == "none":
         return None
-    if name is None:
-        name = next(iter(lookahead_files.shipped(target).values()), None)
-        if name is None:
-            _log.warning(
-                "no look-ahead files ship for this model: decoding plainly; "
-                "'passlm train' makes some"
-            )
-            return None
-    rows = lookahead_files.load(lookahead_files.locate(str(name), target))
-    rows.check(target)
+    rows = load_for(target, name)
+    if rows is None:
+        _log.warning(
+            "no look-ahead files ship for this model: decoding plainly; 'passlm train' makes some"
+        )
     return rows
 
 
@@ -161,13 +151,7 @@ def _checked_tokens(method: str, tokens: int | None, look_ahead: LookAhead | Non
             f"method {method} drafts with look-ahead files and none are loaded: name some, or "
             "train some with 'passlm train', or take method ar"
         )
-    chosen = min(LOOK_AHEAD_TOKENS, look_ahead.tokens) if tokens is None else tokens
-    if not 1 <= chosen <= look_ahead.tokens:
-        raise ParameterError(
-            f"lookahead_tokens is {chosen}: these look-ahead files have rows for 1 to "
-            f"{look_ahead.tokens}"
-        )
-    return chosen
+    return look_ahead.group_length(tokens)
 
 
 class Generator:

@@ -1,17 +1,16 @@
 """PaSS inside transformers: a callable for `model.generate(..., custom_generate=...)`.
 
 Transformers prepares ids, processors and stopping criteria and then calls it in the place of its
-own sampling loop. Here that loop's bookkeeping is repeated token by token, and what cannot be
-honoured is refused; the passes themselves are left to `decode.py`.
+own sampling loop. Here that loop's bookkeeping is repeated token by token; the passes themselves
+are left to `decode.py`, and refusing what cannot be honoured to `hook_checks.py`.
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -27,44 +26,22 @@ from transformers import (
     PrefixConstrainedLogitsProcessor,
     PreTrainedModel,
     StoppingCriteriaList,
-    SynthIDTextWatermarkLogitsProcessor,
-    UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
-from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from passlm import lookahead as lookahead_files
 from passlm.decode import Decoder, Request, Row
-from passlm.errors import InputError
-from passlm.lookahead import LookAhead, LookAheadError
-from passlm.params import Draft, Judge, ParameterError, SamplingParams
+from passlm.hook_checks import GenerateError, refuse, seen_ids
+from passlm.lookahead import LookAhead, LookAheadError, load_for
+from passlm.params import Draft, Judge, SamplingParams
 from passlm.plan import Strategy, strategy
 from passlm.sampling import TokenDistribution
 from passlm.target import Target
 
-LOOK_AHEAD_TOKENS = 4  # rows a group has where nothing else is asked for and there are as many
-
-_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
-_REFUSED_OPTIONS = {
-    "output_attentions": "a pass over look-ahead rows has other ones",
-    "output_hidden_states": "a pass over look-ahead rows has other ones",
-    "prefill_chunk_size": "prompts are prefilled in chunks anyway",
-    "compile_config": "PaSS calls the model as it is",
-}
-_STATEFUL_PROCESSORS = (
-    UnbatchedClassifierFreeGuidanceLogitsProcessor,
-    SynthIDTextWatermarkLogitsProcessor,
-)
-_MODEL_INPUTS = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep")
 _GENERATE = inspect.unwrap(GenerationMixin.generate).__code__
 
 _log = logging.getLogger(__name__)
-
-
-class GenerateError(InputError):
-    """Something asked of transformers' `generate` that PaSS cannot do; one line."""
 
 
 def custom_generate(
@@ -146,10 +123,10 @@ class CustomGenerate:
         target = Target(model)
         handed_on = {"synced_gpus": synced_gpus, "streamer": streamer}
         given = _withheld(model) | {k: v for k, v in handed_on.items() if v is not None}
-        _refuse(generation_config, logits_processor, given, model_kwargs)
+        refuse(generation_config, logits_processor, given, model_kwargs)
         call = _Call(
             input_ids,
-            _seen(input_ids, model_kwargs),
+            seen_ids(input_ids, model_kwargs),
             logits_processor,
             stopping_criteria,
             generation_config,
@@ -166,40 +143,24 @@ class CustomGenerate:
         if self.method == "ar":
             return None
         if target.model not in self._loaded:
-            self._loaded[target.model] = _load(self.lookahead, target)
+            self._loaded[target.model] = self._load(target)
         return self._loaded[target.model]
 
-    def _strategy(self, look_ahead: LookAhead | None) -> Strategy:
-        if look_ahead is None:
-            return strategy(self.method, 0)
-        tokens = self.lookahead_tokens
-        if tokens is None:
-            tokens = min(LOOK_AHEAD_TOKENS, look_ahead.tokens)
-        if not 1 <= tokens <= look_ahead.tokens:
-            raise ParameterError(
-                f"lookahead_tokens is {tokens}: these look-ahead files have rows for 1 to "
-                f"{look_ahead.tokens}"
+    def _load(self, target: Target) -> LookAhead:
+        if isinstance(self.lookahead, LookAhead):
+            self.lookahead.check(target)
+            return self.lookahead
+        rows = load_for(target, self.lookahead)
+        if rows is None:
+            raise LookAheadError(
+                "no look-ahead files ship for this model: name some as lookahead=..., train some "
+                "with 'passlm train', or take method='ar'"
             )
-        return strategy(self.method, tokens)
+        return rows
 
-
-def _load(wanted: str | Path | LookAhead | None, target: Target) -> LookAhead:
-    """Look-ahead rows that fit the target."""
-    if isinstance(wanted, LookAhead):
-        wanted.check(target)
-        return wanted
-    if wanted is None:
-        folder = next(iter(lookahead_files.shipped(target).values()), None)
-    else:
-        folder = lookahead_files.locate(str(wanted), target)
-    if folder is None:
-        raise LookAheadError(
-            "no look-ahead files ship for this model: name some as lookahead=..., train some "
-            "with 'passlm train', or take method='ar'"
-        )
-    rows = lookahead_files.load(folder)
-    rows.check(target)
-    return rows
+    def _strategy(self, look_ahead: LookAhead | None) -> Strategy:
+        length = 0 if look_ahead is None else look_ahead.group_length(self.lookahead_tokens)
+        return strategy(self.method, length)
 
 
 def _seeds(seed: int | None, rows: int) -> list[int]:
@@ -223,85 +184,6 @@ def _withheld(model: PreTrainedModel) -> dict[str, Any]:
             return {name: frame.f_locals[name] for name in names}
         frame = frame.f_back
     return {}
-
-
-def _refuse(
-    config: GenerationConfig,
-    processors: LogitsProcessorList,
-    given: Mapping[str, Any],
-    model_kwargs: Mapping[str, Any],
-) -> None:
-    complaints = chain(
-        _mode_complaints(config, given),
-        _cache_complaints(config, model_kwargs),
-        _input_complaints(processors, model_kwargs),
-    )
-    complaint = next(complaints, None)
-    if complaint is not None:
-        raise GenerateError(complaint)
-
-
-def _mode_complaints(config: GenerationConfig, given: Mapping[str, Any]) -> Iterator[str]:
-    mode = config.get_generation_mode(given.get("assistant_model"))
-    if mode not in _MODES:
-        yield (
-            f"generate was asked for {mode.value.replace('_', ' ')}: PaSS decodes by greedy search "
-            "or sampling, so leave out what asks for more (num_beams, assistant_model, ...)"
-        )
-    if given.get("synced_gpus"):
-        yield "generate was given synced_gpus: PaSS decodes on one process, so leave it out"
-    for name, reason in _REFUSED_OPTIONS.items():
-        if getattr(config, name, None):
-            yield f"generate was given {name}, and with PaSS {reason}: leave it out"
-
-
-def _cache_complaints(config: GenerationConfig, model_kwargs: Mapping[str, Any]) -> Iterator[str]:
-    if config.cache_implementation not in (None, "dynamic"):
-        yield (
-            f"generate was given cache_implementation={config.cache_implementation!r}: PaSS needs "
-            "a cache of its own, so leave it out"
-        )
-    if not model_kwargs.get("use_cache", True):
-        yield "generate was given use_cache=False: PaSS needs its cache, so leave it out"
-    cache = model_kwargs.get("past_key_values")
-    # An empty one is prepared by `generate` itself. A user's own would be expected to be filled.
-    if cache is not None and (getattr(cache, "_is_user_defined", False) or cache.get_seq_length()):
-        yield (
-            "generate was given past_key_values: PaSS can neither continue nor fill a cache that "
-            "is not its own, so give the whole text as input_ids and leave it out"
-        )
-
-
-def _input_complaints(
-    processors: LogitsProcessorList, model_kwargs: Mapping[str, Any]
-) -> Iterator[str]:
-    for name, value in model_kwargs.items():
-        if value is not None and name not in _MODEL_INPUTS:
-            yield f"generate was given {name}: PaSS takes text as input_ids alone, so leave it out"
-    for processor in processors:
-        if isinstance(processor, _STATEFUL_PROCESSORS):
-            yield (
-                f"{type(processor).__name__} keeps a state from token to token, which refused "
-                "candidates would spoil: leave out the option or processor that asks for it"
-            )
-
-
-def _seen(ids: Tensor, model_kwargs: Mapping[str, Any]) -> Tensor:
-    """Which ids are text and not padding, `[B, P]` bool; padding is on the left alone."""
-    mask = model_kwargs.get("attention_mask")  # `generate` drops one without padding
-    seen = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(ids.device) != 0
-    if bool((seen[:, :-1] & ~seen[:, 1:]).any()):
-        raise GenerateError(
-            "attention_mask hides ids behind the beginning of a prompt: pad on the left, with "
-            "tokenizer.padding_side='left', and hide nothing else"
-        )
-    positions = model_kwargs.get("position_ids")
-    counted = seen.long().cumsum(-1) - 1
-    if positions is not None and bool(((positions.to(ids.device) != counted) & seen).any()):
-        raise GenerateError(
-            "generate was given position_ids that do not count each prompt from 0: leave them out"
-        )
-    return seen
 
 
 @dataclass(frozen=True)
@@ -435,10 +317,9 @@ class _Recording(TokenDistribution):
         self.at: dict[int, dict[str, Tensor]] = {}
 
     def _processed(self, scores: Tensor, history: Sequence[int], tail: Sequence[int]) -> Tensor:
-        came = scores.clone()  # a processor may write into what it is given
         processed = super()._processed(scores, history, tail)
         for row in range(len(scores)):
-            self.at[len(history) + row] = {"logits": came[row], "scores": processed[row]}
+            self.at[len(history) + row] = {"logits": scores[row], "scores": processed[row]}
         return processed
 
 

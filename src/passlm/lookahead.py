@@ -20,10 +20,12 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from passlm.errors import InputError
+from passlm.params import ParameterError
 from passlm.provenance import write_atomically
 from passlm.target import Target
 
 FORMAT_VERSION = 1
+DEFAULT_GROUP = 4  # look-ahead steps where nothing else is asked for
 CARD_FILE = "lookahead.json"
 TENSORS_FILE = "lookahead.safetensors"
 SHIPPED = Path(__file__).parent / "shipped"
@@ -161,6 +163,20 @@ class LookAhead(nn.Module):
         row = target.embed(torch.tensor([token], device=target.device)).detach()
         training = {"kind": "fixed-token", "token": token}
         return cls(row.repeat(tokens, 1), Card(base_model, fingerprint(target), tokens, training))
+
+    def group_length(self, wanted: int | None) -> int:
+        """The length of the look-ahead groups to decode with; None takes the default.
+
+        Raises:
+            ParameterError: there are not so many rows.
+        """
+        length = min(DEFAULT_GROUP, self.tokens) if wanted is None else wanted
+        if not 1 <= length <= self.tokens:
+            raise ParameterError(
+                f"lookahead_tokens is {length}: these look-ahead files have rows for 1 to "
+                f"{self.tokens}"
+            )
+        return length
 
     def check(self, target: Target) -> None:
         """Make sure that these rows were made for this target.
@@ -326,6 +342,30 @@ def locate(name: str, target: Target) -> Path:
         else ("none ship for this model: train some with 'passlm train'")
     )
     raise LookAheadError(f"no look-ahead files {name!r}: neither a folder nor shipped ({ships})")
+
+
+def load_for(target: Target, name: str | Path | None = None) -> LookAhead | None:
+    """Look-ahead files that fit a target.
+
+    Args:
+        target: the loaded model.
+        name: what `locate` takes; None takes what ships for the target.
+
+    Returns:
+        The rows; None where no name is given and nothing ships.
+
+    Raises:
+        LookAheadError: the files are missing, damaged or made for another model.
+    """
+    if name is None:
+        folder = next(iter(shipped(target).values()), None)
+        if folder is None:
+            return None
+    else:
+        folder = locate(str(name), target)
+    rows = load(folder)
+    rows.check(target)
+    return rows
 
 
 def _from_hub(name: str) -> Path:

@@ -15,21 +15,41 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
     LogitsProcessorList,
     MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
     NoBadWordsLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     SequenceBiasLogitsProcessor,
+    SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
+    TopHLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
 from passlm.params import SamplingParams
 
-# These look at the scores alone, so all rows of a pass can go through them at once.
-_BLIND = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
+# These look at the scores alone, so all rows of a pass can go through them at once. A user's
+# subclass may look at more.
+_BLIND = (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    MinPLogitsWarper,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopHLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
 _SMALLEST = float(np.finfo(np.float32).tiny)  # a number to divide by
 
 
@@ -86,7 +106,7 @@ class TokenDistribution:
     def __init__(self, processors: LogitsProcessorList, greedy: bool) -> None:
         self.processors = processors
         self.greedy = greedy
-        self.reads_history = any(not isinstance(p, _BLIND) for p in processors)
+        self.reads_history = any(type(p) not in _BLIND for p in processors)
 
     def __call__(self, logits: Tensor, history: Sequence[int], tail: Sequence[int] = ()) -> Tensor:
         """Probabilities of the token that follows each row.

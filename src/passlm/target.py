@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 
 from passlm.cache import RowCache, as_prefix
 from passlm.errors import InputError
+from passlm.packing import PackedLinears, can_pack
 from passlm.plan import Layout, Plan
 
 PREFILL_CHUNK = 512  # prompt tokens a pass: bounds the memory of activations and masks
@@ -66,18 +68,21 @@ class Target:
 
     Args:
         model: the model; its weights, configuration and hooks are left alone.
+        pack: keep a second copy of its linear layers in a faster layout, where that pays; see
+            `packing.py`.
 
     Raises:
         UnsupportedModelError: the model cannot be decoded by plans, with the reason.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, pack: bool = False) -> None:
         self.model = model
         self.config = model.config.get_text_config()
         check_supported(model)
         self._window = _window(self.config)
         self._kinds = _layer_kinds(self.config, self._window)
         self._additive = _attention(model) == "eager"
+        self._packed = PackedLinears(model) if pack and can_pack(model) else None
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @property
@@ -204,14 +209,17 @@ class Target:
         options: dict[str, Any] = {}
         if last_logits_only and self._takes_logits_to_keep:
             options["logits_to_keep"] = 1
-        output = self.model(
-            inputs_embeds=self._inputs(rows, longest, look_ahead),
-            position_ids=lengths[:, None] + offsets,
-            attention_mask=self._masks(cache, layouts, longest, lengths[:, None] + offsets),
-            past_key_values=cache,
-            use_cache=True,
-            **options,
-        )
+        # Packed products have no gradients, which training needs and decoding does not.
+        packed = self._packed if torch.is_inference_mode_enabled() else None
+        with nullcontext() if packed is None else packed.applied():
+            output = self.model(
+                inputs_embeds=self._inputs(rows, longest, look_ahead),
+                position_ids=lengths[:, None] + offsets,
+                attention_mask=self._masks(cache, layouts, longest, lengths[:, None] + offsets),
+                past_key_values=cache,
+                use_cache=True,
+                **options,
+            )
         logits: Tensor = output.logits
         return logits
 
@@ -344,7 +352,9 @@ def _reason_by_class(model: PreTrainedModel) -> str | None:
         return "its recurrent state cannot be rolled back when a candidate is refused"
     if not model.can_generate():
         return "it is no causal language model"
-    if not getattr(model.config, "is_decoder", True):
+    # Only encoders that can be made decoders know cross-attention; gpt_neox has is_decoder too.
+    is_decoder = getattr(model.config, "is_decoder", True)
+    if hasattr(model.config, "add_cross_attention") and not is_decoder:
         return "it is an encoder, whose tokens see those behind them (its is_decoder is False)"
     return None
 

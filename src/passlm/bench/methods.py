@@ -90,8 +90,8 @@ class Method:
 class TimedTarget(Target):
     """A target that adds up the time spent in its decoding passes, `seconds`."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__(model)
+    def __init__(self, model: PreTrainedModel, pack: bool) -> None:
+        super().__init__(model, pack)
         self.seconds = 0.0
 
     @property
@@ -216,20 +216,21 @@ class Asked:
     stopping: StopParams
 
 
-def build(lm: Generator, asked: Asked, base_model: str) -> list[Method]:
+def build(lm: Generator, asked: Asked, base_model: str, pack: bool = False) -> list[Method]:
     """The methods, one for each temperature and number of look-ahead tokens.
 
     Args:
         lm: model and look-ahead files; all methods share the model object.
         asked: which methods.
         base_model: the model's name.
+        pack: whether our methods compute with packed weights, see `Target`.
 
     Raises:
         MethodError: an unknown method, or a model without a token for `fixed-token`.
         InputError: a drafting method without look-ahead files, or with too few rows.
     """
     check_names(asked.names)
-    target = TimedTarget(lm.target.model)
+    target = TimedTarget(lm.target.model, pack)
     made = []
     for temperature in asked.temperatures:
         sampling = replace(asked.sampling, temperature=temperature)

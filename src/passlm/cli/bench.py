@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from passlm.bench.tasks import SUITES, Task, TaskError, load_prompts, load_suite
 from passlm.cli.common import (
+    add_decoding_arguments,
     add_fields,
     add_json_argument,
-    add_lookahead_argument,
     add_model_arguments,
     print_json,
     taken,
@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seed", type=int, default=0, help="of the order and of all draws; default 0"
     )
     add_model_arguments(parser)
-    add_lookahead_argument(parser)
+    add_decoding_arguments(parser)
     add_fields(parser, SamplingParams, SAMPLING_ELSEWHERE)
     add_fields(parser, StopParams, STOPPING_ELSEWHERE)
     parser.add_argument(
@@ -113,8 +113,9 @@ def run(arguments: argparse.Namespace) -> None:
         lookahead=arguments.lookahead if drafts else "none",
         dtype=arguments.dtype,
         device=arguments.device,
+        pack=False,  # the methods' own target packs: one copy is enough
     )
-    methods = build(lm, asked, arguments.model)
+    methods = build(lm, asked, arguments.model, arguments.pack)
     bench = _Bench(arguments, lm, methods)
     suites = bench.suites(given)
     with _opened(arguments) as out:

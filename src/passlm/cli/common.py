@@ -26,12 +26,18 @@ def add_model_arguments(parser: argparse.ArgumentParser, dtype: str = "bfloat16"
     parser.add_argument("--threads", type=int, help="of torch; default its own choice")
 
 
-def add_lookahead_argument(parser: argparse.ArgumentParser) -> None:
-    """`--lookahead`."""
+def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--lookahead`, `--no-pack`."""
     parser.add_argument(
         "--lookahead",
         metavar="NAME",
         help="folder, hub id, shipped name (embeddings) or none; default what ships for the model",
+    )
+    parser.add_argument(
+        "--no-pack",
+        dest="pack",
+        action="store_false",
+        help="do without the second, faster copy of the weights (CPU, bfloat16)",
     )
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from passlm.cli.common import (
+    add_decoding_arguments,
     add_fields,
     add_json_argument,
-    add_lookahead_argument,
     add_model_arguments,
     print_json,
     taken,
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-file", metavar="F", help="read the prompt from a file")
     parser.add_argument("--chat", action="store_true", help="apply the model's chat template")
     add_model_arguments(parser)
-    add_lookahead_argument(parser)
+    add_decoding_arguments(parser)
     parser.add_argument("--method", choices=METHODS, help="default two-pass; ar drafts nothing")
     parser.add_argument(
         "--lookahead-tokens", type=int, metavar="N", help="look-ahead steps; default 4"

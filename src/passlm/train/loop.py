@@ -199,6 +199,7 @@ class Trainer:
         tensors |= {f"optimizer.{name}": value for name, value in state.items()}
         about = {
             "settings": json.dumps(self._settings()),
+            "target": json.dumps(asdict(self.look_ahead.card.target)),
             "steps_done": str(self.steps_done),
             "seconds": str(self.seconds),
         }
@@ -227,11 +228,11 @@ class Trainer:
         if different:
             changes = ", ".join(f"{n} was {kept.get(n)}, is {now[n]}" for n in different)
             raise TrainingError(f"{path} was made with other settings: {changes}")
-        mine = self.look_ahead.embeddings
-        if embeddings.shape != mine.shape:
+        mine, target = self.look_ahead.embeddings, json.dumps(asdict(self.look_ahead.card.target))
+        if embeddings.shape != mine.shape or about.get("target", target) != target:
             raise TrainingError(
-                f"{path} holds embeddings of shape {tuple(embeddings.shape)}, this model takes "
-                f"{tuple(mine.shape)}: resume with the model it was made for"
+                f"{path} was made for another model, or for this one in another dtype: resume "
+                "with the one it was made for"
             )
         mine.data.copy_(embeddings)
         self.optimizer.state[mine] = {

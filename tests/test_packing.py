@@ -1,0 +1,71 @@
+"""Packed linear layers: the same numbers, only inside the block, never stale."""
+
+import pytest
+import torch
+from torch import nn
+
+from passlm.packing import PackedLinears, can_pack
+
+
+def small_model() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 16, bias=False))
+    return layers.to(torch.bfloat16).requires_grad_(False)
+
+
+needs_bfloat16 = pytest.mark.skipif(
+    not can_pack(small_model()), reason="this CPU's oneDNN does not compute in bfloat16"
+)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("rows", [1, 2, 5, 40])
+def test_packed_rows_equal_plain_ones_up_to_rounding(rows: int) -> None:
+    """Catches a layout that fits one number of rows only, and a lost bias."""
+    model = small_model()
+    inputs = torch.randn(2, rows, 32, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        plain = model(inputs)
+        with PackedLinears(model).applied():
+            packed = model(inputs)
+    assert packed.shape == plain.shape
+    torch.testing.assert_close(packed, plain, rtol=0.02, atol=0.02)
+
+
+@needs_bfloat16
+def test_the_model_is_its_own_again_after_the_block_and_after_an_exception() -> None:
+    """Catches a model that keeps computing with the copies once we are done."""
+    model = small_model()
+    packed = PackedLinears(model)
+    with packed.applied():
+        assert "forward" in vars(model[0])
+    assert "forward" not in vars(model[0])
+    with pytest.raises(KeyError), packed.applied():
+        raise KeyError
+    assert "forward" not in vars(model[0])
+
+
+@needs_bfloat16
+def test_weights_changed_in_place_are_packed_anew() -> None:
+    """Catches copies that go on answering for weights that are no longer there."""
+    model = small_model()
+    packed = PackedLinears(model)
+    inputs = torch.randn(1, 2, 32, dtype=torch.bfloat16)
+    model[2].weight.zero_()
+    with torch.inference_mode(), packed.applied():
+        assert not model(inputs).any()
+
+
+@needs_bfloat16
+def test_a_layer_whose_forward_somebody_replaced_is_left_alone() -> None:
+    """Catches packing that throws away another library's hook."""
+    model = small_model()
+    model[0].forward = lambda rows: rows.new_zeros(*rows.shape[:-1], 64)
+    with torch.inference_mode(), PackedLinears(model).applied():
+        assert not model(torch.ones(1, 1, 32, dtype=torch.bfloat16)).any()
+    assert "forward" in vars(model[0])
+
+
+def test_float32_is_not_packed() -> None:
+    """Catches packing where it does not pay, and float32 text that changes with it."""
+    assert not can_pack(small_model().to(torch.float32))
