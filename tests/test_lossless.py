@@ -31,7 +31,7 @@ from tiny import (
 from passlm.decode import Decoder, PromptError, Request, Row
 from passlm.params import Draft, Judge, SamplingParams
 from passlm.plan import OnePass, Plan, Strategy, TwoPass, strategy
-from passlm.target import Target
+from passlm.target import PassRow, Target
 
 LONGEST = 6
 DRAFTING = ("two-pass", "one-pass")
@@ -245,6 +245,33 @@ def test_any_strategy_gives_the_text(some_case: Case, plan: Strategy) -> None:
     for rigged in (False, True):
         some_case.check(plan, GREEDY, some_case.greedy, rigged, alone=(0,))
         some_case.check(plan, TEMPERED, some_case.tempered, rigged, alone=(3,))
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+@pytest.mark.parametrize("plan", [TwoPass(3), OnePass(3), mixed])
+def test_drafts_come_from_the_last_accepted_row(
+    llama_case: Case, plan: Strategy, penalty: float
+) -> None:
+    """Catches candidates drafted from another row's group, or under a penalty that does not know
+    the candidates before them: no text shows it, only the acceptance suffers."""
+    target, prompts = llama_case.target, llama_case.prompts
+    decoder, rig = Decoder(target, llama_case.look_ahead), Rig(prompts, llama_case.greedy)
+    for request in requests_for(prompts, plan, SamplingParams(repetition_penalty=penalty), 20):
+        decoder.join(request)
+    while decoder.rows:
+        for row, step in decoder.step():
+            if step.finish_reason is None:
+                length = row.plan.groups[step.accepted]
+                drafting = PassRow(row.tokens[-2:-1], Plan(0, (length,)))
+                cache = target.prefill(row.tokens[:-2])
+                group = target.run(cache, [drafting], llama_case.look_ahead)[0, 1:]
+                drafts: list[int] = []
+                for logits in group:
+                    q = row.request.distribution(logits[None], [*row.tokens, *drafts])
+                    drafts.append(int(q.argmax()))
+                assert row.candidates == drafts
+        for row in decoder.rows:
+            rig(row)
 
 
 def _mixed_requests(prompts: Sequence[Sequence[int]]) -> list[Request]:

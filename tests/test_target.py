@@ -61,18 +61,35 @@ def test_visibility_of_a_ragged_batch() -> None:
 
 def test_window_counts_positions_not_slots() -> None:
     """Catches a sliding window over slots: look-ahead rows stand elsewhere than their slot."""
-    plan = Plan(1, (2, 2))
+    plan = Plan(1, (1, 3))
     length, window = 4, 3
     positions = (length + plan.layout().offset)[None]
     inside = within_window([length], positions, length + plan.rows, window)
     full = visibility([length], [plan.layout().visible], CPU)
     assert picture((full & inside)[0]) == [
-        "..xxx.....",  # root, position 4: itself and 3, 2
+        "..xxx.....",  # root, position 4: itself, 3 and 2
         "...xxx....",  # candidate, position 5
-        "...xx.x...",  # LA_1 on the root, position 5: the root and 3
-        "....x.xx..",
-        "....xx..x.",  # LA_1 on the candidate, position 6
-        ".....x..xx",
+        "...xx.x...",  # LA_1 on the root, position 5
+        "....xx.x..",  # LA_1 on the candidate, position 6
+        ".....x.xx.",  # LA_2, position 7: no longer the root
+        ".......xxx",  # LA_3, position 8
+    ]
+
+
+def test_window_shorter_than_a_group() -> None:
+    """Catches the same where a group reaches beyond the window: slot and position differ there."""
+    plan = Plan(1, (3, 3))
+    positions = plan.layout().offset[None]
+    inside = within_window([0], positions, plan.rows, 2) & plan.layout().visible
+    assert picture(inside[0]) == [
+        "x.......",
+        "xx......",
+        "x.x.....",  # LA_1 on the root
+        "..xx....",  # LA_2: no longer the root
+        "...xx...",  # LA_3: no longer LA_1
+        ".x...x..",
+        ".....xx.",
+        "......xx",
     ]
 
 

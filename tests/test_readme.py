@@ -1,0 +1,56 @@
+"""The README's commands and snippets, run as they stand with the real model."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+COMMANDS = [
+    line
+    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if line.startswith("passlm ") and not re.search(r"\b[A-Z]{3,}\b", line.split('"')[-1])
+]
+
+pytestmark = [pytest.mark.model, pytest.mark.readme]
+
+
+def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        arguments, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def test_the_readme_has_what_is_run_here() -> None:
+    """Catches a change of the README's form that leaves nothing to test."""
+    assert len(SNIPPETS) == 2
+    assert len(COMMANDS) == 4
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=["python", "transformers"])
+def test_snippet(snippet: str) -> None:
+    """Catches an example that no longer fits the code."""
+    done = run([sys.executable, "-c", snippet])
+    assert done.returncode == 0, done.stderr
+    assert "return" in done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command(command: str) -> None:
+    """Catches a command that does not run as written."""
+    done = run([sys.executable, "-m", "passlm.cli", *shlex.split(command)[1:]])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_demo_writes_equal_texts() -> None:
+    """Catches `make demo` failing, and decoding with the real model that is not lossless."""
+    done = run([sys.executable, "examples/demo.py"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("equal") == 3
