@@ -104,7 +104,7 @@ def further_case(request: pytest.FixtureRequest, tiny_target: Callable[[str], Ta
     return Case(tiny_target(request.param))
 
 
-@pytest.fixture(scope="module", params=["gemma3", "gpt2"])
+@pytest.fixture(scope="module", params=["mistral", "gpt2"])
 def some_case(request: pytest.FixtureRequest, tiny_target: Callable[[str], Target]) -> Case:
     return Case(tiny_target(request.param))
 
@@ -158,8 +158,7 @@ def test_random_drafts_change_nothing(case: Case) -> None:
         asked.append(Request.of(case.prompts[prompt], sampling, SAMPLED_TOKENS, plan))
         truth.append(case.tempered[prompt])
     assert case.run(asked).texts == truth
-    assert case.run(asked[3:4]).texts == truth[3:4]
-    assert case.run(asked[7:8]).texts == truth[7:8]
+    assert case.run(asked[-1:]).texts == truth[-1:]
 
 
 @pytest.mark.parametrize("draft", DRAFTS)

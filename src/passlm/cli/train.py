@@ -23,6 +23,7 @@ from passlm.errors import InputError
 from passlm.train.config import TrainConfig
 
 if TYPE_CHECKING:
+    from passlm.lookahead import LookAhead
     from passlm.models import LoadedModel
     from passlm.target import Target
     from passlm.train.data import TokenWindows
@@ -50,6 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how much of the texts comes from each PATH; default by length",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write")
+    parser.add_argument(
+        "--start-from", metavar="NAME", help="look-ahead files to begin with; default the mean"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from DIR's checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="start anew in a used DIR")
     parser.add_argument("--licence", default="apache-2.0", help="of the files; default apache-2.0")
@@ -143,6 +147,8 @@ def _trainer(
     from passlm.train.loop import CHECKPOINT, HISTORY, Trainer
 
     rows = LookAhead.mean(target, config.look_ahead_tokens, arguments.model)
+    if arguments.start_from is not None:
+        rows = _started_from(arguments.start_from, target, config.look_ahead_tokens)
     trainer = Trainer(target, rows, windows, held_out, config, arguments.out)
     if arguments.resume:
         trainer.resume()
@@ -150,6 +156,19 @@ def _trainer(
         for name in (CHECKPOINT, HISTORY):
             (arguments.out / name).unlink(missing_ok=True)
     return trainer
+
+
+def _started_from(name: str, target: Target, tokens: int) -> LookAhead:
+    from passlm.lookahead import LookAheadError, load, locate
+
+    rows = load(locate(name, target))
+    rows.check(target)
+    if rows.tokens != tokens:
+        raise LookAheadError(
+            f"--start-from {name} has {rows.tokens} rows and --look-ahead-tokens is {tokens}: "
+            "make them equal"
+        )
+    return rows
 
 
 @contextlib.contextmanager
@@ -209,6 +228,7 @@ def _finish(
         rows.card,
         licence=arguments.licence,
         training={
+            "started_from": rows.card.training if arguments.start_from else "mean embedding",
             "data": [path.name for path in arguments.data],
             "data_weights": arguments.data_weights,
             **asdict(trainer.config),

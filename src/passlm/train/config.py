@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from passlm.errors import InputError
 
-Loss = Literal["distillation", "cross-entropy"]
+Loss = Literal["distillation", "cross-entropy", "acceptance"]
 
 
 class ConfigError(InputError):
@@ -35,7 +35,9 @@ class TrainConfig:
     )
     loss: Loss = field(
         default="distillation",
-        metadata={"help": "towards the model's own distribution, or towards the text's tokens"},
+        metadata={
+            "help": "towards the model's own distribution, the text's tokens, or acceptance itself"
+        },
     )
     learning_rate: float = field(default=0.01, metadata={"help": "highest rate of the cosine"})
     warmup: int = field(default=20, metadata={"help": "steps until the highest rate"})

@@ -26,7 +26,7 @@ from passlm.provenance import write_atomically
 from passlm.target import Target
 from passlm.train.config import TrainConfig
 from passlm.train.data import TokenWindows
-from passlm.train.loss import accepted_lengths, cross_entropy, distillation, greedy_hits
+from passlm.train.loss import accepted_lengths, greedy_hits, loss_of
 
 CHECKPOINT = "checkpoint.safetensors"
 HISTORY = "history.jsonl"
@@ -128,7 +128,7 @@ class Trainer:
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.steps_done)
         layouts = [anchored(config.sequence_tokens, group_lengths(config), generator) for _ in text]
         hung = self.target.hang(text, layouts, self.look_ahead.embeddings)
-        loss = distillation(hung) if config.loss == "distillation" else cross_entropy(hung, text)
+        loss = loss_of(config.loss, hung, text)
         value = float(loss.detach())
         self._check_finite("loss", value)
         # Not backward(): it would leave gradients on a target whose weights ask for them.

@@ -6,6 +6,14 @@ import torch
 from torch import Tensor
 
 from passlm.target import Hung
+from passlm.train.config import Loss
+
+
+def loss_of(kind: Loss, hung: Hung, text: Tensor) -> Tensor:
+    """The loss of that name; see the functions below."""
+    if kind == "cross-entropy":
+        return cross_entropy(hung, text)
+    return distillation(hung) if kind == "distillation" else refusal(hung)
 
 
 def cross_entropy(hung: Hung, text: Tensor) -> Tensor:
@@ -30,6 +38,19 @@ def distillation(hung: Hung) -> Tensor:
     """
     teacher = _at_rows(hung).float().softmax(-1)
     return -(teacher * hung.logits.float().log_softmax(-1)).sum(-1).mean()
+
+
+def refusal(hung: Hung) -> Tensor:
+    """Mean chance that a draft drawn from the row is refused, `1 - sum min(p, q)`.
+
+    The loss on the acceptance itself. Its gradient comes from the tokens that row and target both
+    hold likely, so it teaches little to rows that guess at random: begin with another loss.
+
+    Returns:
+        A number between 0 and 1.
+    """
+    teacher = _at_rows(hung).float().softmax(-1)
+    return 1 - torch.minimum(teacher, hung.logits.float().softmax(-1)).sum(-1).mean()
 
 
 def _at_rows(hung: Hung) -> Tensor:
