@@ -35,7 +35,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/results/acceptance.json"))
     arguments = parser.parse_args()
     lm = load(lookahead=arguments.lookahead)
-    encode = lm.tokenizer.encode
+
+    def encode(text: str) -> list[int]:
+        return list(lm.tokenizer(text, add_special_tokens=False)["input_ids"])
+
     tasks = load_suite(arguments.suite, encode, lm.decode, arguments.limit)
     prompts = [task.prompt for task in tasks if task.prompt is not None]
     rows = []

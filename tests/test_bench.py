@@ -404,7 +404,7 @@ def test_time_in_forward_is_within_the_decoding_time(lm: Generator) -> None:
 
 def test_timed_target_gives_the_same_logits(lm: Generator) -> None:
     """Would catch the stopwatch changing what is measured."""
-    timed = TimedTarget(lm.target.model)
+    timed = TimedTarget(lm.target.model, pack=False)
     assert margin(timed, [5, 6]) == margin(lm.target, [5, 6])
     assert timed.seconds > 0
 

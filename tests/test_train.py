@@ -252,7 +252,7 @@ def test_a_loss_that_is_no_number_stops_at_the_last_good_step(
     run = trainer(tmp_path, config)
     stopped(run, 3)
     kept = run.look_ahead.embeddings.detach().clone()
-    monkeypatch.setattr(loop, "distillation", loss)
+    monkeypatch.setattr(loop, "loss_of", lambda kind, hung, text: loss(hung))
     with pytest.raises(TrainingError) as caught:
         finish(run)
     assert "step 4" in str(caught.value)

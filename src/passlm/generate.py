@@ -250,13 +250,16 @@ class Generator:
             counts.prefill_seconds = time.perf_counter() - begun
             detokenizer = Detokenizer(self.decode, prompt)
             texts[row] = _Text(index, detokenizer, StopStrings(options.stopping.stop))
-        begun = time.perf_counter()
+        seconds = 0.0  # of passes alone: whoever reads the stream takes time of their own
         while decoder.rows:
-            for row, step in decoder.step():
+            begun = time.perf_counter()
+            settled = decoder.step()
+            seconds += time.perf_counter() - begun
+            for row, step in settled:
                 text = texts[row]
                 chunk = text.push(step)
                 stats[text.index].count(text.kept)
-                stats[text.index].decode_seconds = time.perf_counter() - begun
+                stats[text.index].decode_seconds = seconds
                 if chunk.finish_reason == "stop":
                     decoder.leave([row])
                 yield text.index, chunk

@@ -90,6 +90,12 @@ def _notes(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     return ["\n".join(f"- {line}" for line in lines)]
 
 
+def _packing(packed: bool) -> str:
+    if packed:
+        return "all methods but hf compute with packed weights; hf is transformers as it is"
+    return "all methods compute with the model's plain weights"
+
+
 def _source(results: Mapping[str, Any]) -> str:
     stamp, settings = results["provenance"], results["settings"]
     machine, packages = stamp["machine"], stamp["packages"]
@@ -98,6 +104,7 @@ def _source(results: Mapping[str, Any]) -> str:
         f"passlm {stamp['passlm']}, commit {commit}; {stamp['time']}",
         f"model {settings['model']}, {settings['dtype']} on {settings['device']}; "
         f"look-ahead files: {_lookahead(settings['lookahead'])}",
+        _packing(settings["packed_weights"]),
         f"{machine['gpu'] or machine['processor']}, {machine['cores']} cores, "
         f"{machine['threads']} threads; {machine['system']}",
         f"Python {stamp['python']}, torch {packages['torch']}, "

@@ -300,6 +300,8 @@ class _Bench:
 
 def _settings(arguments: argparse.Namespace, lm: Generator) -> dict[str, Any]:
     """What was asked for and loaded, beyond what each run's entry says."""
+    from passlm.packing import can_pack
+
     shared = {
         **asdict(taken(SamplingParams, arguments, SAMPLING_ELSEWHERE)),
         **asdict(taken(StopParams, arguments, STOPPING_ELSEWHERE)),
@@ -315,6 +317,7 @@ def _settings(arguments: argparse.Namespace, lm: Generator) -> dict[str, Any]:
         "model": arguments.model,
         "dtype": str(lm.target.dtype).removeprefix("torch."),
         "device": str(lm.target.device),
+        "packed_weights": arguments.pack and can_pack(lm.target.model),
         "lookahead": lookahead,
         "limit": arguments.limit,
         "seed": arguments.seed,

@@ -60,14 +60,20 @@ def run(arguments: argparse.Namespace) -> None:
 
     set_threads(arguments.threads)
     lookahead = "none" if arguments.method == "ar" else arguments.lookahead
-    lm = load(arguments.model, lookahead=lookahead, dtype=arguments.dtype, device=arguments.device)
+    lm = load(
+        arguments.model,
+        lookahead=lookahead,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        pack=arguments.pack,
+    )
     given = {k: getattr(arguments, k) for k in ("method", "lookahead_tokens")}
     options = Options.checked(
         lm.look_ahead, sampling, stopping, **{k: v for k, v in given.items() if v is not None}
     )
     stats = Stats()
     chunks = lm.stream_ids(_ids(lm, prompt, arguments.chat), options, stats)
-    tokens, reason = write(chunks, sys.stdout, arguments.show_accepted)
+    text, tokens, reason = write(chunks, sys.stdout, arguments.show_accepted)
     if arguments.stats:
         print(describe(stats), file=sys.stderr)
     if arguments.json:
@@ -76,7 +82,7 @@ def run(arguments: argparse.Namespace) -> None:
                 "model": arguments.model,
                 "method": options.method,
                 "lookahead_tokens": options.lookahead_tokens,
-                "text": lm.decode(tokens),
+                "text": text,
                 "tokens": tokens,
                 "finish_reason": reason,
                 "stats": summary(stats),
@@ -114,20 +120,23 @@ def _ids(lm: Generator, prompt: str, chat: bool) -> list[int]:
 
 def write(
     chunks: Iterator[Chunk], out: TextIO, show_accepted: bool
-) -> tuple[list[int], str | None]:
-    """Print chunks as they come; gives the token ids and why the text ended."""
+) -> tuple[str, list[int], str | None]:
+    """Print chunks as they come; gives the text, the token ids and why the text ended."""
+    texts: list[str] = []
     tokens: list[int] = []
     reason: str | None = None
     try:
         for chunk in chunks:
             out.write(_coloured(chunk) if show_accepted else chunk.text)
             out.flush()
+            texts.append(chunk.text)
             tokens += chunk.tokens
             reason = chunk.finish_reason
-    finally:  # an interrupted line is ended as well
-        out.write("\n")
-        out.flush()
-    return tokens, reason
+    finally:  # an interrupted line is ended as well; nothing is written for a refused prompt
+        if tokens:
+            out.write("\n")
+            out.flush()
+    return "".join(texts), tokens, reason
 
 
 def _coloured(chunk: Chunk) -> str:
