@@ -2,13 +2,12 @@
 # Makes src/passlm/shipped/smollm2-135m/embeddings: look-ahead embeddings for SmolLM2-135M-Instruct.
 # Takes a folder for the text and one for the result; run again with --resume to go on.
 set -euo pipefail
-cd "$(dirname "$0")/.."
 text=${1:?usage: recipes/embeddings.sh TEXT_FOLDER OUT_FOLDER [--resume]}
 out=${2:?usage: recipes/embeddings.sh TEXT_FOLDER OUT_FOLDER [--resume]}
 
-python recipes/fetch_text.py "$text"
+python "$(dirname "$0")/fetch_text.py" "$text"
 exec passlm train --model smollm2-135m \
     --data "$text"/code/{stdlib,django,sympy,codeio} "$text"/text/{wikipedia,factbook} \
     --data-weights 0.20 0.12 0.12 0.26 0.22 0.08 \
-    --look-ahead-tokens 8 --steps 850 --sequence-tokens 256 --anchors 128 --keep 0.45 \
+    --lookahead-tokens 8 --steps 850 --sequence-tokens 256 --anchors 128 --keep 0.45 \
     --learning-rate 0.01 --evaluate-texts 24 --threads 1 --out "$out" "${@:3}"

@@ -122,7 +122,7 @@ def trainer(
 ) -> Trainer:
     """A run on counting texts from the mean embedding on."""
     target = target or counting_llama()
-    look_ahead = LookAhead.mean(target, config.look_ahead_tokens, "counting")
+    look_ahead = LookAhead.mean(target, config.lookahead_tokens, "counting")
     texts = windows(text_seed, config.sequence_tokens)
     return Trainer(target, look_ahead, texts, windows(2, config.sequence_tokens), config, folder)
 
@@ -131,7 +131,7 @@ def trainer(
 def counting_look_ahead() -> LookAhead:
     """Look-ahead rows trained for the counting llama until about one in two is accepted."""
     config = TrainConfig(
-        look_ahead_tokens=BLANKS,
+        lookahead_tokens=BLANKS,
         steps=20,
         sequences=2,
         sequence_tokens=48,

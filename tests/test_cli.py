@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 from byte_model import byte_generator, save_folders
 
+import passlm.generate
 from passlm.cli import DONE, INTERRUPTED, USAGE, main
+from passlm.generate import Generator
 
 PROMPT = "def f(x):"
 
@@ -47,6 +49,8 @@ def test_generate_streams_text_and_gives_json_last(
 ) -> None:
     """Catches text, JSON and figures that mix, and a method that changes the text."""
     wanted = ["--max-new-tokens", "20", "--json", "--stats", "--stop", "\x01\x02"]
+    if method == "ar":
+        base = [*base, "--lookahead", "none"]
     code = main(["generate", PROMPT, *base, "--method", method, *wanted])
     captured = capsys.readouterr()
     *text, last = captured.out.split("\n")[:-1]
@@ -57,6 +61,34 @@ def test_generate_streams_text_and_gives_json_last(
     assert "\n".join(text) == expected.text == result["text"]
     assert result["stats"]["tokens"] == len(expected.tokens)
     assert "tokens a pass" in captured.err
+
+
+def test_json_holds_the_text_that_was_shown(
+    capsys: pytest.CaptureFixture[str], base: list[str]
+) -> None:
+    """Catches a stop string, or what lies behind it, in the JSON of a text that ended before it."""
+    free = byte_generator().generate(PROMPT, max_new_tokens=30)[0].text
+    stop = free[9:11]
+    assert main(["generate", PROMPT, *base, "--json", "--stop", stop]) == DONE
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["text"] == free[: free.index(stop)]
+    assert result["finish_reason"] == "stop"
+
+
+def test_weights_are_packed_unless_told_otherwise(
+    base: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a flag that does not arrive."""
+    given: list[bool] = []
+
+    def load(*names: str, pack: bool, **options: object) -> Generator:
+        given.append(pack)
+        return byte_generator()
+
+    monkeypatch.setattr(passlm.generate, "load", load)
+    for flags in ([], ["--no-pack"]):
+        assert main(["generate", PROMPT, *base, *flags, "--max-new-tokens", "2"]) == DONE
+    assert given == [True, False]
 
 
 def test_prompt_from_file_and_standard_input(
@@ -80,7 +112,8 @@ def test_show_accepted_colours_only_accepted_tokens(
     capsys: pytest.CaptureFixture[str], base: list[str]
 ) -> None:
     """Catches colour codes in plain decoding, where nothing is drafted."""
-    assert main(["generate", PROMPT, *base, "--method", "ar", "--show-accepted"]) == DONE
+    plain = [*base, "--lookahead", "none", "--method", "ar"]
+    assert main(["generate", PROMPT, *plain, "--show-accepted"]) == DONE
     assert "\x1b" not in capsys.readouterr().out
 
 
@@ -99,6 +132,7 @@ def test_show_accepted_colours_only_accepted_tokens(
         (["generate", "--prompt-file", "/nowhere/prompt"], "/nowhere/prompt"),
         (["generate", "x", "--model", "/nowhere"], "/nowhere"),
         (["generate", "x", "--threads", "0"], "threads is 0"),
+        (["generate", "x", "--method", "ar", "--lookahead", "files"], "leave --lookahead out"),
         (["info", "/nowhere"], "/nowhere"),
         (["train", "--data", "/nowhere"], "--out"),
     ],
@@ -149,7 +183,7 @@ def test_info_says_what_folders_are(
 def train_arguments(model: Path, text: Path, out: Path) -> list[str]:
     small = ["--steps", "4", "--sequence-tokens", "40", "--anchors", "8", "--warmup", "1"]
     often = ["--evaluate-every", "2", "--evaluate-texts", "2", "--checkpoint-every", "2"]
-    rows = ["--look-ahead-tokens", "3", "--held-out", "0.3"]
+    rows = ["--lookahead-tokens", "3", "--held-out", "0.3"]
     given = ["--model", str(model), "--data", str(text), "--out", str(out)]
     return ["train", *given, *small, *often, *rows, "--json"]
 
@@ -197,6 +231,10 @@ def test_train_refuses_text_it_cannot_use(
     weighted = [*train_arguments(folders[0], text, out), "--data-weights", "1", "2"]
     assert main(weighted) == USAGE
     assert "2 --data-weights for 1 paths" in capsys.readouterr().err
+    long = [*train_arguments(folders[0], text, out), "--sequence-tokens", "500"]
+    assert "the model's context is 192" in complaint(capsys, long)
+    inside = train_arguments(folders[0], text, text / "0.txt" / "out")
+    assert "no folder to write in" in complaint(capsys, inside)
     assert not out.exists()
 
 

@@ -140,6 +140,7 @@ def test_abandoned_stream_leaves_nothing_behind(
         ({"lookahead_tokens": 5}, "rows for 1 to 4"),
         ({"lookahead_tokens": 0}, "rows for 1 to 4"),
         ({"top_k": -3}, "top_k is -3"),
+        ({"method": "ar", "lookahead_tokens": 2}, "leave lookahead_tokens out"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
     ],
 )
@@ -159,6 +160,16 @@ def test_empty_and_too_long_prompts_are_refused(lm: Generator) -> None:
         lm.generate("")
     with pytest.raises(PromptError, match=f"context is {CONTEXT}"):
         lm.generate("x" * CONTEXT)
+
+
+def test_text_and_chats_that_cannot_be_encoded_are_refused(lm: Generator) -> None:
+    """Catches tracebacks of the tokenizer and of the template."""
+    with pytest.raises(PromptError, match="Unicode"):
+        lm.generate("half a pair: \ud800")
+    strict = byte_generator()
+    strict.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(PromptError, match="roles must alternate"):
+        strict.encode([{"role": "user", "content": "hi"}])
 
 
 def test_drafting_without_files_is_refused(lm: Generator) -> None:

@@ -41,7 +41,7 @@ from transformers.generation.streamers import BaseStreamer
 from passlm import custom_generate, lookahead
 from passlm.decode import Decoder, PromptError, Row
 from passlm.errors import InputError
-from passlm.hook import GenerateError
+from passlm.hook import CustomGenerate, GenerateError
 from passlm.lookahead import LookAhead, LookAheadError
 from passlm.target import Target, UnsupportedModelError
 
@@ -54,6 +54,11 @@ PROMPTS = {  # left-padded, three lengths
     ),
     "attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6, [0] * 5 + [1]]),
 }
+
+
+def hook_for(method: str, rows: LookAhead, seed: int | None = None) -> CustomGenerate:
+    """The callable of a method; plain decoding takes no rows."""
+    return custom_generate(lookahead=None if method == "ar" else rows, method=method, seed=seed)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +127,7 @@ def same(
         expected = llama.generate(**inputs, **copy.deepcopy(shared))
         true_drafts(expected)
         passes.count = 0
-        hook = custom_generate(lookahead=rows, method=method)
+        hook = hook_for(method, rows)
         got = llama.generate(**inputs, custom_generate=hook, **shared)
         assert got.tolist() == expected.tolist()
         assert got.dtype == expected.dtype
@@ -160,7 +165,7 @@ def test_greedy_ids_are_generates(
 ) -> None:
     """Catches any wrong position, mask or row in a call with drafts of its own."""
     model = models[name]
-    hook = custom_generate(lookahead=LookAhead.mean(Target(model), 4, name), method=method)
+    hook = hook_for(method, LookAhead.mean(Target(model), 4, name))
     for inputs in ({"input_ids": PROMPT}, PROMPTS):
         options = {**inputs, "max_new_tokens": NEW, "do_sample": False, "pad_token_id": PAD}
         assert torch.equal(
@@ -313,7 +318,7 @@ def test_finished_rows_are_not_decoded_on(
         **options,
         eos_token_id=stops[0] if by_eos else 1,
         stopping_criteria=StoppingCriteriaList([] if by_eos else [Watch(stops)]),
-        custom_generate=custom_generate(lookahead=rows, method=method),
+        custom_generate=hook_for(method, rows),
     )
     text = joined[0].tokens[len(joined[0].request.prompt) :]
     assert text.index(stops[0]) == len(text) - 1
@@ -519,10 +524,7 @@ def test_returned_sequences_differ(llama: PreTrainedModel, rows: LookAhead) -> N
 
 def test_a_seed_gives_one_text_under_any_method(llama: PreTrainedModel, rows: LookAhead) -> None:
     """Catches noise that depends on the plan, and a seed that the call does not use."""
-    hooks = [
-        custom_generate(lookahead=rows, method=method, seed=7)
-        for method in ("ar", "two-pass", "one-pass")
-    ]
+    hooks = [hook_for(method, rows, seed=7) for method in ("ar", "two-pass", "one-pass")]
     texts = [sampled(llama, hook, num_return_sequences=3) for hook in hooks]
     assert texts[0] == texts[1] == texts[2]
 

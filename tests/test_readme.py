@@ -27,6 +27,12 @@ def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     )
 
 
+def test_no_placeholder_is_left() -> None:
+    """Catches a document that was to be filled in."""
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("recipes/*.md")]
+    assert [page.name for page in pages if "@@" in page.read_text(encoding="utf-8")] == []
+
+
 def test_the_readme_has_what_is_run_here() -> None:
     """Catches a change of the README's form that leaves nothing to test."""
     assert len(SNIPPETS) == 2
@@ -44,7 +50,8 @@ def test_snippet(snippet: str) -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command(command: str) -> None:
     """Catches a command that does not run as written."""
-    done = run([sys.executable, "-m", "passlm.cli", *shlex.split(command)[1:]])
+    installed = Path(sys.executable).with_name("passlm")
+    done = run([str(installed), *shlex.split(command)[1:]])
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
 

@@ -48,7 +48,7 @@ from passlm.train.loop import (
 from passlm.train.loss import accepted_lengths, cross_entropy, distillation, greedy_hits
 
 CONFIG = TrainConfig(
-    look_ahead_tokens=3,
+    lookahead_tokens=3,
     steps=6,
     sequences=2,
     sequence_tokens=32,
@@ -170,7 +170,9 @@ def test_other_settings_are_refused_by_name(unbroken: Trainer) -> None:
 
 def test_other_text_is_refused(unbroken: Trainer) -> None:
     """Catches a run that goes on with documents changed."""
-    assert "data was " in refusal(trainer(unbroken.folder, CONFIG, text_seed=9))
+    assert "the text or its weights differ" in refusal(
+        trainer(unbroken.folder, CONFIG, text_seed=9)
+    )
 
 
 def test_another_model_is_refused(unbroken: Trainer) -> None:
@@ -212,7 +214,7 @@ def test_a_damaged_checkpoint_is_refused(damage: str, unbroken: Trainer, tmp_pat
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *((n, 0) for n in ("look_ahead_tokens", "steps", "sequences", "anchors")),
+        *((n, 0) for n in ("lookahead_tokens", "steps", "sequences", "anchors")),
         *((n, 0) for n in ("evaluate_every", "evaluate_texts", "checkpoint_every", "keep")),
         ("sequence_tokens", 104),
         ("keep", 1.5),
@@ -324,7 +326,7 @@ def test_a_share_of_the_groups_goes_on_to_each_next_row(
     anchors: int, rows: int, keep: float
 ) -> None:
     """Catches a row that no group reaches, and totals off by one."""
-    config = TrainConfig(anchors=anchors, look_ahead_tokens=rows, keep=keep)
+    config = TrainConfig(anchors=anchors, lookahead_tokens=rows, keep=keep)
     lengths = group_lengths(config)
     assert len(lengths) == anchors
     assert max(lengths) == rows
@@ -335,7 +337,7 @@ def test_a_share_of_the_groups_goes_on_to_each_next_row(
 
 def test_whole_groups_are_all_of_full_length() -> None:
     """Catches `keep=1` that still drops some."""
-    assert group_lengths(TrainConfig(anchors=5, look_ahead_tokens=4, keep=1.0)) == [4] * 5
+    assert group_lengths(TrainConfig(anchors=5, lookahead_tokens=4, keep=1.0)) == [4] * 5
 
 
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=12), st.integers(0, 6), st.integers(0, 99))

@@ -100,8 +100,8 @@ class Row:
 
     def choose_plan(self, context: int | None) -> PassRow:
         """The next pass: candidates and groups that could still be of use."""
-        useful = self.room - 1  # the pass draws one token of its own
-        del self.candidates[useful:]
+        del self.candidates[self.room - 1 :]  # the pass draws one token of its own
+        useful = max(0, self.room - 2)  # and so does the one that verifies what is drafted now
         deepest = len(self.tokens) - 1 + len(self.candidates)  # position of the last real row
         longest = useful if context is None else min(useful, context - 1 - deepest)
         self.plan = self.request.strategy(len(self.candidates), max(0, longest))

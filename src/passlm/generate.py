@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from passlm.decode import Decoder, PromptError, Request, Row
@@ -22,8 +23,8 @@ from passlm.detokenize import Detokenizer
 from passlm.lookahead import LookAhead, load_for
 from passlm.models import DEFAULT_MODEL, load_model
 from passlm.outputs import Chunk, FinishReason, Output, Stats, Step
-from passlm.params import ParameterError, SamplingParams, StopParams
-from passlm.plan import METHODS, Strategy, strategy
+from passlm.params import METHODS, ParameterError, SamplingParams, StopParams
+from passlm.plan import Strategy, strategy
 from passlm.stopping import StopStrings
 from passlm.target import Target
 
@@ -145,6 +146,8 @@ def _checked_tokens(method: str, tokens: int | None, look_ahead: LookAhead | Non
     if method not in METHODS:
         raise ParameterError(f"method is {method!r}: it must be one of {', '.join(METHODS)}")
     if method == "ar":
+        if tokens is not None:
+            raise ParameterError("method ar drafts nothing: leave lookahead_tokens out")
         return 0
     if look_ahead is None:
         raise ParameterError(
@@ -210,22 +213,34 @@ class Generator:
         Raises:
             PromptError: it is empty, or a chat for a model without a chat template.
         """
+        ids: Any
         if isinstance(prompt, str):
-            ids = self.tokenizer(prompt)["input_ids"]
+            ids = self._encode_text(prompt)
         elif prompt and isinstance(prompt[0], Mapping):
             ids = self._encode_chat(prompt)
         else:
-            ids = prompt
+            ids = list(prompt)
         if not len(ids):
             raise PromptError("the prompt is empty: give at least one token")
         return [int(token) for token in ids]
 
+    def _encode_text(self, text: str) -> Sequence[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise PromptError("the prompt is not valid Unicode text: mend its encoding") from error
+        ids: Sequence[int] = self.tokenizer(text)["input_ids"]
+        return ids
+
     def _encode_chat(self, messages: Sequence[Any]) -> list[int]:
         if not self.tokenizer.chat_template:
             raise PromptError("this model has no chat template: give the prompt as text")
-        text = self.tokenizer.apply_chat_template(
-            [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
-        )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
+            )
+        except TemplateError as error:
+            raise PromptError(f"the model's chat template refuses this chat: {error}") from error
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 

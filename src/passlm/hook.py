@@ -34,7 +34,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from passlm.decode import Decoder, Request, Row
 from passlm.hook_checks import GenerateError, refuse, seen_ids
 from passlm.lookahead import LookAhead, LookAheadError, load_for
-from passlm.params import Draft, Judge, SamplingParams
+from passlm.params import Draft, Judge, ParameterError, SamplingParams
 from passlm.plan import Strategy, strategy
 from passlm.sampling import TokenDistribution
 from passlm.target import Target
@@ -85,6 +85,8 @@ def custom_generate(
         InputError: an argument is outside its range.
     """
     strategy(method, 1)  # refuses an unknown name now and not in the middle of `generate`
+    if method == "ar" and (lookahead is not None or lookahead_tokens is not None):
+        raise ParameterError("method ar drafts nothing: leave lookahead and lookahead_tokens out")
     sampling = SamplingParams(judge=judge, draft=draft, seed=seed)
     return CustomGenerate(lookahead, method, lookahead_tokens, sampling)
 
@@ -113,6 +115,8 @@ class CustomGenerate:
         **model_kwargs: Any,
     ) -> GenerateDecoderOnlyOutput | Tensor:
         """Decode what transformers' `generate` has prepared; it is the one that calls this.
+
+        The model computes as it is: unlike `passlm.load`, this packs no second copy of its weights.
 
         Raises:
             UnsupportedModelError: the model cannot be decoded by plans.

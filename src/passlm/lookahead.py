@@ -323,6 +323,13 @@ def shipped(target: Target) -> dict[str, Path]:
     return found
 
 
+def shipped_for_shape(model_type: str, d_model: int, vocabulary: int, layers: int) -> list[str]:
+    """Names of the shipped look-ahead files for models of this shape."""
+    shape = Fingerprint(model_type, d_model, vocabulary, layers, ()).shape
+    cards = sorted(SHIPPED.glob(f"*/*/{CARD_FILE}"))
+    return [path.parent.name for path in cards if _read_card(path).target.shape == shape]
+
+
 def locate(name: str, target: Target) -> Path:
     """The folder that a name stands for: one shipped for the target, a folder, or a hub id.
 

@@ -1,7 +1,7 @@
 """What a pass computes: how many candidates it verifies and which real rows carry look-ahead.
 
 A `Plan` says it, its `Layout` spells it out as positions and visibility, for decoding and for
-training alike. Which plan is worth taking is left to the strategies below and to the planner.
+training alike. The strategies below choose a plan for each pass.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from passlm.errors import InputError
+from passlm.params import METHODS
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,11 @@ class Plan:
 
     def layout(self) -> Layout:
         """Positions and visibility of METHOD's single step; see `Layout`."""
-        return _layout(self)
+        return _remembered_layout(self)
 
 
-@lru_cache(maxsize=64)
-def _layout(plan: Plan) -> Layout:
+def make_layout(plan: Plan) -> Layout:
+    """`Plan.layout`, without being remembered."""
     real = 1 + plan.candidates
     lengths = torch.tensor(plan.groups)
     owner = torch.repeat_interleave(torch.arange(real), lengths)  # real row a look-ahead row is on
@@ -82,6 +83,9 @@ def _layout(plan: Plan) -> Layout:
     same_group = (depths[None, :] > 0) & (owners[None, :] == owners[:, None])
     visible = sees_real | (same_group & (depths[None, :] <= depths[:, None]))
     return Layout(owners + depths, depths, visible, real)
+
+
+_remembered_layout = lru_cache(maxsize=64)(make_layout)
 
 
 Strategy = Callable[[int, int], Plan]
@@ -115,9 +119,6 @@ class OnePass:
     def __call__(self, candidates: int, longest_group: int) -> Plan:
         """See `Strategy`."""
         return Plan(candidates, (min(self.look_ahead, longest_group),) * (1 + candidates))
-
-
-METHODS = ("ar", "two-pass", "one-pass")
 
 
 def strategy(method: str, look_ahead: int) -> Strategy:

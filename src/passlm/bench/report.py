@@ -80,7 +80,7 @@ def _notes(runs: Sequence[Mapping[str, Any]]) -> list[str]:
         lines += sorted(judges)
     for run in runs:
         margins = [difference["margin"] for difference in run["differences"] or ()]
-        if margins:
+        if margins and run["temperature"] == 0:  # sampled, noise decides beside the logits
             steps = f", L {run['lookahead_tokens']}" if run["lookahead_tokens"] else ""
             lines.append(
                 f"{run['method']}{steps}: texts that differ from ar: {len(margins)}; where they "

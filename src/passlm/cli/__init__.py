@@ -49,7 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="passlm: %(message)s", stream=sys.stderr)
     logging.getLogger("passlm").setLevel(logging.INFO)
     try:
-        return _run(list(sys.argv[1:] if arguments is None else arguments))
+        code = _run(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()  # here, where a closed pipe can still be met quietly
+        return code
     except InputError as error:
         print(f"passlm: {error}", file=sys.stderr)
         return USAGE

@@ -19,12 +19,11 @@ from passlm.cli.common import (
 )
 from passlm.errors import InputError
 from passlm.outputs import Chunk, Stats
-from passlm.params import SamplingParams, StopParams
+from passlm.params import METHODS, SamplingParams, StopParams
 
 if TYPE_CHECKING:
     from passlm.generate import Generator
 
-METHODS = ("ar", "two-pass", "one-pass")
 PYTHON_ONLY = ("logit_bias", "bad_words", "processors")  # they take token ids or objects
 _ACCEPTED, _PLAIN = "\x1b[32m", "\x1b[0m"
 
@@ -56,6 +55,8 @@ def run(arguments: argparse.Namespace) -> None:
     prompt = read_prompt(arguments.prompt, arguments.prompt_file)
     sampling = taken(SamplingParams, arguments, PYTHON_ONLY)
     stopping = taken(StopParams, arguments)
+    if arguments.method == "ar" and arguments.lookahead not in (None, "none"):
+        raise InputError("--method ar drafts nothing: leave --lookahead out")
     from passlm.generate import Options, load, set_threads  # after the cheap checks: seconds
 
     set_threads(arguments.threads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def run(arguments: argparse.Namespace) -> None:
     from passlm.lookahead import CARD_FILE
 
     folder = Path(arguments.name)
-    content = _lookahead(folder) if (folder / CARD_FILE).is_file() else _model(arguments.name)
+    content = _lookahead(folder) if os.path.isfile(folder / CARD_FILE) else _model(arguments.name)
     for key, value in content.items():
         if value not in (None, {}):
             print(f"{key.replace('_', ' ')}: {value}")
@@ -51,7 +52,7 @@ def _lookahead(folder: Path) -> dict[str, Any]:
 
 
 def _model(name: str) -> dict[str, Any]:
-    from passlm.lookahead import SHIPPED
+    from passlm.lookahead import shipped_for_shape
     from passlm.models import load_config, resolve
 
     source = resolve(name)
@@ -64,5 +65,7 @@ def _model(name: str) -> dict[str, Any]:
         "d_model": config.hidden_size,
         "vocabulary": config.vocab_size,
         "context": getattr(config, "max_position_embeddings", None),
-        "shipped_lookahead": [p.name for p in sorted((SHIPPED / name).glob("*")) if p.is_dir()],
+        "shipped_lookahead": shipped_for_shape(
+            config.model_type, config.hidden_size, config.vocab_size, config.num_hidden_layers
+        ),
     }

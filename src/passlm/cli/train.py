@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
     from passlm.lookahead import LookAhead
     from passlm.models import LoadedModel
     from passlm.target import Target
-    from passlm.train.data import TokenWindows
-    from passlm.train.loop import Progress, Trainer
+    from passlm.train.data import Document, TokenWindows
+    from passlm.train.loop import Trainer
 
 _log = logging.getLogger("passlm.train")
 
@@ -77,16 +78,31 @@ def run(arguments: argparse.Namespace) -> None:
     set_threads(arguments.threads)
     loaded = load_model(arguments.model, dtype=arguments.dtype, device=arguments.device)
     target = Target(loaded.model)
+    _check_length(config, target)
     windows, held_out = _texts(arguments, config, loaded)
-    trainer = _trainer(arguments, config, target, windows, held_out)
-    with _stop_flag() as stopping:
-        last = _train_with_bar(trainer, stopping)
-    if stopping:
-        _log.info("stopped after step %d: go on with --resume", trainer.steps_done)
-        raise KeyboardInterrupt
-    card = _finish(arguments, trainer, last)
+    try:
+        trainer = _trainer(arguments, config, target, windows, held_out)
+        with _stop_flag() as stopping:
+            _train_with_bar(trainer, stopping)
+        if stopping:
+            _log.info("stopped after step %d: go on with --resume", trainer.steps_done)
+            raise KeyboardInterrupt
+        card = _finish(arguments, trainer)
+    except OSError as error:
+        raise InputError(
+            f"cannot write to --out {arguments.out}: {error.strerror}; the last checkpoint there "
+            "is whole"
+        ) from error
     if arguments.json:
         print_json({"folder": str(arguments.out), **card})
+
+
+def _check_length(config: TrainConfig, target: Target) -> None:
+    if target.context is not None and config.sequence_tokens > target.context:
+        raise InputError(
+            f"--sequence-tokens is {config.sequence_tokens} and the model's context is "
+            f"{target.context}: give at most that"
+        )
 
 
 def _check_folder(arguments: argparse.Namespace) -> None:
@@ -98,11 +114,16 @@ def _check_folder(arguments: argparse.Namespace) -> None:
     used = out.is_dir() and any(out.iterdir())
     if used and not (arguments.resume or arguments.overwrite):
         raise InputError(f"--out {out} is not empty: go on with --resume, or use --overwrite")
+    standing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not standing.is_dir() or not os.access(standing, os.W_OK):
+        raise InputError(f"cannot write to --out {out}: {standing} is no folder to write in")
 
 
 def _texts(
     arguments: argparse.Namespace, config: TrainConfig, loaded: LoadedModel
 ) -> tuple[TokenWindows, TokenWindows]:
+    from jinja2 import TemplateError
+
     from passlm.train.data import DataError, TokenWindows, read_documents, split_held_out
 
     tokenizer: Any = loaded.tokenizer
@@ -110,7 +131,10 @@ def _texts(
     if tokenizer.chat_template:
 
         def chat(messages: list[dict[str, str]]) -> str:
-            return str(tokenizer.apply_chat_template(messages, tokenize=False))
+            try:
+                return str(tokenizer.apply_chat_template(messages, tokenize=False))
+            except TemplateError as error:
+                raise DataError(f"the chat template refuses it: {error}") from error
 
     documents = read_documents(arguments.data, _log.info, chat)
     weights = arguments.data_weights
@@ -125,15 +149,18 @@ def _texts(
         ]
         return ids
 
-    parts = split_held_out(documents, config.held_out, config.seed)
-    windows = [
-        TokenWindows(
-            part, tokenize, tokenizer.eos_token_id, config.sequence_tokens, config.seed, weights
-        )
-        for part in parts
-    ]
-    _log.info("%d tokens to train on, %d held out", windows[0].tokens, windows[1].tokens)
-    return windows[0], windows[1]
+    def windows(part: Sequence[Document]) -> TokenWindows:
+        end, length = tokenizer.eos_token_id, config.sequence_tokens
+        return TokenWindows(part, tokenize, end, length, config.seed, weights)
+
+    train, kept = split_held_out(documents, config.held_out, config.seed)
+    try:
+        held_out = windows(kept)
+    except DataError as error:
+        raise DataError(f"of what is held out, {error}; or hold out more: --held-out") from error
+    texts = windows(train)
+    _log.info("%d tokens to train on, %d held out", texts.tokens, held_out.tokens)
+    return texts, held_out
 
 
 def _trainer(
@@ -146,9 +173,9 @@ def _trainer(
     from passlm.lookahead import LookAhead
     from passlm.train.loop import CHECKPOINT, HISTORY, Trainer
 
-    rows = LookAhead.mean(target, config.look_ahead_tokens, arguments.model)
+    rows = LookAhead.mean(target, config.lookahead_tokens, arguments.model)
     if arguments.start_from is not None:
-        rows = _started_from(arguments.start_from, target, config.look_ahead_tokens)
+        rows = _started_from(arguments.start_from, target, config.lookahead_tokens)
     trainer = Trainer(target, rows, windows, held_out, config, arguments.out)
     if arguments.resume:
         trainer.resume()
@@ -165,7 +192,7 @@ def _started_from(name: str, target: Target, tokens: int) -> LookAhead:
     rows.check(target)
     if rows.tokens != tokens:
         raise LookAheadError(
-            f"--start-from {name} has {rows.tokens} rows and --look-ahead-tokens is {tokens}: "
+            f"--start-from {name} has {rows.tokens} rows and --lookahead-tokens is {tokens}: "
             "make them equal"
         )
     return rows
@@ -189,7 +216,7 @@ def _stop_flag() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _train_with_bar(trainer: Trainer, stopping: list[int]) -> Progress | None:
+def _train_with_bar(trainer: Trainer, stopping: list[int]) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
@@ -200,29 +227,27 @@ def _train_with_bar(trainer: Trainer, stopping: list[int]) -> Progress | None:
         TimeRemainingColumn(),
         TextColumn("{task.description}"),
     )
-    last: Progress | None = None
     length = "?"
     with Bar(*columns, console=Console(file=sys.stderr)) as bar:
         task = bar.add_task("", total=trainer.config.steps, completed=trainer.steps_done)
-        for last in trainer.run(lambda: bool(stopping)):
-            if last.accepted_length is not None:
-                length = f"{last.accepted_length:.3f}"
-                _log.info("step %d: held-out accepted length %s", last.step, length)
-            described = f"loss {last.loss:.3f}, accepted length {length}"
-            bar.update(task, completed=last.step, description=described)
-    return last
+        for done in trainer.run(lambda: bool(stopping)):
+            if done.accepted_length is not None:
+                length = f"{done.accepted_length:.3f}"
+                _log.info("step %d: held-out accepted length %s", done.step, length)
+            described = f"loss {done.loss:.3f}, accepted length {length}"
+            bar.update(task, completed=done.step, description=described)
 
 
-def _finish(
-    arguments: argparse.Namespace, trainer: Trainer, last: Progress | None
-) -> dict[str, Any]:
+def _finish(arguments: argparse.Namespace, trainer: Trainer) -> dict[str, Any]:
     from passlm.lookahead import CARD_FILE
     from passlm.provenance import provenance, write_atomically
     from passlm.train.loop import read_history
     from passlm.train.report import curves, model_card
 
     history = read_history(trainer.folder)
-    last = last or history[-1]
+    length = history[-1].accepted_length if history else None
+    if length is None:
+        length = sum(trainer.evaluate())
     rows = trainer.look_ahead
     rows.card = replace(
         rows.card,
@@ -237,10 +262,10 @@ def _finish(
             "dtype": arguments.dtype,
             "provenance": provenance([]),
         },
-        accepted_length={"held-out text, teacher-forced": last.accepted_length},
+        accepted_length={"held-out text, teacher-forced": length},
     )
     rows.save(trainer.folder)
     write_atomically(trainer.folder / "curves.png", curves(history))
     write_atomically(trainer.folder / "README.md", model_card(rows.card))
     _log.info("wrote %s", trainer.folder / CARD_FILE)
-    return {"accepted_length": last.accepted_length, "steps": last.step}
+    return {"accepted_length": length, "steps": trainer.steps_done}

@@ -22,7 +22,7 @@ class TrainConfig:
         ConfigError: a value lies outside its range.
     """
 
-    look_ahead_tokens: int = field(default=8, metadata={"help": "look-ahead rows to train, L"})
+    lookahead_tokens: int = field(default=8, metadata={"help": "look-ahead rows to train, L"})
     steps: int = field(default=1000, metadata={"help": "optimiser steps"})
     sequences: int = field(default=1, metadata={"help": "texts a step"})
     sequence_tokens: int = field(default=384, metadata={"help": "tokens of a text"})
@@ -49,7 +49,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in (
-            "look_ahead_tokens",
+            "lookahead_tokens",
             "steps",
             "sequences",
             "anchors",
@@ -58,7 +58,7 @@ class TrainConfig:
             "checkpoint_every",
         ):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        needed = self.anchors + self.look_ahead_tokens + 1
+        needed = self.anchors + self.lookahead_tokens + 1
         _require(
             self.sequence_tokens >= needed,
             "sequence_tokens",

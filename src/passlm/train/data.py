@@ -102,7 +102,7 @@ def _files(path: Path, report: Report) -> Iterator[Path]:
         yield path
         return
     others: Counter[str] = Counter()
-    for file in _walk(path):
+    for file in _walk(path, report):
         if file.suffix.lower() in TEXT_SUFFIXES:
             yield file
         else:
@@ -112,8 +112,11 @@ def _files(path: Path, report: Report) -> Iterator[Path]:
         report(f"skipped {others.total()} files in {path} that are not known as text: {kinds}")
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    for root, folders, names in os.walk(folder):
+def _walk(folder: Path, report: Report) -> Iterator[Path]:
+    def unreadable(error: OSError) -> None:
+        report(f"skipped {error.filename}: {error.strerror}")
+
+    for root, folders, names in os.walk(folder, onerror=unreadable):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (Path(root, name) for name in sorted(names) if not name.startswith("."))
 
@@ -168,7 +171,16 @@ def _record_text(record: Any, render_chat: RenderChat | None) -> str:
         raise DataError("has none of 'text', 'prompt' and 'messages'")
     if not all(isinstance(part, str) for part in parts):
         raise DataError("its text is not a string")
-    return "".join(parts)
+    return _encodable("".join(parts))
+
+
+def _encodable(text: str) -> str:
+    """JSON can hold half a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError("its text holds half a surrogate pair") from error
+    return text
 
 
 def _chat_text(messages: Any, render_chat: RenderChat | None) -> str:
@@ -191,14 +203,28 @@ def split_held_out(
     """`(train, held_out)`: about `share` of the documents, chosen by a hash of their text.
 
     The choice depends on seed and text alone: it stays when documents are added, moved or
-    reordered, and copies of one text fall on the same side. Both sides get something; a single
-    document is cut in two at a line near its end.
+    reordered, and copies of one text fall on the same side. Both sides get something of every
+    source; a source of a single document is cut in two at a line near its end.
 
     Raises:
         DataError: `share` is not between 0 and 1, or there is nothing to split.
     """
     if not 0.0 < share < 1.0:
         raise DataError(f"the held-out share is {share}: give a number between 0 and 1")
+    if not documents:
+        raise DataError("there are no documents to hold out from: give more text")
+    train: list[Document] = []
+    held_out: list[Document] = []
+    for source in sorted({document.source for document in documents}):
+        parts = _split_source([d for d in documents if d.source == source], share, seed)
+        train += parts[0]
+        held_out += parts[1]
+    return train, held_out
+
+
+def _split_source(
+    documents: Sequence[Document], share: float, seed: int
+) -> tuple[list[Document], list[Document]]:
     places = [_place(document.text, seed) for document in documents]
     if len(set(places)) < 2:
         return _cut(documents, share)
@@ -215,8 +241,6 @@ def _place(text: str, seed: int) -> float:
 
 
 def _cut(documents: Sequence[Document], share: float) -> tuple[list[Document], list[Document]]:
-    if not documents:
-        raise DataError("there are no documents to hold out from: give more text")
     first = documents[0]
     middle = int(len(first.text) * (1 - share))
     line_end = first.text.rfind("\n", 1, middle)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from passlm.errors import InputError
 from passlm.lookahead import LookAhead
-from passlm.plan import Layout, Plan
+from passlm.plan import Layout, Plan, make_layout
 from passlm.provenance import write_atomically
 from passlm.target import Target
 from passlm.train.config import TrainConfig
@@ -173,7 +173,7 @@ class Trainer:
         """
         config = self.config
         generator = torch.Generator().manual_seed(config.seed)
-        rows = config.look_ahead_tokens
+        rows = config.lookahead_tokens
         groups = min(EVALUATION_GROUPS, config.sequence_tokens - rows - 1)
         lengths: list[Tensor] = []
         for index in range(config.evaluate_texts):
@@ -222,12 +222,15 @@ class Trainer:
             embeddings = tensors.pop("embeddings")
         except (KeyError, TypeError, ValueError) as error:
             raise TrainingError(
-                f"{path} is damaged (bad or missing {error}): start anew without --resume"
+                f"{path} is damaged (bad or missing {error}): start anew with --overwrite"
             ) from error
         different = [name for name in now if kept.get(name) != now[name]]
         if different:
-            changes = ", ".join(f"{n} was {kept.get(n)}, is {now[n]}" for n in different)
-            raise TrainingError(f"{path} was made with other settings: {changes}")
+            changes = ", ".join(_change(n, kept.get(n), now[n]) for n in different)
+            raise TrainingError(
+                f"{path} was made with other settings: {changes}; give those, or start anew with "
+                "--overwrite"
+            )
         mine, target = self.look_ahead.embeddings, json.dumps(asdict(self.look_ahead.card.target))
         if embeddings.shape != mine.shape or about.get("target", target) != target:
             raise TrainingError(
@@ -250,13 +253,19 @@ class Trainer:
         write_atomically(self.folder / HISTORY, lines.getvalue())
 
 
+def _change(name: str, kept: object, now: object) -> str:
+    if name == "data":  # hashes, which say nothing to people
+        return "the text or its weights differ"
+    return f"{name} was {kept}, is {now}"
+
+
 def group_lengths(config: TrainConfig) -> list[int]:
     """Lengths of a text's groups: of each row's groups a share `keep` goes on to the next row.
 
     Later rows are reached less often in decoding and cost as much to train (the conditional drop
     of PARD, arXiv 2504.18583). The numbers are the same for every text, so that texts stack.
     """
-    reach = [round(config.anchors * config.keep**row) for row in range(config.look_ahead_tokens)]
+    reach = [round(config.anchors * config.keep**row) for row in range(config.lookahead_tokens)]
     return [sum(1 for count in reach if index < max(count, 1)) for index in range(config.anchors)]
 
 
@@ -273,7 +282,7 @@ def anchored(tokens: int, lengths: Sequence[int], generator: torch.Generator) ->
     groups = [0] * tokens
     for place, length in zip(chosen, lengths, strict=True):
         groups[place] = length
-    return Plan(tokens - 1, tuple(groups)).layout()
+    return make_layout(Plan(tokens - 1, tuple(groups)))  # random ones are not worth remembering
 
 
 def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -286,7 +295,7 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             about = file.metadata()
         return load_file(path), about
     except (SafetensorError, OSError) as error:
-        raise TrainingError(f"{path} is damaged ({error}): start anew without --resume") from error
+        raise TrainingError(f"{path} is damaged ({error}): start anew with --overwrite") from error
 
 
 def read_history(folder: Path) -> list[Progress]:
