@@ -29,6 +29,7 @@ from passlm.lookahead import (
     fingerprint,
     load,
     locate,
+    push_to_hub,
 )
 from passlm.target import Target
 
@@ -456,3 +457,51 @@ def test_a_hub_id_downloads_the_files_that_are_read(
 
 def _no_network(*_: object, **__: object) -> None:
     pytest.fail("the hub was asked")
+
+
+# The hub
+
+
+def test_push_to_hub_sends_a_folder_that_loads_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches an upload of a damaged folder, or of checkpoints beside it."""
+    calls: list[tuple[str, dict[str, Any]]] = []
+
+    class Hub:
+        def create_repo(self, name: str, **options: Any) -> None:
+            calls.append((name, options))
+
+        def upload_folder(self, **options: Any) -> str:
+            calls.append(("upload", options))
+            return "address"
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    with pytest.raises(LookAheadError):
+        push_to_hub(tmp_path / "none", "me/rows")
+    assert calls == []
+    LookAhead.mean(Target(small_llama()), 2, "tiny").save(tmp_path)
+    assert push_to_hub(tmp_path, "me/rows", private=True) == "address"
+    (name, made), (_, sent) = calls
+    assert (name, made["private"]) == ("me/rows", True)
+    assert (sent["folder_path"], sent["repo_id"]) == (tmp_path, "me/rows")
+    assert not any("checkpoint" in pattern for pattern in sent["allow_patterns"])
+
+
+def test_a_hub_id_is_downloaded_without_pickles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a hub id taken for a folder that is missing, and files nobody asked for."""
+    target = Target(small_llama())
+    LookAhead.mean(target, 2, "tiny").save(tmp_path)
+    asked: list[tuple[str, list[str]]] = []
+
+    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert locate("me/rows", target) == tmp_path
+    [(name, patterns)] = asked
+    assert name == "me/rows"
+    assert set(patterns) == {"lookahead.json", "lookahead.safetensors", "README.md"}

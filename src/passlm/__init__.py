@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from passlm.generate import Generator, load
     from passlm.hook import custom_generate
+    from passlm.lookahead import LookAhead, push_to_hub
     from passlm.outputs import Chunk, Output, Stats
     from passlm.params import SamplingParams, StopParams
 
@@ -20,23 +21,27 @@ __version__ = "0.1.0"
 _HOMES = {
     "Chunk": "passlm.outputs",
     "Generator": "passlm.generate",
+    "LookAhead": "passlm.lookahead",
     "Output": "passlm.outputs",
     "SamplingParams": "passlm.params",
     "Stats": "passlm.outputs",
     "StopParams": "passlm.params",
     "custom_generate": "passlm.hook",
     "load": "passlm.generate",
+    "push_to_hub": "passlm.lookahead",
 }
 
 __all__ = [
     "Chunk",
     "Generator",
+    "LookAhead",
     "Output",
     "SamplingParams",
     "Stats",
     "StopParams",
     "custom_generate",
     "load",
+    "push_to_hub",
 ]
 
 

