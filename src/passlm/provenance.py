@@ -34,7 +34,7 @@ def provenance(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": packages,
         "machine": {
-            "system": platform.platform(),
+            "system": f"{platform.system()} {platform.machine()}",
             "processor": _processor(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
