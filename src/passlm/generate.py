@@ -32,7 +32,7 @@ Message: TypeAlias = Mapping[str, str]
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
 """Text to continue, token ids, or the messages of a chat."""
 
-DRAFTING_METHOD = "two-pass"
+DRAFTING_METHOD = "one-pass"
 
 _log = logging.getLogger(__name__)
 

@@ -47,7 +47,7 @@ _log = logging.getLogger(__name__)
 def custom_generate(
     *,
     lookahead: str | Path | LookAhead | None = None,
-    method: str = "two-pass",
+    method: str = "one-pass",
     lookahead_tokens: int | None = None,
     judge: Judge = "coupled",
     draft: Draft = "greedy",
@@ -70,7 +70,7 @@ def custom_generate(
         lookahead: a folder, the name of shipped files, a hub id, or look-ahead rows in memory;
             None takes what ships for the model.
         method: `two-pass`, `one-pass`, or `ar` for plain decoding without look-ahead files.
-        lookahead_tokens: length of the look-ahead groups; None takes up to 4.
+        lookahead_tokens: length of the look-ahead groups; None takes 1.
         judge: `coupled` or `rejection`.
         draft: `greedy` or `sampled`.
         seed: of all draws; None draws one from torch's global generator when sampling, so that
