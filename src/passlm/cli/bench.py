@@ -109,10 +109,7 @@ def run(arguments: argparse.Namespace) -> None:
     set_threads(arguments.threads)
     drafts = any(name in NEED_LOOKAHEAD for name in asked.names)
     if not drafts and arguments.lookahead not in (None, "none"):
-        raise InputError(
-            f"--lookahead is for {' and '.join(NEED_LOOKAHEAD)}, and neither is among --methods: "
-            "leave it out"
-        )
+        _log.warning("--lookahead is not used: none of the methods drafts with such files")
     lm = load(
         arguments.model,
         lookahead=arguments.lookahead if drafts else "none",
