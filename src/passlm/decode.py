@@ -49,7 +49,7 @@ class Request:
     strategy: Strategy = autoregressive
     seed: int | None = None
     judge: Judge = "coupled"
-    draft: Draft = "greedy"
+    draft: Draft = "sampled"
 
     @classmethod
     def of(

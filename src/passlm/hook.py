@@ -50,7 +50,7 @@ def custom_generate(
     method: str = "one-pass",
     lookahead_tokens: int | None = None,
     judge: Judge = "coupled",
-    draft: Draft = "greedy",
+    draft: Draft = "sampled",
     seed: int | None = None,
 ) -> CustomGenerate:
     """PaSS for transformers: `model.generate(..., custom_generate=passlm.custom_generate())`.

@@ -79,7 +79,7 @@ class SamplingParams:
         metadata={"help": "how candidates are accepted; both keep the model's distribution"},
     )
     draft: Draft = field(
-        default="greedy", metadata={"help": "how candidates are drawn from look-ahead rows"}
+        default="sampled", metadata={"help": "how candidates are drawn from look-ahead rows"}
     )
 
     def __post_init__(self) -> None:
