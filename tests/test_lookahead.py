@@ -7,6 +7,7 @@ import json
 import logging
 import pickle
 import struct
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,8 +16,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
-from small_llama import VOCABULARY, counting_llama, small_llama
+from small_llama import (
+    VOCABULARY,
+    counting_llama,
+    counting_look_ahead_with_parts,
+    small_llama,
+)
 
 from passlm import lookahead
 from passlm.lookahead import (
@@ -28,9 +35,12 @@ from passlm.lookahead import (
     LookAheadError,
     fingerprint,
     load,
+    load_for,
     locate,
     push_to_hub,
 )
+from passlm.lora import GatedLora
+from passlm.sampler import SamplerHead
 from passlm.target import Target
 
 TOKENS, WIDTH = 3, 8
@@ -68,7 +78,9 @@ def problem(folder: Path) -> str | None:
 def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
     """Catches a field of the card, or a bit of the rows, lost on the way."""
     training = {"steps": 5, "data": ["a", "b"], "nested": {"loss": 1.25}}
-    card = Card("é/model", fingerprint(counting_llama()), 2, training, {"code": 0.5}, "mit")
+    card = Card(
+        "é/model", fingerprint(counting_llama()), 2, None, None, training, {"code": 0.5}, "mit"
+    )
     rows = torch.randn(2, counting_llama().d_model, generator=torch.Generator().manual_seed(0))
     LookAhead(rows, card).save(tmp_path / "new")
     loaded = load(tmp_path / "new")
@@ -110,7 +122,7 @@ def test_rows_start_from_the_mean_or_from_one_token() -> None:
     assert (mean.tokens, fixed.tokens, fixed.card.look_ahead_tokens) == (3, 2, 2)
     assert fixed.card.training["token"] == 5
     mean.check(target)
-    assert mean.inputs(target).dtype == target.dtype
+    assert mean.rows(target).inputs.dtype == target.dtype
 
 
 def test_rows_are_a_copy() -> None:
@@ -234,15 +246,15 @@ def test_another_format_version_is_refused_by_number(folder: Path, version: Any)
     assert len(message) < 400
 
 
-def _with(folder: Path, path: list[str], value: Any) -> Path:
-    """The folder, one value of its card replaced; `...` removes it."""
-    card = json.loads(SMALL.to_json())
+def _with(folder: Path, path: list[str], value: Any, whole: Card = SMALL) -> Path:
+    """The folder, one value of its card replaced; `...` removes it, and no path none."""
+    card = json.loads(whole.to_json())
     place = card
     for name in path[:-1]:
         place = place[name]
     if value is ...:
         del place[path[-1]]
-    else:
+    elif path:
         place[path[-1]] = value
     (folder / CARD_FILE).write_text(json.dumps(card))
     return folder
@@ -325,6 +337,213 @@ def test_no_file_whatever_is_a_traceback(junk: bytes, place: int, card: bool) ->
         file.write_bytes(whole[:place] + junk + whole[place + len(junk) :])
         message = problem(folder)
         assert message is None or (str(folder) in message and "\n" not in message)
+
+
+# With a gated LoRA and a sampler head
+
+WHOLE_PARTS = {
+    "embeddings": torch.arange(24.0).reshape(TOKENS, WIDTH),
+    "lora.A.q": torch.arange(32.0).reshape(4, WIDTH),
+    "lora.A.o": torch.arange(16.0).reshape(2, WIDTH),
+    "lora.B.q": torch.ones(8, 2),
+    "lora.B.k": torch.ones(4, 2),
+    "lora.B.o": torch.ones(8, 2),
+    "sampler.hidden_in": torch.arange(40.0).reshape(5, WIDTH),
+    "sampler.token_in": torch.ones(5, WIDTH),
+    "sampler.out": torch.ones(WIDTH, 5),
+}
+
+
+def with_parts() -> LookAhead:
+    """A LoRA of rank 2 on three layers, and a head of width 5."""
+    whole = {name: tensor.clone() for name, tensor in WHOLE_PARTS.items()}
+    lora = GatedLora.of_tensors([("q", "k"), ("o",)], whole)
+    names = (f"sampler.{name}" for name in SamplerHead.NAMES)
+    return LookAhead(
+        whole["embeddings"], SMALL, lora, SamplerHead(*(whole[n] for n in names), shortlist=3)
+    )
+
+
+@pytest.fixture
+def parts_folder(tmp_path: Path) -> Path:
+    """A sound folder of these."""
+    with_parts().save(tmp_path)
+    return tmp_path
+
+
+def test_parts_are_kept_in_bfloat16_and_read_in_float32(tmp_path: Path) -> None:
+    """Catches a part left out, tensors swapped, embeddings rounded with the others, and parts
+    trained on in 16 bits; and rows that draft otherwise than before they were saved."""
+    target = counting_llama()
+    made = counting_look_ahead_with_parts()
+    made.save(tmp_path)
+    loaded = load(tmp_path)
+    assert loaded.card == made.card
+    assert loaded.card.sampler == {"width": 16, "shortlist": 6}
+    assert loaded.card.lora is not None
+    assert loaded.card.lora["rank"] == 4
+    assert loaded.card.lora["groups"][0] == [f"model.layers.0.self_attn.{n}_proj" for n in "qkv"]
+    assert (loaded.numbers, loaded.tokens) == (made.numbers, made.tokens)
+    mine, theirs = loaded.tensors(), made.tensors()
+    assert list(mine) == list(theirs)
+    for name, tensor in mine.items():
+        kept = torch.float32 if name == "embeddings" else torch.bfloat16
+        assert torch.equal(tensor, theirs[name].to(kept).float()), name
+        assert tensor.dtype == torch.float32
+        assert tensor.requires_grad
+    stored = load_tensors((tmp_path / TENSORS_FILE).read_bytes())
+    assert {t.dtype for n, t in stored.items() if n != "embeddings"} == {torch.bfloat16}
+    loaded.check(target)
+    load_for(target, tmp_path)
+    again = tmp_path / "again"
+    loaded.save(again)
+    assert (again / TENSORS_FILE).read_bytes() == (tmp_path / TENSORS_FILE).read_bytes()
+    assert (again / CARD_FILE).read_text() == (tmp_path / CARD_FILE).read_text()
+
+
+def test_a_card_of_before_there_were_parts_still_loads(folder: Path) -> None:
+    """Catches files that are refused for what they could not know."""
+    for name in ("lora", "sampler"):
+        _with(folder, [name], ...)
+        loaded = load(folder)
+        assert loaded.lora is None
+        assert loaded.sampler is None
+
+
+def test_only_parts_of_a_kind_may_be_kept(tmp_path: Path) -> None:
+    """Catches a LoRA without a sampler head, or the other way round, that cannot be read."""
+    whole = with_parts()
+    for lora, sampler in ((whole.lora, None), (None, whole.sampler)):
+        LookAhead(whole.embeddings, SMALL, lora, sampler).save(tmp_path)
+        loaded = load(tmp_path)
+        assert (loaded.lora is None) == (lora is None)
+        assert (loaded.sampler is None) == (sampler is None)
+
+
+DAMAGES = ("missing", "transposed", "narrower", "shorter", "flat", "nan")
+# How many numbers a layer takes and gives is the target's matter: `check` compares them.
+FREE = {("lora.A", "narrower"), ("lora.B", "shorter")}
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        (name, damage)
+        for name, damage in product(WHOLE_PARTS, DAMAGES)
+        if name != "embeddings" and (name[:6], damage) not in FREE
+    ],
+)
+def test_a_damaged_part_is_refused(parts_folder: Path, name: str, damage: str) -> None:
+    """Catches a shape error in the middle of decoding, and rows that draft nothing but misses."""
+    tensors = {key: tensor.clone() for key, tensor in WHOLE_PARTS.items()}
+    tensor = tensors.pop(name)
+    changed = {
+        "transposed": tensor.T,
+        "narrower": tensor[:, :-1],
+        "shorter": tensor[:-1],
+        "flat": tensor.flatten(),
+        "nan": tensor / 0,
+    }
+    if damage != "missing":
+        tensors[name] = changed[damage].contiguous()
+    _write(parts_folder, tensors)
+    assert str(parts_folder / TENSORS_FILE) in refusal(parts_folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["lora.A.k", "lora.B.x", "lora.", "sampler.x", "sampler.out.x", "head", "lora.A.a\nb"]
+)
+def test_an_extra_tensor_is_refused(parts_folder: Path, name: str) -> None:
+    """Catches numbers that were trained for something this passlm leaves out without a word."""
+    _write(parts_folder, {**WHOLE_PARTS, name: torch.ones(2, WIDTH)})
+    assert str(parts_folder / TENSORS_FILE) in refusal(parts_folder)
+
+
+@pytest.mark.parametrize("name", ["lora", "sampler"])
+def test_a_part_that_the_card_does_not_name_is_refused(parts_folder: Path, name: str) -> None:
+    """Catches a folder put together of two trainings, decoded with half of its numbers."""
+    _with(parts_folder, [name], None, with_parts().card)
+    message = refusal(parts_folder)
+    assert f"{name}." in message
+    tensors = {key: t for key, t in WHOLE_PARTS.items() if not key.startswith(name)}
+    _write(parts_folder, tensors)
+    load(parts_folder)
+    _with(parts_folder, [], None, with_parts().card)  # and the other way round
+    assert str(parts_folder / TENSORS_FILE) in refusal(parts_folder)
+
+
+PART_VALUES: list[tuple[list[str], list[Any]]] = [
+    (["lora", "rank"], [1, 3, 0, -2, "2", None, [2], 10**300, ...]),
+    (["lora", "groups"], [[["q", "k"]], [["o"], ["q", "k"], ["q"]], [["k", "q"], ["o"]], ...]),
+    (["lora", "groups"], [[["q"], ["k"], ["o"]], [["q", "k", "o"]], [["q", "k"], ["o", "x"]]]),
+    (["lora", "groups"], [[], [[]], [["q", "k"], []], None, 5, "qko", {"q": "k"}, [[1, 2]], [5]]),
+    (["lora", "groups"], [[["q", "k"], [["o"]]], [["q", "k"], ["o"], ["o"]], [[None]], [["a\nb"]]]),
+    (["lora"], [1, "text", [], [["rank", 2]], {}]),
+    (["sampler", "width"], [4, 6, 0, -5, None, [5], "five", 10**300, float("inf"), ...]),
+    (["sampler", "width"], [float("nan")]),
+    (["sampler", "shortlist"], [0, -1, 2.5, "3", None, True, [3], float("inf"), ...]),
+    (["sampler"], [1, "text", [], [["width", 5]], {}]),
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "value"), [(path, value) for path, values in PART_VALUES for value in values]
+)
+def test_a_card_that_says_otherwise_of_its_parts_is_refused(
+    parts_folder: Path, path: list[str], value: Any
+) -> None:
+    """Catches another rank, width or grouping than the tensors have, and a traceback at values
+    that are none."""
+    assert str(parts_folder) in refusal(_with(parts_folder, path, value, with_parts().card))
+
+
+@given(st.sampled_from([tuple(path) for path, _ in PART_VALUES]), st.data())
+@settings(deadline=None, max_examples=60)
+def test_no_part_of_a_card_whatever_is_a_traceback(
+    path: tuple[str, ...], data: st.DataObject
+) -> None:
+    """Catches what the list above forgot: it loads, checks in one line, or is refused."""
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        with_parts().save(folder)
+        _with(folder, list(path), data.draw(JSON_VALUES), with_parts().card)
+        with pytest.raises(LookAheadError) as caught:  # at the latest for its width of 8
+            load(folder).check(counting_llama())
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("layer", ["layers.0.self_attn.q_proj", "model.norm", "a\nb", "lm_head"])
+def test_a_lora_for_layers_that_the_model_has_not_is_refused(layer: str) -> None:
+    """Catches a KeyError in the middle of loading, and a name that breaks the line."""
+    target = counting_llama()
+    mean = LookAhead.mean(target, 2, "some/base")
+    lora = GatedLora([(layer,)], [torch.ones(2, 32)], {layer: torch.ones(32, 2)})
+    with pytest.raises(LookAheadError) as caught:
+        LookAhead(mean.embeddings, mean.card, lora).check(target)
+    message = str(caught.value)
+    assert "some/base" in message
+    assert repr(layer)[1:-1] in message
+    assert "\n" not in message
+
+
+def test_extending_keeps_the_embeddings_and_says_so_on_the_card() -> None:
+    """Catches a card that forgets a part, and an extension that begins from other rows."""
+    target = counting_llama()
+    mean = LookAhead.mean(target, 2, "some/base")
+    whole = mean.extended(target, 3, ["q_proj", "k_proj"], 7, seed=1)
+    assert torch.equal(whole.embeddings, mean.embeddings)
+    assert whole.card.base_model == "some/base"
+    assert whole.card.lora == {
+        "rank": 3,
+        "groups": [[f"model.layers.{n}.self_attn.{p}_proj" for p in "qk"] for n in range(2)],
+    }
+    assert whole.card.sampler == {"width": 7, "shortlist": 64}
+    bare = whole.extended(target, 0, [], 0)
+    assert (bare.lora, bare.sampler, bare.card.lora, bare.card.sampler) == (None,) * 4
+    other = mean.extended(target, 3, ["q_proj", "k_proj"], 7, seed=2)
+    assert whole.lora is not None
+    assert other.lora is not None
+    assert not torch.equal(whole.lora.down[0], other.lora.down[0])
 
 
 # Whom they are for

@@ -15,7 +15,6 @@ from itertools import product
 
 import pytest
 import tiny
-import torch
 from tiny import (
     ARCHITECTURES,
     GREEDY,
@@ -31,7 +30,7 @@ from tiny import (
 from passlm.decode import Decoder, PromptError, Request, Row
 from passlm.params import Draft, Judge, SamplingParams
 from passlm.plan import OnePass, Plan, Strategy, TwoPass, strategy
-from passlm.target import PassRow, Target
+from passlm.target import LookAheadRows, PassRow, Target
 
 LONGEST = 6
 DRAFTING = ("two-pass", "one-pass")
@@ -40,25 +39,39 @@ DRAFTS: tuple[Draft, ...] = ("greedy", "sampled")
 TEMPERED = SamplingParams(temperature=0.8, top_k=10, seed=17)
 PENALISED = SamplingParams(temperature=0.9, top_k=12, repetition_penalty=1.3, seed=23)
 SAMPLED_TOKENS = 24
+GENERATED_TOKENS = 28
 
 
 @dataclass(frozen=True)
 class Case:
-    """A target with four prompts of different lengths and what plain decoding makes of them."""
+    """A target with four prompts of different lengths and what plain decoding makes of them.
+
+    Attributes:
+        parts: whether its look-ahead rows have a LoRA and a sampler head, both random.
+    """
 
     target: Target
+    parts: bool = False
 
     @cached_property
     def prompts(self) -> list[list[int]]:
         return [tiny.prompt(length) for length in PROMPT_LENGTHS]
 
     @cached_property
-    def look_ahead(self) -> torch.Tensor:
+    def look_ahead(self) -> LookAheadRows:
+        if self.parts:
+            with_parts = tiny.random_look_ahead(self.target, LONGEST, rank=3, sampler_width=8)
+            return with_parts.rows(self.target)
         return tiny.look_ahead_rows(self.target, LONGEST)
 
     @cached_property
     def greedy(self) -> list[list[int]]:
         return self.plain(GREEDY)
+
+    @cached_property
+    def generated(self) -> list[list[int]]:
+        """What transformers' own greedy decoding makes of them, a shorter text."""
+        return [tiny.generate(self.target.model, t, GENERATED_TOKENS)[0] for t in self.prompts]
 
     @cached_property
     def tempered(self) -> list[list[int]]:
@@ -182,6 +195,56 @@ def test_further_architectures(further_case: Case) -> None:
     further_case.check(OnePass(2), TEMPERED, further_case.tempered, rigged=True)
 
 
+# With a gated LoRA and a sampler head
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES | MORE_ARCHITECTURES)
+def parts_case(request: pytest.FixtureRequest, tiny_target: Callable[[str], Target]) -> Case:
+    return Case(tiny_target(request.param), parts=True)
+
+
+@pytest.mark.parametrize("method", DRAFTING)
+def test_lora_and_sampler_change_no_greedy_text(parts_case: Case, method: str) -> None:
+    """Catches updates that reach real rows, or stay in the layers or the cache behind a pass; with
+    drafts right, so that settled rows come from passes with updates, and as the head drew them.
+    The text is that of `generate`, alone and in a ragged batch."""
+    truth, plan = parts_case.generated, strategy(method, 3)
+    occurred = parts_case.check(plan, GREEDY, truth, rigged=True)
+    assert occurred == {0, 1, 2, 3}
+    parts_case.check(plan, GREEDY, truth, rigged=False, alone=(DRAFTING.index(method),))
+
+
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_coupled_sampling_with_lora_and_sampler_is_plain_sampling(
+    some_parts_case: Case, draft: Draft
+) -> None:
+    """Catches noise or a history that a sampler head shifts: its rows draft one by one."""
+    for base in (TEMPERED, PENALISED):
+        truth, sampling = some_parts_case.plain(base, SAMPLED_TOKENS), replace(base, draft=draft)
+        for plan in (TwoPass(3), mixed):
+            some_parts_case.check(plan, sampling, truth, rigged=False)
+        occurred = some_parts_case.check(OnePass(3), sampling, truth, rigged=True)
+        assert occurred == {0, 1, 2, 3}
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def some_parts_case(request: pytest.FixtureRequest, tiny_target: Callable[[str], Target]) -> Case:
+    return Case(tiny_target(request.param), parts=True)
+
+
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_rejection_with_lora_and_sampler_is_the_same_alone_and_in_a_batch(
+    some_parts_case: Case, draft: Draft
+) -> None:
+    """Catches `q` or hidden states of another text of the batch; the distribution is shown in
+    `test_decode_sampling.py`."""
+    sampling = replace(TEMPERED, judge="rejection", draft=draft)
+    asked = requests_for(some_parts_case.prompts, OnePass(3), sampling, SAMPLED_TOKENS)
+    batch = some_parts_case.run(asked)
+    for request, text in zip(asked, batch.texts, strict=True):
+        assert some_parts_case.run([request]).texts == [text]
+
+
 # What one or a few architectures show
 
 
@@ -263,7 +326,7 @@ def test_drafts_come_from_the_last_accepted_row(
                 length = row.plan.groups[step.accepted]
                 drafting = PassRow(row.tokens[-2:-1], Plan(0, (length,)))
                 cache = target.prefill(row.tokens[:-2])
-                group = target.run(cache, [drafting], llama_case.look_ahead)[0, 1:]
+                group = target.run(cache, [drafting], llama_case.look_ahead).logits[0, 1:]
                 drafts: list[int] = []
                 for logits in group:
                     q = row.request.distribution(logits[None], [*row.tokens, *drafts])

@@ -124,8 +124,8 @@ def test_what_lies_behind_a_cut_was_never_judged(
 @pytest.mark.parametrize("place", [0, 1, 2, 3])
 def test_counts_of_decoding_that_ends_inside_an_accepted_block(place: int) -> None:
     """Catches an end-of-sequence among accepted candidates behind which counting goes on."""
-    target, rows = counting_llama(), counting_look_ahead().inputs(counting_llama())
-    prompt, plan = counting(1, 12, seed=7)[0].tolist(), OnePass(BLANKS)
+    target, rows = counting_llama(), counting_look_ahead().rows(counting_llama())
+    prompt, plan = counting(1, 12, seed=3)[0].tolist(), OnePass(BLANKS)
     (_, free), *_ = decode(target, [Request.of(prompt, SamplingParams(), 40, plan)], rows)
     block = next(i for i, step in enumerate(free) if step.accepted == 3 < step.judged)
     end = free[block].tokens[place]

@@ -21,6 +21,7 @@ from passlm.judge import draw
 from passlm.params import Judge, SamplingParams
 from passlm.plan import OnePass, Strategy, TwoPass
 from passlm.sampling import Noise, Purpose, TokenDistribution, processors
+from passlm.target import LookAheadRows
 
 V = 50
 EOS = (7, 11)
@@ -193,7 +194,7 @@ def test_processors_see_the_true_history_in_judging_and_in_drafting(
     recorder = Recorder()
     sampling = SamplingParams(temperature=0.9, processors=(recorder,), seed=1, judge=judge)
     target = counting_llama()
-    rows = target.embed(torch.arange(4))
+    rows = LookAheadRows(target.embed(torch.arange(4)))
     decoder = Decoder(target, rows)
     row = decoder.join(Request.of([3, 4, 5], sampling, 24, plan))
     accepted = drafted = 0

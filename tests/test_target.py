@@ -20,6 +20,7 @@ from passlm.decode import Decoder, PromptError, Request
 from passlm.params import SamplingParams
 from passlm.plan import OnePass, Plan
 from passlm.target import (
+    LookAheadRows,
     PassRow,
     Target,
     UnsupportedModelError,
@@ -112,16 +113,16 @@ def test_real_rows_ignore_the_rest_of_the_pass(target: Target) -> None:
     look_ahead = tiny.look_ahead_rows(target, 4)
     cache = target.prefill(text[:14])
     rows = [PassRow(text[14:18], Plan(3, (4, 0, 2, 4)))]
-    logits = target.run(cache, rows, look_ahead)[0]
+    logits = target.run(cache, rows, look_ahead).logits[0]
     for real in range(4):
         before = target.prefill(text[: 14 + real])
-        plain = target.run(before, [PassRow([text[14 + real]], Plan(0, (0,)))], None)
+        plain = target.run(before, [PassRow([text[14 + real]], Plan(0, (0,)))], None).logits
         assert close(logits[real], plain[0, 0])
     cache.append(target.prefill(shorter[:6]))
     rows.append(PassRow(shorter[6:], Plan(0, (1,))))
-    batch = target.run(cache, rows, look_ahead)
+    batch = target.run(cache, rows, look_ahead).logits
     assert close(batch[0], logits)
-    alone = target.run(target.prefill(shorter[:6]), rows[1:], look_ahead)
+    alone = target.run(target.prefill(shorter[:6]), rows[1:], look_ahead).logits
     assert close(batch[1, :2], alone[0])
     assert bool(batch.isfinite().all())
 
@@ -133,8 +134,8 @@ def test_look_ahead_rows_continue_their_own_row(target: Target) -> None:
     cache = target.prefill(text[:10])
     plan = Plan(2, (3, 3, 3))
     for real in range(3):
-        continued = target.embed(torch.tensor(text[11 + real : 14 + real]))
-        logits = target.run(cache, [PassRow(text[10:13], plan)], continued)[0]
+        continued = LookAheadRows(target.embed(torch.tensor(text[11 + real : 14 + real])))
+        logits = target.run(cache, [PassRow(text[10:13], plan)], continued).logits[0]
         expected = target.model(torch.tensor([text[: 14 + real]])).logits[0]
         assert close(logits[plan.group(real)], expected[11 + real :])
 
@@ -143,10 +144,12 @@ def test_hung_rows_are_those_of_decoding(target: Target) -> None:
     """Catches training rows that stand or see elsewhere than in decoding: what was trained would
     then not be what is run. Gradients reach the look-ahead embeddings and nothing else."""
     texts = [tiny.prompt(16, seed) for seed in (1, 2)]
-    look_ahead = tiny.look_ahead_rows(target, 3).requires_grad_()
+    look_ahead = tiny.look_ahead_inputs(target, 3).requires_grad_()
+    decoding, training = LookAheadRows(look_ahead.detach()), LookAheadRows(look_ahead)
     anchors = [{2: 3, 9: 2, 14: 3}, {1: 3, 12: 3, 15: 2}]
     plans = [Plan(15, tuple(chosen.get(row, 0) for row in range(16))) for chosen in anchors]
-    hung = target.hang(torch.tensor(texts), [plan.layout() for plan in plans], look_ahead)
+    hung = target.hang(torch.tensor(texts), [plan.layout() for plan in plans], training)
+    logits, text_logits = target.logits(hung.hidden), target.logits(hung.text_hidden)
     for index, (text, chosen) in enumerate(zip(texts, anchors, strict=True)):
         start = 0
         for anchor, length in chosen.items():
@@ -157,11 +160,11 @@ def test_hung_rows_are_those_of_decoding(target: Target) -> None:
             assert hung.position[index, rows].tolist() == ahead
             cache = target.prefill(text[:anchor])
             drafting = PassRow([text[anchor]], Plan(0, (length,)))
-            decoded = target.run(cache, [drafting], look_ahead.detach())[0]
-            assert close(hung.logits[index, rows], decoded[1:])
-            assert close(hung.text_logits[index, anchor], decoded[0])
-    assert not hung.text_logits.requires_grad
-    hung.logits.logsumexp(-1).sum().backward()
+            decoded = target.run(cache, [drafting], decoding).logits[0]
+            assert close(logits[index, rows], decoded[1:])
+            assert close(text_logits[index, anchor], decoded[0])
+    assert not hung.text_hidden.requires_grad
+    logits.logsumexp(-1).sum().backward()
     assert look_ahead.grad is not None
     assert bool(look_ahead.grad.abs().sum(1).gt(0).all())
     for weight in target.model.parameters():

@@ -151,6 +151,8 @@ def test_source_says_which_path_a_document_came_from(tmp_path: Path) -> None:
         ({"prompt": LONG}, LONG),
         ({"prompt": LONG, "completion": "done"}, LONG + "done"),
         ({"prompt": LONG, "answer": "42"}, LONG + "42"),
+        ({"prompt": "asked", "completion": "said", "text": LONG}, LONG),
+        ({"messages": [{"role": "user", "content": "asked"}], "text": LONG}, LONG),
         ({"text": LONG + "\u2028more"}, LONG + "\u2028more"),
     ],
 )
@@ -171,26 +173,63 @@ def test_jsonl_record_to_text(tmp_path: Path, record: object, text: str) -> None
         ('{"messages": [{"role": "user", "content": "hi"}]}', "no chat template"),
     ],
 )
-def test_bad_jsonl_record_is_named_by_its_line(tmp_path: Path, line: str, reason: str) -> None:
-    """Catches an error without a place, and one bad record that drops the file."""
+def test_bad_jsonl_record_is_an_error_named_by_its_line(
+    tmp_path: Path, line: str, reason: str
+) -> None:
+    """Catches an error without a place, and training on half of what was meant."""
     file = tmp_path / "data.jsonl"
     file.write_text(json.dumps({"text": LONG}) + "\n\n" + line + "\n")
+    with pytest.raises(DataError) as caught:
+        read_documents([file], silent)
+    message = str(caught.value)
+    assert message.startswith(f"{file}:3: ")
+    assert reason in message
+    assert "--skip-bad" in message
+    assert "\n" not in message
+
+
+def test_bad_jsonl_records_are_left_out_and_counted_where_that_is_asked_for(tmp_path: Path) -> None:
+    """Catches one bad record that drops the file, and a count over one file alone."""
+    lines = [{"text": LONG}, [1], {"text": 3}, {"text": LONG}]
+    records(tmp_path / "a.jsonl", *lines)
+    records(tmp_path / "b.jsonl", {"title": "x"}, {"text": LONG})
     said: list[str] = []
-    assert [d.path.name for d in read_documents([file], said.append)] == ["data.jsonl:1"]
-    assert len(said) == 1
-    assert "data.jsonl:3" in said[0]
-    assert reason in said[0]
+    found = read_documents([tmp_path], said.append, skip_bad=True)
+    assert [d.path.name for d in found] == ["a.jsonl:1", "a.jsonl:4", "b.jsonl:2"]
+    assert [line.split(":")[1] for line in said[:-1]] == ["2", "3", "1"]
+    assert said[-1] == "skipped 3 broken lines in all"
+
+
+def test_short_records_are_no_broken_ones(tmp_path: Path) -> None:
+    """Catches a run that is refused for a record which is sound and only short."""
+    file = records(tmp_path / "data.jsonl", {"text": LONG}, {"text": "short"})
+    said: list[str] = []
+    assert len(read_documents([file], said.append)) == 1
+    assert said == [f"skipped {file}:2: shorter than 32 characters"]
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"text": ' + "1" * 10_000 + "}", '"\\ud800"'])
+def test_json_that_python_cannot_hold_is_a_broken_line(tmp_path: Path, line: str) -> None:
+    """Catches a traceback of the JSON reader: nesting and digits have limits."""
+    file = tmp_path / "data.jsonl"
+    file.write_text(line + "\n")
+    with pytest.raises(DataError, match=r"data\.jsonl:1") as caught:
+        read_documents([file], silent)
+    assert "\n" not in str(caught.value)
 
 
 def test_messages_are_rendered_by_the_given_function(tmp_path: Path) -> None:
     """Catches a chat that is trained on without its template."""
     chat = [{"role": "user", "content": LONG}]
-    file = records(tmp_path / "chat.jsonl", {"messages": chat}, {"messages": [{"role": "user"}]})
+    file = records(tmp_path / "chat.jsonl", {"messages": chat})
 
     def render(messages: list[dict[str, str]]) -> str:
         return f"<{messages[0]['role']}>{messages[0]['content']}"
 
     assert [d.text for d in read_documents([file], silent, render)] == ["<user>" + LONG]
+    records(file, {"messages": chat}, {"messages": [{"role": "user"}]})
+    with pytest.raises(DataError, match=r"chat\.jsonl:2: 'messages' is not a list"):
+        read_documents([file], silent, render)
 
 
 # Holding out

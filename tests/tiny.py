@@ -18,15 +18,18 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from passlm.decode import Decoder, Request, Row
+from passlm.lookahead import Card, LookAhead, fingerprint
 from passlm.outputs import Step
 from passlm.params import SamplingParams
 from passlm.plan import Strategy, autoregressive
-from passlm.target import Target
+from passlm.sampler import SamplerHead
+from passlm.target import LookAheadRows, Target
 
 VOCABULARY = 64
 CONTEXT = 256
 WINDOW = 8  # shorter than every text the tests decode
 NEW_TOKENS = 64
+SHORTLIST = 8  # of sampler heads: fewer than the vocabulary has
 PROMPT_LENGTHS = (1, 5, 11, 30)
 GREEDY = SamplingParams()
 
@@ -141,11 +144,34 @@ def prompt(length: int, seed: int = 0) -> list[int]:
     return random.Random(f"{seed} {length}").choices(range(VOCABULARY), k=length)
 
 
-def look_ahead_rows(target: Target, count: int, seed: int = 5) -> Tensor:
+def look_ahead_inputs(target: Target, count: int, seed: int = 5) -> Tensor:
     """Random look-ahead embeddings, `[count, d_model]`, of the size of the input embeddings."""
     noise = torch.randn(count, target.d_model, generator=torch.Generator().manual_seed(seed))
     every = target.embed(torch.arange(target.vocabulary)).detach()
     return (noise * every.std()).to(target.dtype)
+
+
+def look_ahead_rows(target: Target, count: int, seed: int = 5) -> LookAheadRows:
+    """The same as rows of a pass."""
+    return LookAheadRows(look_ahead_inputs(target, count, seed))
+
+
+def random_look_ahead(
+    target: Target, count: int, rank: int = 0, sampler_width: int = 0, seed: int = 5
+) -> LookAhead:
+    """The same embeddings with a LoRA and a sampler head that change much, at random."""
+    card = Card("tiny", fingerprint(target), count)
+    start = LookAhead(look_ahead_inputs(target, count, seed), card)
+    lora = start.extended(target, rank, (), 0).lora
+    generator = torch.Generator().manual_seed(seed)
+    if lora is not None:
+        for up in lora.up:
+            up.data.copy_(0.5 * torch.randn(up.shape, generator=generator))
+    sampler = None
+    if sampler_width:
+        sampler = SamplerHead.start(target.d_model, sampler_width, SHORTLIST)
+        sampler.out.data.copy_(torch.randn(sampler.out.shape, generator=generator))
+    return LookAhead(start.embeddings, card, lora, sampler)
 
 
 def generate(model: PreTrainedModel, tokens: Sequence[int], new: int) -> tuple[list[int], float]:
@@ -221,7 +247,7 @@ class Run:
 def run(
     target: Target,
     requests: Sequence[Request],
-    look_ahead: Tensor | None = None,
+    look_ahead: LookAheadRows | None = None,
     rig: Rig | None = None,
 ) -> Run:
     """Decode some requests in one batch, to their ends."""

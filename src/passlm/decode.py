@@ -18,9 +18,10 @@ from passlm.errors import InputError
 from passlm.outputs import FinishReason, Step
 from passlm.params import Draft, Judge, SamplingParams
 from passlm.plan import Plan, Strategy, autoregressive
+from passlm.sampler import GroupSampler
 from passlm.sampling import Noise, Purpose, TokenDistribution, processors
 from passlm.stopping import cut_block
-from passlm.target import PassRow, Target
+from passlm.target import LookAheadRows, PassOutput, PassRow, Target
 
 
 class PromptError(InputError):
@@ -125,18 +126,23 @@ class Row:
             verdict = judge.rejection(p, q, self.candidates, uniform, noise)
         return [*self.candidates[: verdict.accepted], verdict.token]
 
-    def draft(self, group: Tensor) -> None:
+    def draft(self, group: Tensor, sampler: GroupSampler | None = None) -> None:
         """Draw the next candidates from the group that hangs on the last accepted row.
 
         Args:
             group: its logits, `[l, V]`; a chain without rows leaves no candidates.
+            sampler: weighs each row anew once the token before it is drawn.
         """
         self.candidates, drawn_from = [], []
-        # Only a processor that reads the tokens so far makes a row wait for the one before it.
-        together = len(group) if not self.request.distribution.reads_history else 1
-        for start in range(0, len(group), together or 1):
+        # Rows wait for the one before where a sampler head or a processor reads what it drew.
+        waits = sampler is not None or self.request.distribution.reads_history
+        together = 1 if waits else max(1, len(group))
+        for start in range(0, len(group), together):
             history = [*self.tokens, *self.candidates]
-            q = self.request.distribution(group[start : start + together], history)
+            logits = group[start : start + together]
+            if sampler is not None:
+                logits = sampler.logits(start, history[-1])
+            q = self.request.distribution(logits, history)
             drawn, q = self._drawn(q, len(history))
             self.candidates += drawn
             drawn_from.append(q)
@@ -164,13 +170,17 @@ class Decoder:
 
     Args:
         target: the frozen model.
-        look_ahead: input embeddings `LA_1..LA_L`, `[L, d_model]`; None where every request's
-            strategy does without.
+        look_ahead: look-ahead rows; None where every request's strategy does without.
+
+    Raises:
+        UnsupportedModelError: the rows have a sampler head and the target's weights are not plain.
     """
 
-    def __init__(self, target: Target, look_ahead: Tensor | None = None) -> None:
+    def __init__(self, target: Target, look_ahead: LookAheadRows | None = None) -> None:
         self.target = target
         self.look_ahead = look_ahead
+        self._sampler = None if look_ahead is None else look_ahead.sampler
+        self._tables = None if self._sampler is None else target.embeddings
         self.rows: list[Row] = []
         self._cache: RowCache = target.new_cache(batch=0)
 
@@ -203,23 +213,32 @@ class Decoder:
         """
         rows = list(self.rows)
         passes = [row.choose_plan(self.target.context) for row in rows]
-        logits = self.target.run(self._cache, passes, self.look_ahead)
-        steps = [self._settle(index, row, logits[index]) for index, row in enumerate(rows)]
+        output = self.target.run(self._cache, passes, self.look_ahead)
+        steps = [self._settle(index, row, output) for index, row in enumerate(rows)]
         ended = [row for row, step in zip(rows, steps, strict=True) if step.finish_reason]
         self.leave(ended)
         return list(zip(rows, steps, strict=True))
 
-    def _settle(self, index: int, row: Row, logits: Tensor) -> Step:
-        settled = row.judge(logits)
+    def _settle(self, index: int, row: Row, output: PassOutput) -> Step:
+        settled = row.judge(output.logits[index])
         judged, accepted = len(row.candidates), len(settled) - 1
         kept, reason = cut_block(settled, row.request.eos, row.room, row.full)
         row.tokens += settled[:kept]
         row.room -= kept
         self._cache.settle(index, 1 + accepted)
         if reason is None:
-            row.draft(logits[row.plan.group(accepted)])
+            self._draft(index, row, row.plan.group(accepted), output)
         step = Step(tuple(settled), accepted, judged, reason)
         return step if reason is None else step.cut(kept, reason)
+
+    def _draft(self, index: int, row: Row, rows: slice, output: PassOutput) -> None:
+        group, sampler = output.logits[index, rows], None
+        if self._sampler is not None and self._tables is not None and output.hidden is not None:
+            hidden = output.hidden[index, rows]
+            sampler = (
+                GroupSampler(self._sampler, self._tables, group, hidden) if len(group) else None
+            )
+        row.draft(group, sampler)
 
     def _room(self, request: Request) -> tuple[int, FinishReason]:
         """How many tokens may be written, and why no more."""

@@ -175,6 +175,7 @@ class Generator:
         self.target = target
         self.tokenizer = tokenizer
         self.look_ahead = look_ahead
+        self._rows = None if look_ahead is None else look_ahead.rows(target)
         self.eos = _eos_ids(target, tokenizer)
 
     def stream(self, prompt: Prompt, **options: Any) -> Iterator[Chunk]:
@@ -255,8 +256,7 @@ class Generator:
         self, prompts: Sequence[Sequence[int]], options: Options, stats: Sequence[Stats]
     ) -> Iterator[tuple[int, Chunk]]:
         """Decode a batch, giving each pass's chunk of each prompt; counts go into `stats`."""
-        rows = None if self.look_ahead is None else self.look_ahead.inputs(self.target)
-        decoder = Decoder(self.target, rows)
+        decoder = Decoder(self.target, self._rows)
         texts: dict[Row, _Text] = {}
         for index, (prompt, counts) in enumerate(zip(prompts, stats, strict=True)):
             begun = time.perf_counter()

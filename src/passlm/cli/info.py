@@ -44,7 +44,13 @@ def _lookahead(folder: Path) -> dict[str, Any]:
         "base_model": card.base_model,
         "made_for": card.target.shape,
         "look_ahead_tokens": card.look_ahead_tokens,
-        "numbers": rows.embeddings.numel(),
+        "lora": card.lora
+        and {
+            "rank": card.lora["rank"],
+            "layers": sum(len(group) for group in card.lora["groups"]),
+        },
+        "sampler": card.sampler and dict(card.sampler),
+        "numbers": rows.numbers,
         "licence": card.licence,
         "accepted_length": dict(card.accepted_length),
         "training": dict(card.training),

@@ -8,10 +8,10 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from passlm.cli.common import (
     add_fields,
@@ -21,14 +21,15 @@ from passlm.cli.common import (
     taken,
 )
 from passlm.errors import InputError
-from passlm.train.config import TrainConfig
+from passlm.train.config import Kind, TrainConfig
 
 if TYPE_CHECKING:
     from passlm.lookahead import LookAhead
     from passlm.models import LoadedModel
     from passlm.target import Target
     from passlm.train.data import Document, TokenWindows
-    from passlm.train.loop import Trainer
+    from passlm.train.loop import Progress, Trainer
+    from passlm.train.processes import AcceleratedProcesses
 
 _log = logging.getLogger("passlm.train")
 
@@ -51,12 +52,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="W",
         help="how much of the texts comes from each PATH; default by length",
     )
+    parser.add_argument(
+        "--data-licences",
+        nargs="+",
+        metavar="L",
+        help="licence of each PATH, for the model card",
+    )
+    parser.add_argument(
+        "--skip-bad", action="store_true", help="leave broken JSONL lines out, and count them"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write")
     parser.add_argument(
         "--start-from", metavar="NAME", help="look-ahead files to begin with; default the mean"
     )
     parser.add_argument("--resume", action="store_true", help="go on from DIR's checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="start anew in a used DIR")
+    parser.add_argument(
+        "--tensorboard", action="store_true", help="write event files to DIR/tensorboard as well"
+    )
     parser.add_argument("--licence", default="apache-2.0", help="of the files; default apache-2.0")
     add_fields(parser, TrainConfig)
     add_json_argument(parser)
@@ -70,21 +83,24 @@ def run(arguments: argparse.Namespace) -> None:
         KeyboardInterrupt: it was interrupted; a checkpoint was kept.
     """
     config = taken(TrainConfig, arguments)
-    _check_folder(arguments)
+    _check_lists(arguments)
+    board = _board_writer() if arguments.tensorboard else None
+    processes = _processes(arguments)
+    if processes is None or processes.place[0] == 0:
+        _check_folder(arguments)
+    else:
+        logging.getLogger("passlm").setLevel(logging.WARNING)  # the first one says it
     from passlm.generate import set_threads
-    from passlm.models import load_model
-    from passlm.target import Target
 
     set_threads(arguments.threads)
-    loaded = load_model(arguments.model, dtype=arguments.dtype, device=arguments.device)
-    target = Target(loaded.model)
-    _check_length(config, target)
+    loaded, target = _target(arguments, config, processes)
     windows, held_out = _texts(arguments, config, loaded)
     try:
-        trainer = _trainer(arguments, config, target, windows, held_out)
-        with _stop_flag() as stopping:
-            _train_with_bar(trainer, stopping)
-        if stopping:
+        trainer = _trainer(arguments, config, target, windows, held_out, processes)
+        # A launcher passes a signal on to processes that may have met it already.
+        with _stop_flag(patient=processes is not None) as stopping:
+            _train_with_bar(trainer, stopping, board)
+        if trainer.steps_done < config.steps:
             _log.info("stopped after step %d: go on with --resume", trainer.steps_done)
             raise KeyboardInterrupt
         card = _finish(arguments, trainer)
@@ -93,8 +109,53 @@ def run(arguments: argparse.Namespace) -> None:
             f"cannot write to --out {arguments.out}: {error.strerror}; the last checkpoint there "
             "is whole"
         ) from error
-    if arguments.json:
+    if arguments.json and trainer.writes:
         print_json({"folder": str(arguments.out), **card})
+
+
+def _check_lists(arguments: argparse.Namespace) -> None:
+    for flag in ("data_weights", "data_licences"):
+        given = getattr(arguments, flag)
+        if given is not None and len(given) != len(arguments.data):
+            name = flag.replace("_", "-")
+            raise InputError(f"{len(given)} --{name} for {len(arguments.data)} paths of --data")
+
+
+def _processes(arguments: argparse.Namespace) -> AcceleratedProcesses | None:
+    """The processes of `accelerate launch`; None for this one alone."""
+    from passlm.train.processes import AcceleratedProcesses, launched
+
+    if not launched():
+        return None
+    processes = AcceleratedProcesses(arguments.device)
+    arguments.device = processes.device
+    return processes
+
+
+def _target(
+    arguments: argparse.Namespace, config: TrainConfig, processes: AcceleratedProcesses | None
+) -> tuple[LoadedModel, Target]:
+    import torch
+
+    from passlm.models import load_config, load_model
+    from passlm.target import Target
+    from passlm.train.loop import group_lengths
+    from passlm.train.memory import Place, check
+
+    dtype, device = getattr(torch, arguments.dtype), arguments.device
+    place = Place(device)
+    if processes is not None:
+        shards = processes.place[1] if processes.sharded else 1
+        place = Place(device, shards, processes.neighbours)
+        device = "cpu" if processes.sharded else device  # it need not fit on one
+    rows = sum(group_lengths(config))
+    check(load_config(arguments.model), dtype, place, config, rows)
+    loaded = load_model(arguments.model, dtype=arguments.dtype, device=device)
+    if processes is not None:
+        processes.shard(loaded)
+    target = Target(loaded.model)
+    _check_length(config, target)
+    return loaded, target
 
 
 def _check_length(config: TrainConfig, target: Target) -> None:
@@ -136,10 +197,8 @@ def _texts(
             except TemplateError as error:
                 raise DataError(f"the chat template refuses it: {error}") from error
 
-    documents = read_documents(arguments.data, _log.info, chat)
+    documents = read_documents(arguments.data, _log.info, chat, arguments.skip_bad)
     weights = arguments.data_weights
-    if weights is not None and len(weights) != len(arguments.data):
-        raise DataError(f"{len(weights)} --data-weights for {len(arguments.data)} paths")
     if tokenizer.eos_token_id is None:
         raise DataError("the tokenizer has no end-of-sequence token to put between documents")
 
@@ -169,6 +228,7 @@ def _trainer(
     target: Target,
     windows: TokenWindows,
     held_out: TokenWindows,
+    processes: AcceleratedProcesses | None,
 ) -> Trainer:
     from passlm.lookahead import LookAhead
     from passlm.models import DEFAULT_HUB_ID, DEFAULT_MODEL
@@ -177,36 +237,83 @@ def _trainer(
     named = DEFAULT_HUB_ID if arguments.model == DEFAULT_MODEL else arguments.model
     rows = LookAhead.mean(target, config.lookahead_tokens, named)
     if arguments.start_from is not None:
-        rows = _started_from(arguments.start_from, target, config.lookahead_tokens)
-    trainer = Trainer(target, rows, windows, held_out, config, arguments.out)
+        rows = _started_from(arguments.start_from, target, config)
+    rows = _with_parts(rows, target, config)
+    trainer = Trainer(target, rows, windows, held_out, config, arguments.out, processes)
     if arguments.resume:
         trainer.resume()
-    elif arguments.overwrite:
+    elif arguments.overwrite and trainer.writes:
         for name in (CHECKPOINT, HISTORY):
             (arguments.out / name).unlink(missing_ok=True)
     return trainer
 
 
-def _started_from(name: str, target: Target, tokens: int) -> LookAhead:
+def _started_from(name: str, target: Target, config: TrainConfig) -> LookAhead:
     from passlm.lookahead import LookAheadError, load, locate
 
     rows = load(locate(name, target))
     rows.check(target)
-    if rows.tokens != tokens:
+    if rows.tokens != config.lookahead_tokens:
         raise LookAheadError(
-            f"--start-from {name} has {rows.tokens} rows and --lookahead-tokens is {tokens}: "
-            "make them equal"
+            f"--start-from {name} has {rows.tokens} rows and --lookahead-tokens is "
+            f"{config.lookahead_tokens}: make them equal"
         )
     return rows
 
 
+def _with_parts(rows: LookAhead, target: Target, config: TrainConfig) -> LookAhead:
+    """The rows with what `--kind` trains; parts that they have already go on from there."""
+    from passlm.lookahead import LookAhead
+
+    rank = 0 if config.kind == "embeddings" else config.lora_rank
+    width = config.sampler_width if config.kind == "sampler" else 0
+    new = rows.extended(target, rank, config.lora_layers, width, config.seed)
+    _check_parts(rows, new, config)
+    return LookAhead(
+        rows.embeddings,
+        rows.card,
+        new.lora and (rows.lora or new.lora),
+        new.sampler and (rows.sampler or new.sampler),
+    )
+
+
+def _check_parts(rows: LookAhead, new: LookAhead, config: TrainConfig) -> None:
+    """Make sure that what goes on from `--start-from` is what the flags describe."""
+    from passlm.lookahead import LookAheadError
+
+    found: list[tuple[str, object, object]] = []
+    if rows.lora is not None and new.lora is not None:
+        found.append(("lora-rank", rows.lora.rank, config.lora_rank))
+        if rows.lora.rank == config.lora_rank and rows.lora.groups != new.lora.groups:
+            found.append(("lora-layers", "others", " ".join(config.lora_layers) or "all"))
+    if rows.sampler is not None and new.sampler is not None:
+        found.append(("sampler-width", rows.sampler.width, config.sampler_width))
+    kind = _kind(rows)
+    if get_args(Kind).index(kind) > get_args(Kind).index(config.kind):
+        found.append(("kind", kind, config.kind))
+    for flag, kept, wanted in found:
+        if kept != wanted:
+            raise LookAheadError(
+                f"--start-from has {flag} {kept} and --{flag} is {wanted}: make them equal"
+            )
+
+
+def _kind(rows: LookAhead) -> Kind:
+    if rows.sampler is not None:
+        return "sampler"
+    return "embeddings" if rows.lora is None else "lora"
+
+
 @contextlib.contextmanager
-def _stop_flag() -> Iterator[list[int]]:
-    """Collects Ctrl-C and SIGTERM, so that a step is never torn; a second one ends at once."""
+def _stop_flag(patient: bool = False) -> Iterator[list[int]]:
+    """Collects Ctrl-C and SIGTERM, so that a step is never torn.
+
+    A second one ends at once, unless it is to be patient.
+    """
     received: list[int] = []
 
     def receive(number: int, frame: object) -> None:
-        if received:
+        if received and not patient:
             raise KeyboardInterrupt
         received.append(number)
 
@@ -218,7 +325,9 @@ def _stop_flag() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _train_with_bar(trainer: Trainer, stopping: list[int]) -> None:
+def _train_with_bar(
+    trainer: Trainer, stopping: list[int], board: Callable[[str], Any] | None
+) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
@@ -230,14 +339,47 @@ def _train_with_bar(trainer: Trainer, stopping: list[int]) -> None:
         TextColumn("{task.description}"),
     )
     length = "?"
-    with Bar(*columns, console=Console(file=sys.stderr)) as bar:
+    console = Console(file=sys.stderr, quiet=not trainer.writes)
+    board = board if trainer.writes else None
+    with Bar(*columns, console=console) as bar, _board(board, trainer.folder) as note:
         task = bar.add_task("", total=trainer.config.steps, completed=trainer.steps_done)
         for done in trainer.run(lambda: bool(stopping)):
-            if done.accepted_length is not None:
+            note(done)
+            if done.accepted_length is not None and trainer.writes:
                 length = f"{done.accepted_length:.3f}"
                 _log.info("step %d: held-out accepted length %s", done.step, length)
             described = f"loss {done.loss:.3f}, accepted length {length}"
             bar.update(task, completed=done.step, description=described)
+
+
+def _board_writer() -> Callable[[str], Any]:
+    """What writes TensorBoard's files, given their folder."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise InputError("--tensorboard needs a package: pip install tensorboard") from error
+    writer: Callable[[str], Any] = SummaryWriter
+    return writer
+
+
+@contextlib.contextmanager
+def _board(
+    board: Callable[[str], Any] | None, folder: Path
+) -> Iterator[Callable[[Progress], None]]:
+    """What takes each step's figures to TensorBoard; does nothing without."""
+    if board is None:
+        yield lambda _: None
+        return
+    with board(str(folder / "tensorboard")) as writer:
+
+        def note(done: Progress) -> None:
+            for name in ("loss", "learning_rate", "gradient_norm", "accepted_length"):
+                if getattr(done, name) is not None:
+                    writer.add_scalar(name, getattr(done, name), done.step)
+            for row, share in enumerate(done.accepted_by_position or (), start=1):
+                writer.add_scalar(f"accepted_to_row/{row}", share, done.step)
+
+        yield note
 
 
 def _finish(arguments: argparse.Namespace, trainer: Trainer) -> dict[str, Any]:
@@ -246,18 +388,20 @@ def _finish(arguments: argparse.Namespace, trainer: Trainer) -> dict[str, Any]:
     from passlm.train.loop import read_history
     from passlm.train.report import curves, model_card
 
-    history = read_history(trainer.folder)
+    history = read_history(trainer.folder) if trainer.writes else []
     length = history[-1].accepted_length if history else None
-    if length is None:
+    unknown = trainer.writes and length is None
+    if unknown if trainer.processes is None else trainer.processes.any(unknown):
         length = sum(trainer.evaluate())
+    if not trainer.writes:
+        return {}
     rows = trainer.look_ahead
     rows.card = replace(
         rows.card,
         licence=arguments.licence,
         training={
             "started_from": rows.card.training if arguments.start_from else "mean embedding",
-            "data": [path.name for path in arguments.data],
-            "data_weights": arguments.data_weights,
+            "data": _described_data(arguments),
             **asdict(trainer.config),
             "groups_seen": trainer.groups_seen,
             "seconds": round(trainer.seconds),
@@ -271,3 +415,14 @@ def _finish(arguments: argparse.Namespace, trainer: Trainer) -> dict[str, Any]:
     write_atomically(trainer.folder / "README.md", model_card(rows.card))
     _log.info("wrote %s", trainer.folder / CARD_FILE)
     return {"accepted_length": length, "steps": trainer.steps_done}
+
+
+def _described_data(arguments: argparse.Namespace) -> dict[str, str]:
+    """What was trained on, for the card: weight and licence of each path."""
+    weights = arguments.data_weights or [None] * len(arguments.data)
+    licences = arguments.data_licences or ["not stated"] * len(arguments.data)
+    described = {}
+    for path, weight, licence in zip(arguments.data, weights, licences, strict=True):
+        share = "" if weight is None else f"weight {weight}, "
+        described[path.name] = f"{share}licence {licence}"
+    return described

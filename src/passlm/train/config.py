@@ -8,6 +8,8 @@ from typing import Literal, get_args
 from passlm.errors import InputError
 
 Loss = Literal["distillation", "cross-entropy", "acceptance"]
+Kind = Literal["embeddings", "lora", "sampler"]
+"""What is trained, each with all of those before it; see METHOD's list in `docs/training.md`."""
 
 
 class ConfigError(InputError):
@@ -22,15 +24,28 @@ class TrainConfig:
         ConfigError: a value lies outside its range.
     """
 
-    lookahead_tokens: int = field(default=8, metadata={"help": "look-ahead rows to train, L"})
+    kind: Kind = field(
+        default="sampler",
+        metadata={"help": "what to train: embeddings alone, gated LoRA too, a sampler head too"},
+    )
+    lookahead_tokens: int = field(default=6, metadata={"help": "look-ahead rows to train, L"})
+    lora_rank: int = field(default=12, metadata={"help": "of each layer's low-rank update"})
+    lora_layers: tuple[str, ...] = field(
+        default=(),
+        metadata={"help": "pattern of linear layers with an update, may be repeated; default all"},
+    )
+    sampler_width: int = field(default=640, metadata={"help": "of the sampler head"})
     steps: int = field(default=1000, metadata={"help": "optimiser steps"})
-    sequences: int = field(default=1, metadata={"help": "texts a step"})
-    sequence_tokens: int = field(default=384, metadata={"help": "tokens of a text"})
+    sequences: int = field(default=1, metadata={"help": "texts that go through at once"})
+    accumulate: int = field(
+        default=1, metadata={"help": "batches of texts whose gradients make one step"}
+    )
+    sequence_tokens: int = field(default=256, metadata={"help": "tokens of a text"})
     anchors: int = field(
-        default=96, metadata={"help": "real rows of a text that carry a look-ahead group"}
+        default=160, metadata={"help": "real rows of a text that carry a look-ahead group"}
     )
     keep: float = field(
-        default=0.75,
+        default=0.5,
         metadata={"help": "share of the groups that go on to the next row; 1 trains whole groups"},
     )
     loss: Loss = field(
@@ -39,19 +54,36 @@ class TrainConfig:
             "help": "towards the model's own distribution, the text's tokens, or acceptance itself"
         },
     )
-    learning_rate: float = field(default=0.01, metadata={"help": "highest rate of the cosine"})
+    teacher_temperature: float = field(
+        default=1.0, metadata={"help": "the model's distribution is learnt at this temperature"}
+    )
+    position_weight: float = field(
+        default=1.0, metadata={"help": "row j weighs this to the power of j - 1 in the loss"}
+    )
+    learning_rate: float = field(
+        default=0.01, metadata={"help": "of the embeddings; highest of the cosine, as all three"}
+    )
+    lora_learning_rate: float = field(default=0.002, metadata={"help": "of the LoRA"})
+    sampler_learning_rate: float = field(default=0.001, metadata={"help": "of the sampler head"})
     warmup: int = field(default=20, metadata={"help": "steps until the highest rate"})
+    clip: float = field(default=1.0, metadata={"help": "longest gradient; 0 for any length"})
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "compute layers twice, to save memory"}
+    )
     held_out: float = field(default=0.02, metadata={"help": "share of the documents held out"})
     evaluate_every: int = field(default=100, metadata={"help": "steps between held-out figures"})
     evaluate_texts: int = field(default=24, metadata={"help": "held-out texts of a figure"})
     checkpoint_every: int = field(default=50, metadata={"help": "steps between checkpoints"})
-    seed: int = field(default=0, metadata={"help": "of data order and anchors"})
+    seed: int = field(default=0, metadata={"help": "of data order, anchors and first values"})
 
     def __post_init__(self) -> None:
         for name in (
             "lookahead_tokens",
+            "lora_rank",
+            "sampler_width",
             "steps",
             "sequences",
+            "accumulate",
             "anchors",
             "evaluate_every",
             "evaluate_texts",
@@ -67,7 +99,17 @@ class TrainConfig:
         )
         _require(0 < self.keep <= 1, "keep", self.keep, "above 0 and at most 1")
         _require(self.loss in get_args(Loss), "loss", self.loss, " or ".join(get_args(Loss)))
-        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
+        _require(self.kind in get_args(Kind), "kind", self.kind, " or ".join(get_args(Kind)))
+        for name in (
+            "learning_rate",
+            "lora_learning_rate",
+            "sampler_learning_rate",
+            "teacher_temperature",
+            "position_weight",
+        ):
+            value = getattr(self, name)
+            _require(0 < value < float("inf"), name, value, "a number above 0")
+        _require(self.clip >= 0, "clip", self.clip, "0 or more")
         _require(self.warmup >= 0, "warmup", self.warmup, "0 or more")
         _require(0 < self.held_out < 1, "held_out", self.held_out, "between 0 and 1")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "between 0 and 2**63 - 1")

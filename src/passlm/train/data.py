@@ -66,33 +66,60 @@ class Document:
 
 
 def read_documents(
-    paths: Sequence[Path], report: Report, render_chat: RenderChat | None = None
+    paths: Sequence[Path],
+    report: Report,
+    render_chat: RenderChat | None = None,
+    skip_bad: bool = False,
 ) -> list[Document]:
     """Every document in the files and folders, in a fixed order.
 
-    Folders are read to the bottom, sorted, without hidden files. A JSONL record has a `text`, a
-    `prompt` with or without a `completion` or `answer`, or `messages`.
+    Folders are read to the bottom, sorted, without hidden files. A JSONL record has a `text` (then
+    nothing else is read), `messages`, or a `prompt` with or without a `completion` or `answer`.
 
     Args:
         paths: Files and folders.
         report: Gets one line for everything that is skipped, with the reason.
-        render_chat: Turns `messages` into text. Without it such records are skipped.
+        render_chat: Turns `messages` into text; None where the model has no chat template.
+        skip_bad: Leave broken lines of JSONL files out, and count them.
 
     Raises:
-        DataError: A path does not exist, or nothing readable is left.
+        DataError: A path does not exist, a line is broken, or nothing readable is left.
     """
     documents: list[Document] = []
+    bad = Broken(report, skip_bad)
     for source, path in enumerate(paths):
         for file in _files(path, report):
-            for name, text in _texts(file, report, render_chat):
+            for name, text in _texts(file, report, render_chat, bad):
                 if len(text.strip()) < MIN_CHARACTERS:
                     report(f"skipped {name}: shorter than {MIN_CHARACTERS} characters")
                 else:
                     documents.append(Document(name, text, source))
+    if bad.count:
+        report(f"skipped {bad.count} broken lines in all")
     if not documents:
         named = ", ".join(map(str, paths)) or "no path"
         raise DataError(f"no text to train on in {named}: give UTF-8 text files, folders or JSONL")
     return documents
+
+
+@dataclass
+class Broken:
+    """Broken lines of JSONL files: counted where `allowed`, and an error elsewhere."""
+
+    report: Report
+    allowed: bool
+    count: int = 0
+
+    def line(self, name: Path, reason: str) -> None:
+        """Meet one.
+
+        Raises:
+            DataError: none is allowed.
+        """
+        if not self.allowed:
+            raise DataError(f"{name}: {reason}; mend the line, or leave such out with --skip-bad")
+        self.count += 1
+        self.report(f"skipped {name}: {reason}")
 
 
 def _files(path: Path, report: Report) -> Iterator[Path]:
@@ -122,7 +149,7 @@ def _walk(folder: Path, report: Report) -> Iterator[Path]:
 
 
 def _texts(
-    file: Path, report: Report, render_chat: RenderChat | None
+    file: Path, report: Report, render_chat: RenderChat | None, bad: Broken
 ) -> Iterator[tuple[Path, str]]:
     try:
         content = file.read_bytes()
@@ -138,13 +165,13 @@ def _texts(
         report(f"skipped {file}: not UTF-8 (byte {error.start})")
         return
     if file.suffix.lower() == ".jsonl":
-        yield from _records(file, text, report, render_chat)
+        yield from _records(file, text, render_chat, bad)
     else:
         yield file, text
 
 
 def _records(
-    file: Path, content: str, report: Report, render_chat: RenderChat | None
+    file: Path, content: str, render_chat: RenderChat | None, bad: Broken
 ) -> Iterator[tuple[Path, str]]:
     for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
@@ -152,19 +179,21 @@ def _records(
         name = file.with_name(f"{file.name}:{number}")
         try:
             yield name, _record_text(json.loads(line), render_chat)
-        except json.JSONDecodeError as error:
-            report(f"skipped {name}: not JSON ({error.msg})")
         except DataError as error:
-            report(f"skipped {name}: {error}")
+            bad.line(name, str(error))
+        except json.JSONDecodeError as error:
+            bad.line(name, f"not JSON ({error.msg})")
+        except (ValueError, RecursionError) as error:  # too many digits, or too deep
+            bad.line(name, f"cannot be read as JSON ({error})")
 
 
 def _record_text(record: Any, render_chat: RenderChat | None) -> str:
     if not isinstance(record, dict):
         raise DataError("not a JSON object")
-    if "messages" in record:
-        return _chat_text(record["messages"], render_chat)
-    if "text" in record:
+    if "text" in record:  # answers of `distill-data` have it beside what was asked
         parts = [record["text"]]
+    elif "messages" in record:
+        return _chat_text(record["messages"], render_chat)
     elif "prompt" in record:
         parts = [record["prompt"], record.get("completion", record.get("answer", ""))]
     else:

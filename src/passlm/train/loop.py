@@ -10,27 +10,29 @@ import io
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from passlm.errors import InputError
 from passlm.lookahead import LookAhead
 from passlm.plan import Layout, Plan, make_layout
 from passlm.provenance import write_atomically
-from passlm.target import Target
+from passlm.target import Hung, LookAheadRows, Target, UnsupportedModelError
 from passlm.train.config import TrainConfig
 from passlm.train.data import TokenWindows
-from passlm.train.loss import accepted_lengths, greedy_hits, loss_of
+from passlm.train.loss import Guess, Part, accepted_lengths, parts, row_losses
 
 CHECKPOINT = "checkpoint.safetensors"
 HISTORY = "history.jsonl"
 EVALUATION_GROUPS = 32  # whole groups on each held-out text
+BETAS = (0.9, 0.99)  # of Adam: runs are short, and a mean over the last hundred steps is enough
+OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
 class TrainingError(InputError):
@@ -44,7 +46,8 @@ class Progress:
     Attributes:
         step: steps done.
         loss: of this step, nats a row.
-        learning_rate: of this step.
+        learning_rate: of the embeddings in this step.
+        gradient_norm: before clipping.
         seconds: since the run, resumed or not, began.
         accepted_length: held-out, over whole groups, at steps where it was measured.
         accepted_by_position: held-out share of the groups that reach past each row.
@@ -53,9 +56,24 @@ class Progress:
     step: int
     loss: float
     learning_rate: float
+    gradient_norm: float
     seconds: float
     accepted_length: float | None = None
     accepted_by_position: tuple[float, ...] | None = None
+
+
+class Processes(Protocol):
+    """Several processes that train on the same steps; see `processes.py`."""
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """This one's number, from 0, and how many there are."""
+
+    def average(self, loss: float, parameters: Mapping[str, Tensor]) -> float:
+        """Every gradient becomes the mean over all processes; gives that of the loss."""
+
+    def any(self, flag: bool) -> bool:
+        """Whether one of the processes says so."""
 
 
 class Trainer:
@@ -68,6 +86,10 @@ class Trainer:
         held_out: texts to measure on, never trained on.
         config: the settings.
         folder: where checkpoints and the history go.
+        processes: who else trains on the same step; None for this process alone.
+
+    Raises:
+        UnsupportedModelError: logits cannot be had from the target's hidden states.
     """
 
     def __init__(
@@ -78,21 +100,29 @@ class Trainer:
         held_out: TokenWindows,
         config: TrainConfig,
         folder: Path,
+        processes: Processes | None = None,
     ) -> None:
         self.target = target
-        self.look_ahead = look_ahead
+        self.look_ahead = look_ahead.to(target.device)
         self.windows = windows
         self.held_out = held_out
         self.config = config
         self.folder = folder
         self.steps_done = 0
         self.seconds = 0.0
-        self.optimizer = torch.optim.Adam([look_ahead.embeddings], lr=config.learning_rate)
+        self.processes = processes
+        self.parameters = dict(look_ahead.named_parameters())
+        self.optimizer = torch.optim.Adam(_rated(look_ahead, config), betas=BETAS)
+        self._rows = look_ahead.trained_rows(target)
+        self._tables = None if look_ahead.sampler is None else target.embeddings
+        check_logits(target)
 
     @property
     def groups_seen(self) -> int:
         """Look-ahead groups, that is anchors, trained on so far."""
-        return self.steps_done * self.config.sequences * self.config.anchors
+        texts = self.steps_done * self.config.accumulate * self.config.sequences
+        processes = 1 if self.processes is None else self.processes.place[1]
+        return texts * processes * self.config.anchors
 
     def run(self, stop: Callable[[], bool] = lambda: False) -> Iterator[Progress]:
         """Train to the last step, giving each step's figures; checkpoints are kept on the way.
@@ -107,37 +137,92 @@ class Trainer:
         begun = time.perf_counter() - self.seconds
         while self.steps_done < self.config.steps:
             rate = self._rate(self.steps_done)
-            loss = self._step(rate)
+            loss, norm = self._step(rate)
             self.steps_done += 1
             self.seconds = time.perf_counter() - begun
-            progress = Progress(self.steps_done, loss, rate, self.seconds)
+            progress = Progress(self.steps_done, loss, rate, norm, self.seconds)
             last = self.steps_done == self.config.steps
             if last or self.steps_done % self.config.evaluate_every == 0:
                 progress = self._evaluated(progress)
             self._record(progress)
-            stopping = stop()
+            stopping = stop() if self.processes is None else self.processes.any(stop())
             if last or stopping or self.steps_done % self.config.checkpoint_every == 0:
                 self.save_checkpoint()
             yield progress
             if stopping:
                 return
 
-    def _step(self, rate: float) -> float:
-        config = self.config
-        text = self.windows.batch(self.steps_done, config.sequences).to(self.target.device)
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.steps_done)
-        layouts = [anchored(config.sequence_tokens, group_lengths(config), generator) for _ in text]
-        hung = self.target.hang(text, layouts, self.look_ahead.embeddings)
-        loss = loss_of(config.loss, hung, text)
-        value = float(loss.detach())
-        self._check_finite("loss", value)
-        # Not backward(): it would leave gradients on a target whose weights ask for them.
-        (gradient,) = torch.autograd.grad(loss, [self.look_ahead.embeddings])
-        self._check_finite("gradient", float(gradient.norm()))
-        self.look_ahead.embeddings.grad = gradient
-        self.optimizer.param_groups[0]["lr"] = rate
+    def _step(self, rate: float) -> tuple[float, float]:
+        """One step of the optimiser; gives the loss and the length of the gradient."""
+        self.optimizer.zero_grad()
+        loss = self.gradients(self.steps_done)
+        self._check_finite("loss", loss)
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norm = float(nn.utils.get_total_norm(gradients))
+        self._check_finite("gradient", norm)
+        if self.config.clip:
+            nn.utils.clip_grads_with_norm_(
+                self.parameters.values(), self.config.clip, torch.tensor(norm)
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["highest"] * rate / self.config.learning_rate
         self.optimizer.step()
-        return value
+        return loss, norm
+
+    def gradients(self, step: int) -> float:
+        """Adds the gradients of a step's mean loss to the parameters; gives that loss.
+
+        Texts and anchors of a step are the same however they are split over processes and batches.
+        """
+        config = self.config
+        rank, count = (0, 1) if self.processes is None else self.processes.place
+        total = 0.0
+        for batch in range(config.accumulate):
+            first = ((step * config.accumulate + batch) * count + rank) * config.sequences
+            indices = range(first, first + config.sequences)
+            text = torch.stack([self.windows.window(i) for i in indices]).to(self.target.device)
+            layouts = [self._layout(index) for index in indices]
+            hung = self.target.hang(text, layouts, self._rows, config.gradient_checkpointing)
+            total += self._backward(hung, text) / config.accumulate
+        if self.processes is None:
+            return total
+        return self.processes.average(total, self.parameters)
+
+    def _layout(self, window: int) -> Layout:
+        config = self.config
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + window)
+        return anchored(config.sequence_tokens, group_lengths(config), generator)
+
+    def _backward(self, hung: Hung, text: Tensor) -> float:
+        """Adds a batch's share to the gradients, part by part; gives its mean loss."""
+        weight = self.config.position_weight ** (hung.depth.flatten() - 1)
+        scale = weight / weight.sum()
+        sampler = self.look_ahead.sampler
+        heads = [] if sampler is None else list(sampler.parameters())
+        others = [p for p in self.parameters.values() if not any(p is head for head in heads)]
+        gradient = torch.empty_like(hung.hidden).flatten(0, 1)
+        total = 0.0
+        kind, temperature = self.config.loss, self.config.teacher_temperature
+        for place, part in parts(self.target, hung, text, temperature, gradients=True):
+            guess, final = self._guesses(part)
+            losses = row_losses(kind, guess, part)
+            if final is not guess:
+                losses = losses + row_losses(kind, final, part)
+            loss = (losses * scale[place]).sum()
+            # The inputs are named: a target whose weights ask for gradients is left alone.
+            torch.autograd.backward(loss / self.config.accumulate, inputs=[part.hidden, *heads])
+            assert part.hidden.grad is not None, "the loss depends on the hidden states"
+            gradient[place] = part.hidden.grad
+            total += float(loss.detach())
+        torch.autograd.backward(hung.hidden, gradient.view_as(hung.hidden), inputs=others)
+        return total
+
+    def _guesses(self, part: Part) -> tuple[Guess, Guess]:
+        """What the rows guess by themselves and in the end; one and the same without a sampler."""
+        guess = part.guess(self.target)
+        if self.look_ahead.sampler is None or self._tables is None:
+            return guess, guess
+        return guess, part.weighed(guess, self.look_ahead.sampler, self._tables)
 
     def _check_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
@@ -156,14 +241,7 @@ class Trainer:
 
     def _evaluated(self, progress: Progress) -> Progress:
         share = self.evaluate()
-        return Progress(
-            progress.step,
-            progress.loss,
-            progress.learning_rate,
-            progress.seconds,
-            accepted_length=sum(share),
-            accepted_by_position=tuple(share),
-        )
+        return replace(progress, accepted_length=sum(share), accepted_by_position=tuple(share))
 
     @torch.no_grad()
     def evaluate(self) -> list[float]:
@@ -179,24 +257,39 @@ class Trainer:
         for index in range(config.evaluate_texts):
             text = self.held_out.window(index)[None].to(self.target.device)
             layout = anchored(config.sequence_tokens, [rows] * groups, generator)
-            hung = self.target.hang(text, [layout], self.look_ahead.embeddings)
-            lengths.append(accepted_lengths(greedy_hits(hung)[0], hung.depth[0]))
+            hung = self.target.hang(text, [layout], self._rows)
+            lengths += [
+                accepted_lengths(part.hits(self._guesses(part)[1]), part.depth)
+                for _, part in parts(self.target, hung, text)
+            ]
         counted = torch.cat(lengths)
         return [float((counted >= row).float().mean()) for row in range(1, rows + 1)]
 
+    @property
+    def writes(self) -> bool:
+        """Whether files are this process's business."""
+        return self.processes is None or self.processes.place[0] == 0
+
     def _record(self, progress: Progress) -> None:
+        if not self.writes:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / HISTORY).open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(progress)) + "\n")
 
     def _settings(self) -> dict[str, Any]:
-        return {**asdict(self.config), "data": self.windows.fingerprint()}
+        settings: dict[str, Any] = json.loads(json.dumps(asdict(self.config)))
+        processes = 1 if self.processes is None else self.processes.place[1]
+        return {**settings, "processes": processes, "data": self.windows.fingerprint()}
 
     def save_checkpoint(self) -> None:
         """Keep all that an exact continuation needs, in one file, whole or not at all."""
-        state = self.optimizer.state[self.look_ahead.embeddings]
-        tensors = {"embeddings": self.look_ahead.embeddings.detach()}
-        tensors |= {f"optimizer.{name}": value for name, value in state.items()}
+        if not self.writes:
+            return
+        tensors = {name: parameter.detach() for name, parameter in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            state = self.optimizer.state[parameter]
+            tensors |= {f"optimizer.{kind}.{name}": value for kind, value in state.items()}
         about = {
             "settings": json.dumps(self._settings()),
             "target": json.dumps(asdict(self.look_ahead.card.target)),
@@ -219,7 +312,6 @@ class Trainer:
         try:
             kept = json.loads(about["settings"])
             steps_done, seconds = int(about["steps_done"]), float(about["seconds"])
-            embeddings = tensors.pop("embeddings")
         except (KeyError, TypeError, ValueError) as error:
             raise TrainingError(
                 f"{path} is damaged (bad or missing {error}): start anew with --overwrite"
@@ -231,26 +323,62 @@ class Trainer:
                 f"{path} was made with other settings: {changes}; give those, or start anew with "
                 "--overwrite"
             )
-        mine, target = self.look_ahead.embeddings, json.dumps(asdict(self.look_ahead.card.target))
-        if embeddings.shape != mine.shape or about.get("target", target) != target:
+        target = json.dumps(asdict(self.look_ahead.card.target))
+        shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}
+        kept_shapes = {name: tuple(tensors[name].shape) for name in shapes if name in tensors}
+        if kept_shapes != shapes or about.get("target", target) != target:
             raise TrainingError(
                 f"{path} was made for another model, or for this one in another dtype: resume "
                 "with the one it was made for"
             )
-        mine.data.copy_(embeddings)
-        self.optimizer.state[mine] = {
-            name.removeprefix("optimizer."): value.to(mine.device)
-            for name, value in tensors.items()
-        }
+        for name, parameter in self.parameters.items():
+            parameter.data.copy_(tensors[name])
+            self.optimizer.state[parameter] = {
+                kind: tensors[f"optimizer.{kind}.{name}"].to(parameter.device)
+                for kind in OPTIMIZER_STATE
+                if f"optimizer.{kind}.{name}" in tensors
+            }
         self.steps_done, self.seconds = steps_done, seconds
 
     def _cut_history(self) -> None:
         """Drop the steps after the checkpoint: they are done again."""
+        if not self.writes:
+            return
         kept = [p for p in read_history(self.folder) if p.step <= self.steps_done]
         lines = io.StringIO()
         for progress in kept:
             lines.write(json.dumps(asdict(progress)) + "\n")
         write_atomically(self.folder / HISTORY, lines.getvalue())
+
+
+def _rated(look_ahead: LookAhead, config: TrainConfig) -> list[dict[str, Any]]:
+    """Adam's parameter groups, each with its highest learning rate."""
+    rates = [(look_ahead.embeddings, config.learning_rate)]
+    if look_ahead.lora is not None:
+        rates += [(p, config.lora_learning_rate) for p in look_ahead.lora.parameters()]
+    if look_ahead.sampler is not None:
+        rates += [(p, config.sampler_learning_rate) for p in look_ahead.sampler.parameters()]
+    highest = dict.fromkeys(rate for _, rate in rates)
+    return [{"params": [p for p, r in rates if r == rate], "highest": rate} for rate in highest]
+
+
+def check_logits(target: Target) -> None:
+    """Make sure that logits come out of hidden states as they come out of the model itself.
+
+    Raises:
+        UnsupportedModelError: they do not.
+    """
+    layout = make_layout(Plan(1, (0, 1)))
+    rows = LookAheadRows(target.embed(torch.tensor([0], device=target.device)))
+    text = torch.tensor([[0, 1]], device=target.device)
+    with torch.no_grad():
+        ours = target.logits(target.hang(text, [layout], rows).text_hidden).float()
+        truth = target.model(input_ids=text, use_cache=False).logits.float()
+    if not torch.allclose(ours, truth, rtol=0.02, atol=0.02 * float(truth.abs().max())):
+        raise UnsupportedModelError(
+            f"{type(target.model).__name__} makes its logits of more than its last hidden states: "
+            "look-ahead rows cannot be trained for it"
+        )
 
 
 def _change(name: str, kept: object, now: object) -> str:

@@ -1,67 +1,178 @@
-"""Losses at the look-ahead rows, and the accepted length they stand for."""
+"""Losses at the look-ahead rows, and the accepted length they stand for.
+
+All of them are sums over rows, so that rows may come in parts: logits of a whole vocabulary for
+every row of a step would be most of the memory.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from passlm.target import Hung
+from passlm.sampler import Embeddings, SamplerHead, weighed
+from passlm.target import Hung, Target
 from passlm.train.config import Loss
 
-
-def loss_of(kind: Loss, hung: Hung, text: Tensor) -> Tensor:
-    """The loss of that name; see the functions below."""
-    if kind == "cross-entropy":
-        return cross_entropy(hung, text)
-    return distillation(hung) if kind == "distillation" else refusal(hung)
+PART_NUMBERS = 2**23  # logits held at once: 32 MiB in float32
 
 
-def cross_entropy(hung: Hung, text: Tensor) -> Tensor:
-    """Mean negative log-probability of the text's tokens: the paper's loss.
+@dataclass(frozen=True)
+class Guess:
+    """What rows guess: logits over the vocabulary or over each row's own shortlist.
+
+    Attributes:
+        logits: `[R, N]` float32.
+        tokens: ids that the logits belong to, `[R, N]`; None for the whole vocabulary in order.
+    """
+
+    logits: Tensor
+    tokens: Tensor | None = None
+
+    def of_teacher(self, whole: Tensor) -> Tensor:
+        """Numbers of the whole vocabulary, `[R, V]`, at the tokens guessed among, `[R, N]`."""
+        return whole if self.tokens is None else whole.gather(1, self.tokens)
+
+    def best(self) -> Tensor:
+        """The best token of each row, `[R]`."""
+        best = self.logits.argmax(-1, keepdim=True)
+        return (best if self.tokens is None else self.tokens.gather(1, best)).squeeze(1)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of the look-ahead rows of known texts, whole groups.
+
+    Attributes:
+        hidden: `[R, d_model]`; its gradient is what is wanted.
+        teacher: the target's own logits where each row stands, `[R, V]` float32.
+        depth: `j` of each row, `[R]`; 1 starts a group.
+        before: the text's token at each row's position, `[R]`.
+        wanted: the text's token behind it, which the row predicts, `[R]`.
+    """
+
+    hidden: Tensor
+    teacher: Tensor
+    depth: Tensor
+    before: Tensor
+    wanted: Tensor
+
+    def guess(self, target: Target) -> Guess:
+        """What the rows guess by themselves."""
+        return Guess(target.logits(self.hidden).float())
+
+    def weighed(self, guess: Guess, head: SamplerHead, tables: Embeddings) -> Guess:
+        """The same with the token before known."""
+        tokens, logits = weighed(head, tables, guess.logits, self.hidden, self.before)
+        return Guess(logits.float(), tokens)
+
+    def hits(self, guess: Guess) -> Tensor:
+        """Whether each row's best token is the target's own, `[R]`."""
+        return guess.best() == self.teacher.argmax(-1)
+
+
+def parts(
+    target: Target, hung: Hung, text: Tensor, temperature: float = 1.0, gradients: bool = False
+) -> Iterator[tuple[slice, Part]]:
+    """All rows of some texts in parts of whole groups, each with its place among them.
 
     Args:
+        target: the model.
         hung: look-ahead rows of the texts.
         text: token ids, `[B, S]`; each row's `position + 1` lies inside it.
+        temperature: the teacher's distribution is that of its logits divided by this.
+        gradients: give every part hidden states that gather a gradient of their own.
+    """
+    hidden = hung.hidden.detach().flatten(0, 1)
+    depth, position = hung.depth.flatten(), hung.position.flatten()
+    texts = torch.arange(len(text), device=text.device).repeat_interleave(hung.depth.shape[1])
+    most = max(1, PART_NUMBERS // target.vocabulary)
+    starts = (depth == 1).nonzero().squeeze(1).tolist()
+    for start, end in _spans([*starts, len(depth)], most):
+        at = texts[start:end], position[start:end]
+        with torch.no_grad():
+            teacher = target.logits(hung.text_hidden[at]).float() / temperature
+        yield (
+            slice(start, end),
+            Part(
+                hidden[start:end].requires_grad_(gradients),
+                teacher,
+                depth[start:end],
+                text[at],
+                text[at[0], at[1] + 1],
+            ),
+        )
+
+
+def _spans(bounds: list[int], most: int) -> Iterator[tuple[int, int]]:
+    """From bound to bound, as far as `most` goes; a single group may be longer."""
+    start = bounds[0]
+    for bound, following in zip(bounds[1:], [*bounds[2:], None], strict=True):
+        if following is None or following - start > most:
+            yield start, bound
+            start = bound
+
+
+def row_losses(kind: Loss, guess: Guess, part: Part) -> Tensor:
+    """The loss of that name at each row, `[R]`; see the functions below."""
+    if kind == "cross-entropy":
+        return cross_entropy(guess, part)
+    if kind == "distillation":
+        return distillation(guess, part)
+    return refusal(guess, part)
+
+
+def cross_entropy(guess: Guess, part: Part) -> Tensor:
+    """Negative log-probability of the text's token: the paper's loss.
+
+    Where the token is not on a row's shortlist, nothing is to be learnt: 0.
 
     Returns:
-        A number, in nats a row.
+        `[R]`, in nats.
     """
-    wanted = text.gather(1, hung.position + 1)
-    return torch.nn.functional.cross_entropy(hung.logits.float().flatten(0, 1), wanted.flatten())
+    log_q = guess.logits.log_softmax(-1)
+    if guess.tokens is None:
+        return -log_q.gather(1, part.wanted[:, None]).squeeze(1)
+    return -(log_q * (guess.tokens == part.wanted[:, None])).sum(-1)
 
 
-def distillation(hung: Hung) -> Tensor:
-    """Mean cross-entropy to the target's own distribution at the row's position.
+def distillation(guess: Guess, part: Part) -> Tensor:
+    """Cross-entropy to the target's own distribution at the row's position.
+
+    Of a shortlist the part of the distribution that lies on it counts.
 
     Returns:
-        A number, in nats a row; the target's entropy is its floor.
+        `[R]`, in nats; the target's entropy is the floor over a whole vocabulary.
     """
-    teacher = _at_rows(hung).float().softmax(-1)
-    return -(teacher * hung.logits.float().log_softmax(-1)).sum(-1).mean()
+    teacher = guess.of_teacher(part.teacher.softmax(-1))
+    return -(teacher * guess.logits.log_softmax(-1)).sum(-1)
 
 
-def refusal(hung: Hung) -> Tensor:
-    """Mean chance that a draft drawn from the row is refused, `1 - sum min(p, q)`.
+def refusal(guess: Guess, part: Part) -> Tensor:
+    """Chance that a draft drawn from the row is refused, `1 - sum min(p, q)`, where it is reached.
 
-    The loss on the acceptance itself. Its gradient comes from the tokens that row and target both
-    hold likely, so it teaches little to rows that guess at random: begin with another loss.
+    The loss on the acceptance itself: every row counts by the chance that decoding gets there,
+    the product of the acceptances before it in its group. Its gradient comes from the tokens that
+    row and target both hold likely, so it teaches little to rows that guess at random: begin with
+    another loss.
 
     Returns:
-        A number between 0 and 1.
+        `[R]`, each between 0 and 1.
     """
-    teacher = _at_rows(hung).float().softmax(-1)
-    return 1 - torch.minimum(teacher, hung.logits.float().softmax(-1)).sum(-1).mean()
+    teacher = guess.of_teacher(part.teacher.softmax(-1))
+    accepted = torch.minimum(teacher, guess.logits.softmax(-1)).sum(-1)
+    return _reached(accepted.detach(), part.depth) * (1 - accepted)
 
 
-def _at_rows(hung: Hung) -> Tensor:
-    """The target's logits where each look-ahead row stands, `[B, R, V]`."""
-    texts = torch.arange(len(hung.position), device=hung.position.device)[:, None]
-    return hung.text_logits[texts, hung.position]
-
-
-def greedy_hits(hung: Hung) -> Tensor:
-    """Whether each look-ahead row's best token is the target's own at its position, `[B, R]`."""
-    return hung.logits.argmax(-1) == _at_rows(hung).argmax(-1)
+def _reached(accepted: Tensor, depth: Tensor) -> Tensor:
+    """The product of the acceptances before each row in its group, `[R]`."""
+    logs = accepted.clamp(min=1e-6).log()
+    before = logs.cumsum(0) - logs
+    starts = (depth == 1).nonzero().squeeze(1)
+    group = (depth == 1).cumsum(0) - 1
+    return (before - before[starts][group]).exp()
 
 
 def accepted_lengths(hits: Tensor, depth: Tensor) -> Tensor:

@@ -55,12 +55,11 @@ def model_card(card: Card) -> str:
             f"base_model: {card.base_model}",
             "tags: [speculative-decoding, parallel-speculative-sampling]",
             "---",
-            f"# Look-ahead embeddings for {card.base_model}",
+            f"# Look-ahead for {card.base_model}",
             "",
-            f"{card.look_ahead_tokens} look-ahead input embeddings of {card.target.d_model} "
-            "numbers for Parallel Speculative Sampling (PaSS). The model drafts with them and "
-            "validates the drafts itself: it writes what it would write without them, in fewer "
-            "passes.",
+            f"{_parts(card)} for Parallel Speculative Sampling (PaSS). The model drafts with them "
+            "and validates the drafts itself: it writes what it would write without them, in "
+            "fewer passes.",
             "",
             "```python",
             "import passlm",
@@ -83,6 +82,22 @@ def model_card(card: Card) -> str:
             "",
         ]
     )
+
+
+def _parts(card: Card) -> str:
+    """What the folder holds, in words."""
+    parts = [
+        f"{card.look_ahead_tokens} look-ahead input embeddings of {card.target.d_model} numbers"
+    ]
+    if card.lora is not None:
+        layers = sum(len(group) for group in card.lora["groups"])
+        parts.append(
+            f"updates of rank {card.lora['rank']} for {layers} linear layers, which act on "
+            "look-ahead rows alone"
+        )
+    if card.sampler is not None:
+        parts.append(f"a sampler head of width {card.sampler['width']}")
+    return "; ".join(parts)
 
 
 def _table(head: tuple[str, str], rows: Mapping[str, Any]) -> list[str]:

@@ -1,0 +1,158 @@
+"""The sampler head: a look-ahead row's guess, weighed again once the token before it is known.
+
+A look-ahead row guesses without knowing the token drawn just before it. This head takes the row's
+hidden state and the embedding of that token and weighs the row's own best tokens anew. It runs
+along a group, one row after the other, without a pass of the target.
+
+Samragh et al., "Your LLM knows the future" (arXiv 2507.11851), sample in this way; Hydra (Ankner
+et al., arXiv 2402.05109) shows what knowing the token before is worth.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+SHORTLIST = 64
+OUT_OF_REACH = -1e9  # the logit of a token off the shortlist: finite, since processors divide
+_EPSILON = 1e-6
+
+
+class SamplerHead(nn.Module):
+    """Two layers from a hidden state and an embedding to a correction of the hidden state.
+
+    `correction = out(silu(hidden_in(h) + token_in(e)))`, and a shortlisted token's logit grows by
+    the product of the correction and the token's output embedding.
+
+    Args:
+        hidden_in: `[width, d_model]`, for the row's hidden state.
+        token_in: `[width, d_model]`, for the embedding of the token before.
+        out: `[d_model, width]`.
+        shortlist: how many of the row's best tokens are weighed.
+    """
+
+    NAMES = ("hidden_in", "token_in", "out")
+
+    def __init__(
+        self, hidden_in: Tensor, token_in: Tensor, out: Tensor, shortlist: int = SHORTLIST
+    ) -> None:
+        super().__init__()
+        self.hidden_in = nn.Parameter(hidden_in)
+        self.token_in = nn.Parameter(token_in)
+        self.out = nn.Parameter(out)
+        self.shortlist = shortlist
+
+    @classmethod
+    def start(
+        cls, d_model: int, width: int, shortlist: int = SHORTLIST, seed: int = 0
+    ) -> SamplerHead:
+        """A head that changes nothing yet: `out` is zero."""
+        generator = torch.Generator().manual_seed(seed)
+        first = torch.randn(2, width, d_model, generator=generator) / d_model**0.5
+        return cls(first[0], first[1], torch.zeros(d_model, width), shortlist)
+
+    @property
+    def width(self) -> int:
+        """Numbers between the two layers."""
+        return int(self.out.shape[1])
+
+    def description(self) -> dict[str, int]:
+        """What a look-ahead card says of it."""
+        return {"width": self.width, "shortlist": self.shortlist}
+
+    def copied(self, device: torch.device, dtype: torch.dtype) -> SamplerHead:
+        """A copy for decoding, without gradients."""
+        copies = [getattr(self, n).detach().to(device, dtype, copy=True) for n in self.NAMES]
+        return SamplerHead(copies[0], copies[1], copies[2], self.shortlist)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All parameters by the name they are stored under."""
+        return {f"sampler.{name}": tensor for name, tensor in self.named_parameters()}
+
+    def from_hidden(self, hidden: Tensor) -> Tensor:
+        """The row's part of the first layer, `[..., width]`, known before the tokens are.
+
+        Args:
+            hidden: hidden states of look-ahead rows, as the target's head takes them, `[..., d]`.
+        """
+        return nn.functional.linear(_normed(hidden.to(self.out.dtype)), self.hidden_in)
+
+    def correction(self, from_hidden: Tensor, before: Tensor) -> Tensor:
+        """What is added to the hidden state, `[..., d_model]`.
+
+        Args:
+            from_hidden: `[..., width]`.
+            before: input embeddings of the tokens just before the rows', `[..., d_model]`.
+        """
+        token = nn.functional.linear(_normed(before.to(self.out.dtype)), self.token_in)
+        return nn.functional.linear(nn.functional.silu(from_hidden + token), self.out)
+
+
+def _normed(rows: Tensor) -> Tensor:
+    """Root mean square 1: hidden states and embeddings differ in size from model to model."""
+    return rows * (rows.square().mean(-1, keepdim=True) + _EPSILON).rsqrt()
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """The target's tables, which it shares with the head.
+
+    Attributes:
+        inputs: input embeddings, `[V, d_model]`.
+        outputs: rows of its output layer, `[V, d_model]`; may be the same tensor.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+
+
+class GroupSampler:
+    """A look-ahead group on its way from logits to drafts, row by row.
+
+    Args:
+        head: the sampler head.
+        tables: the target's embeddings.
+        logits: of the group's rows, `[l, V]`.
+        hidden: their hidden states, `[l, d_model]`.
+    """
+
+    def __init__(
+        self, head: SamplerHead, tables: Embeddings, logits: Tensor, hidden: Tensor
+    ) -> None:
+        self._head = head
+        self._tables = tables
+        self._vocabulary = logits.shape[1]
+        self._best, self._tokens = logits.topk(min(head.shortlist, self._vocabulary))
+        self._from_hidden = head.from_hidden(hidden)
+
+    def logits(self, row: int, before: int) -> Tensor:
+        """The row's logits when the token before it is `before`, `[1, V]` float32."""
+        tokens = self._tokens[row]
+        correction = self._head.correction(self._from_hidden[row], self._tables.inputs[before])
+        gained = self._tables.outputs[tokens].to(correction) @ correction
+        logits = gained.new_full((1, self._vocabulary), OUT_OF_REACH, dtype=torch.float32)
+        logits[0, tokens] = self._best[row].float() + gained.float()
+        return logits
+
+
+def weighed(
+    head: SamplerHead, tables: Embeddings, logits: Tensor, hidden: Tensor, before: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Shortlists of many rows whose tokens before are known, for training.
+
+    Args:
+        head: the sampler head.
+        tables: the target's embeddings.
+        logits: `[R, V]`.
+        hidden: `[R, d_model]`.
+        before: ids of the tokens just before the rows', `[R]`.
+
+    Returns:
+        Ids of the shortlisted tokens and their new logits, both `[R, shortlist]`.
+    """
+    best, tokens = logits.topk(min(head.shortlist, logits.shape[1]))
+    correction = head.correction(head.from_hidden(hidden), tables.inputs[before])
+    gained = torch.einsum("rsd,rd->rs", tables.outputs[tokens].to(correction), correction)
+    return tokens, best + gained

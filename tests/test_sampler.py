@@ -1,0 +1,260 @@
+"""The sampler head: what it adds to which token, one row after the other, and what `q` is then."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from tiny import VOCABULARY, requests_for
+from torch import Tensor
+from torch.nn.functional import silu
+
+from passlm import judge as judges
+from passlm.decode import Decoder, Request, Row
+from passlm.params import Draft, Judge, SamplingParams
+from passlm.plan import OnePass, TwoPass
+from passlm.sampler import OUT_OF_REACH, Embeddings, GroupSampler, SamplerHead, weighed
+from passlm.sampling import Noise, Purpose
+from passlm.target import Target, UnsupportedModelError
+
+D, WIDTH, WORDS, SHORT, ROWS = 8, 5, 40, 6, 3
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    """Random numbers."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def head() -> SamplerHead:
+    """A head that weighs six tokens."""
+    return SamplerHead(noise(WIDTH, D), noise(WIDTH, D, seed=1), noise(D, WIDTH, seed=2), SHORT)
+
+
+@pytest.fixture
+def tables() -> Embeddings:
+    """Two tables that differ: a head that mixes them up gives other numbers."""
+    return Embeddings(3 * noise(WORDS, D, seed=3), noise(WORDS, D, seed=4))
+
+
+def group() -> tuple[Tensor, Tensor]:
+    """Logits and hidden states of a group."""
+    return noise(ROWS, WORDS, seed=5), 7 * noise(ROWS, D, seed=6)
+
+
+def naive(head: SamplerHead, tables: Embeddings, row: int, before: int) -> dict[int, float]:
+    """The logit of each token that the head may give, by the formula of its description."""
+    logits, hidden = group()
+
+    def normed(vector: Tensor) -> Tensor:
+        return vector / vector.square().mean().sqrt()
+
+    inner = head.hidden_in @ normed(hidden[row]) + head.token_in @ normed(tables.inputs[before])
+    correction = head.out @ silu(inner)
+    best = logits[row].argsort(descending=True)[: head.shortlist].tolist()
+    return {t: float(logits[row, t] + tables.outputs[t] @ correction.detach()) for t in best}
+
+
+@pytest.mark.parametrize("before", [0, 17, WORDS - 1])
+@pytest.mark.parametrize("row", range(ROWS))
+def test_a_rows_shortlist_is_weighed_by_the_formula(
+    head: SamplerHead, tables: Embeddings, row: int, before: int
+) -> None:
+    """Catches another row's hidden state, the table of outputs where inputs are due, a shortlist
+    of the worst, and a token off the shortlist that could still be drawn."""
+    given = GroupSampler(head, tables, *group()).logits(row, before)
+    expected = naive(head, tables, row, before)
+    assert given.shape == (1, WORDS)
+    assert given.dtype == torch.float32
+    assert len(expected) == SHORT
+    for token, logit in enumerate(given[0].tolist()):
+        assert logit == pytest.approx(expected.get(token, OUT_OF_REACH), rel=1e-4, abs=1e-4)
+
+
+def test_training_weighs_as_decoding_does(head: SamplerHead, tables: Embeddings) -> None:
+    """Catches a head that is trained on other numbers than it drafts with."""
+    logits, hidden = group()
+    before = [3, 0, 21]
+    tokens, given = weighed(head, tables, logits, hidden, torch.tensor(before))
+    drafting = GroupSampler(head, tables, logits, hidden)
+    assert tokens.shape == given.shape == (ROWS, SHORT)
+    for row, token in enumerate(before):
+        expected = drafting.logits(row, token)[0, tokens[row]]
+        torch.testing.assert_close(given[row], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fresh_head_changes_nothing_on_the_shortlist(
+    tables: Embeddings, dtype: torch.dtype
+) -> None:
+    """Catches a start of training that is worse than none."""
+    fresh = SamplerHead.start(D, WIDTH, SHORT).copied(torch.device("cpu"), dtype)
+    logits, hidden = (tensor.to(dtype) for tensor in group())
+    tokens, given = weighed(fresh, tables, logits, hidden, torch.tensor([1, 2, 3]))
+    assert torch.equal(given.detach().float(), logits.float().gather(1, tokens))
+    sampler = GroupSampler(fresh, tables, logits, hidden)
+    for row in range(ROWS):
+        now = sampler.logits(row, 5)[0]
+        assert int((now > OUT_OF_REACH).sum()) == SHORT
+        assert torch.equal(now[tokens[row]], logits[row, tokens[row]].float())
+    assert bool(fresh.hidden_in.any())
+    assert bool(fresh.token_in.any())
+
+
+def test_a_shortlist_longer_than_the_vocabulary_is_all_of_it(
+    head: SamplerHead, tables: Embeddings
+) -> None:
+    """Catches an error for models of few tokens."""
+    head.shortlist = WORDS + 1
+    assert bool((GroupSampler(head, tables, *group()).logits(0, 1) > OUT_OF_REACH).all())
+    tokens, _ = weighed(head, tables, *group(), torch.tensor([1, 2, 3]))
+    assert tokens.shape == (ROWS, WORDS)
+
+
+def test_the_size_of_hidden_states_does_not_matter(head: SamplerHead, tables: Embeddings) -> None:
+    """Catches a head whose first layer one model drowns and another starves, and zeros that make
+    NaN."""
+    logits, hidden = group()
+    bigger = GroupSampler(head, tables, logits, 100 * hidden).logits(1, 2)
+    assert torch.allclose(GroupSampler(head, tables, logits, hidden).logits(1, 2), bigger, 1e-3)
+    nothing = GroupSampler(head, Embeddings(0 * tables.inputs, tables.outputs), logits, 0 * hidden)
+    assert bool(nothing.logits(1, 2).isfinite().all())
+
+
+# In decoding
+
+EVERYTHING = {
+    "greedy": SamplingParams(),
+    "plain": SamplingParams(temperature=1.0),
+    "cold": SamplingParams(temperature=0.1),
+    "hot": SamplingParams(temperature=50.0),
+    "top-k": SamplingParams(temperature=0.8, top_k=3),
+    "top-k-beyond": SamplingParams(temperature=0.8, top_k=20),
+    "top-p": SamplingParams(temperature=0.8, top_p=0.7),
+    "min-p": SamplingParams(temperature=0.8, min_p=0.1),
+    "penalty": SamplingParams(temperature=0.8, repetition_penalty=1.5),
+    "small-penalty": SamplingParams(temperature=0.8, repetition_penalty=0.05),
+    "greedy-penalty": SamplingParams(repetition_penalty=1.5),
+    "bias": SamplingParams(temperature=0.8, logit_bias={1: 20.0, 2: -20.0}),
+}
+
+
+def drafted(
+    sampling: SamplingParams, head: SamplerHead, tables: Embeddings
+) -> tuple[Row, Request, list[int]]:
+    """A row that has drafted from a group."""
+    history = [3, 7, 1, 12]
+    request = Request.of(history, replace(sampling, seed=3), 9)
+    row = Row(request, 9, "length", Noise(3), list(history))
+    logits, hidden = group()
+    row.draft(logits, GroupSampler(head, tables, logits, hidden))
+    return row, request, history
+
+
+@pytest.mark.parametrize("draft", ["greedy", "sampled"])
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_q_is_what_the_draft_was_drawn_from(
+    name: str, draft: Draft, head: SamplerHead, tables: Embeddings
+) -> None:
+    """Catches `q` of the row's own logits where the head's were drawn from, of another token
+    before, and NaN or a sum other than 1 where a processor meets the logits of no reach."""
+    sampling = replace(EVERYTHING[name], judge="rejection", draft=draft)
+    row, request, history = drafted(sampling, head, tables)
+    assert row.q is not None
+    assert row.q.shape == (ROWS, WORDS)
+    assert bool(row.q.isfinite().all())
+    assert row.q.sum(1).tolist() == pytest.approx([1.0] * ROWS, abs=1e-5)
+    assert len(row.candidates) == ROWS
+    sampler = GroupSampler(head, tables, *group())
+    for place, token in enumerate(row.candidates):
+        known = [*history, *row.candidates[:place]]
+        expected = request.distribution(sampler.logits(place, known[-1]), known)
+        if draft == "greedy" or request.distribution.greedy:
+            assert token == int(expected.argmax())
+            assert float(row.q[place, token]) == 1.0
+            continue
+        assert torch.equal(row.q[place : place + 1], expected)
+        own = Noise(3).exponentials(len(known), 1, Purpose.DRAFT, WORDS)
+        assert token == int(judges.draw(expected, own))
+        if "penalty" not in name and name not in ("hot", "bias"):
+            reachable = naive(head, tables, place, known[-1])
+            assert {t for t, q in enumerate(row.q[place].tolist()) if q} <= set(reachable)
+
+
+def test_the_token_before_changes_the_guess(head: SamplerHead, tables: Embeddings) -> None:
+    """Catches a head that is asked once for the whole group: rows would not know what the one
+    before drew."""
+    seen: list[tuple[int, int]] = []
+
+    class Watched(GroupSampler):
+        def logits(self, row: int, before: int) -> Tensor:
+            seen.append((row, before))
+            return super().logits(row, before)
+
+    history = [3, 7, 1, 12]
+    row = Row(Request.of(history, SamplingParams(), 9), 9, "length", Noise(3), list(history))
+    logits, hidden = group()
+    row.draft(logits, Watched(head, tables, logits, hidden))
+    assert seen == [(0, 12), (1, row.candidates[0]), (2, row.candidates[1])]
+    firsts = {
+        int(GroupSampler(head, tables, logits, hidden).logits(0, t).argmax()) for t in range(20)
+    }
+    assert len(firsts) > 1
+
+
+@pytest.mark.parametrize("judge", ["coupled", "rejection"])
+@pytest.mark.parametrize("plan", [OnePass(3), TwoPass(3)], ids=["one-pass", "two-pass"])
+def test_drafts_of_decoding_are_the_heads(plan: Any, judge: Judge, llama: Target) -> None:
+    """Catches hidden states of another row or text, from behind the output layer, or of the group
+    of a refused candidate: each text's drafts are those of a drafting pass of its own."""
+    rows = tiny.random_look_ahead(llama, 3, rank=2, sampler_width=8).rows(llama)
+    sampling = SamplingParams(temperature=0.7, top_k=10, seed=5, judge=judge)
+    decoder = Decoder(llama, rows)
+    prompts = [tiny.prompt(length) for length in (1, 9, 5)]
+    for request in requests_for(prompts, plan, sampling, 12):
+        decoder.join(request)
+    compared = different = 0
+    while decoder.rows:
+        for row, step in decoder.step():
+            length = row.plan.groups[step.accepted] if step.finish_reason is None else 0
+            if not length:
+                continue
+            alone = Decoder(llama, rows)
+            request = replace(row.request, prompt=row.tokens[:-1], strategy=TwoPass(length))
+            again = alone.join(replace(request, max_new_tokens=length + 2))
+            output = llama.run(alone._cache, [again.choose_plan(llama.context)], rows)
+            again.tokens = list(row.tokens)
+            alone._draft(0, again, slice(1, 1 + length), output)
+            assert again.candidates == row.candidates
+            if row.q is not None and again.q is not None:
+                torch.testing.assert_close(row.q, again.q, rtol=1e-3, atol=1e-4)
+            assert (row.q is not None) == (judge == "rejection")
+            bare = Row(again.request, 9, "length", again.noise, list(row.tokens))
+            bare.draft(output.logits[0, 1 : 1 + length])
+            different += bare.candidates != row.candidates
+            compared += 1
+    assert compared > 10
+    assert different > compared // 4
+
+
+def test_a_model_without_plain_output_weights_is_refused() -> None:
+    """Catches a head that reads numbers of a quantised output layer as weights."""
+    target = Target(tiny.ARCHITECTURES["llama"].build())
+    rows = tiny.random_look_ahead(target, 2, sampler_width=4).rows(target)
+    target.model.lm_head = torch.nn.Identity()
+    with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM.*sampler"):
+        Decoder(target, rows)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_tables_are_the_models_own(tied: bool) -> None:
+    """Catches the input table in the place of the outputs."""
+    target = Target(tiny.ARCHITECTURES["llama"].build(tie_word_embeddings=tied))
+    tables = target.embeddings
+    assert tables.inputs is target.model.model.embed_tokens.weight
+    assert tables.outputs is target.model.lm_head.weight
+    assert (tables.inputs is tables.outputs) == tied
+    assert tables.outputs.shape == (VOCABULARY, target.d_model)
