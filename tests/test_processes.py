@@ -134,7 +134,8 @@ def test_sharded_target_gives_the_same_gradients(place: Path) -> None:
     alone, sharded = place / "whole", place / "sharded"
     checkpointing = ("--gradient-checkpointing", "--position-weight", "0.8")
     assert main(arguments(place, alone, 2, *checkpointing, "--sequences", "2")) == DONE
-    launch(SHARDED, arguments(place, sharded, 2, *checkpointing))
+    said = launch(SHARDED, arguments(place, sharded, 2, *checkpointing))
+    assert "2 layers are split over 2 processes" in said
     same_step(alone, sharded)
     lengths = [step["accepted_by_position"] for step in history(alone) + history(sharded)]
     assert lengths[1] == pytest.approx(lengths[3])

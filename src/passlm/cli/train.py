@@ -421,8 +421,9 @@ def _described_data(arguments: argparse.Namespace) -> dict[str, str]:
     """What was trained on, for the card: weight and licence of each path."""
     weights = arguments.data_weights or [None] * len(arguments.data)
     licences = arguments.data_licences or ["not stated"] * len(arguments.data)
+    names = [path.resolve().name for path in arguments.data]
     described = {}
-    for path, weight, licence in zip(arguments.data, weights, licences, strict=True):
+    for path, name, weight, licence in zip(arguments.data, names, weights, licences, strict=True):
         share = "" if weight is None else f"weight {weight}, "
-        described[path.name] = f"{share}licence {licence}"
+        described[name if names.count(name) == 1 else str(path)] = f"{share}licence {licence}"
     return described

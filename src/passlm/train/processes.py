@@ -7,6 +7,7 @@ What a step is, is left to `loop.py`.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -22,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from passlm.errors import InputError
 from passlm.models import LoadedModel
 
+_log = logging.getLogger(__name__)
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
@@ -139,12 +141,14 @@ def shard_layers(model: nn.Module, device: torch.device) -> None:
     """
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     body: Any = getattr(model, str(model.base_model_prefix))
-    for layer in _decoder_layers(body, int(body.config.get_text_config().num_hidden_layers)):
+    layers = _decoder_layers(body, int(body.config.get_text_config().num_hidden_layers))
+    for layer in layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     whole = {p for p in model.parameters() if not isinstance(p, DTensor)}
     for tensor in (*whole, *model.buffers()):
         tensor.data = tensor.data.to(device)
     fully_shard(body, mesh=mesh, ignored_params=whole)  # one order of passes for all layers
+    _log.info("%d layers are split over %d processes", len(layers), mesh.size())
 
 
 def _decoder_layers(body: nn.Module, count: int) -> nn.ModuleList:
