@@ -414,7 +414,7 @@ def test_another_model_is_refused_by_its_layers(llama: Target) -> None:
     assert lora is not None
     lora.check(llama.model)
     wider = ARCHITECTURES["llama"].build(intermediate_size=64)
-    with pytest.raises(LoraError, match=r"mlp\.gate_proj of \(32, 48\).* has \(32, 64\)"):
+    with pytest.raises(LoraError, match=r"mlp\.gate_proj' of \(32, 48\).* has \(32, 64\)"):
         lora.check(wider)
     with pytest.raises(LoraError, match=r"o_proj.* no linear layer"):
         lora.check(EVERY["phi"].build())

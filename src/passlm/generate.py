@@ -32,8 +32,6 @@ Message: TypeAlias = Mapping[str, str]
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
 """Text to continue, token ids, or the messages of a chat."""
 
-DRAFTING_METHOD = "one-pass"
-
 _log = logging.getLogger(__name__)
 
 
@@ -108,7 +106,7 @@ class Options:
                 than they have rows.
         """
         if method is None:
-            method = DRAFTING_METHOD if look_ahead else "ar"
+            method = look_ahead.default_method if look_ahead else "ar"
         tokens = _checked_tokens(method, lookahead_tokens, look_ahead)
         return cls(sampling, stopping, method, tokens)
 
@@ -154,7 +152,7 @@ def _checked_tokens(method: str, tokens: int | None, look_ahead: LookAhead | Non
             f"method {method} drafts with look-ahead files and none are loaded: name some, or "
             "train some with 'passlm train', or take method ar"
         )
-    return look_ahead.group_length(tokens)
+    return look_ahead.group_length(tokens, method)
 
 
 class Generator:

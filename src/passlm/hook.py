@@ -70,7 +70,7 @@ def custom_generate(
         lookahead: a folder, the name of shipped files, a hub id, or look-ahead rows in memory;
             None takes what ships for the model.
         method: `two-pass`, `one-pass`, or `ar` for plain decoding without look-ahead files.
-        lookahead_tokens: length of the look-ahead groups; None takes 1.
+        lookahead_tokens: length of the look-ahead groups; None takes the method's default.
         judge: `coupled` or `rejection`.
         draft: `greedy` or `sampled`.
         seed: of all draws; None draws one from torch's global generator when sampling, so that
@@ -163,7 +163,9 @@ class CustomGenerate:
         return rows
 
     def _strategy(self, look_ahead: LookAhead | None) -> Strategy:
-        length = 0 if look_ahead is None else look_ahead.group_length(self.lookahead_tokens)
+        length = (
+            0 if look_ahead is None else look_ahead.group_length(self.lookahead_tokens, self.method)
+        )
         return strategy(self.method, length)
 
 

@@ -28,7 +28,9 @@ from passlm.sampler import SamplerHead
 from passlm.target import LookAheadRows, Target
 
 FORMAT_VERSION = 1
-DEFAULT_GROUP = 1  # where nothing else is asked for: the fastest measured, see docs/log.md
+# Where nothing else is asked for, the fastest measured; see docs/log.md.
+_WEAK_DRAFTS = {"one-pass": 1, "two-pass": 1}
+_STRONG_DRAFTS = {"two-pass": 4, "one-pass": 1}
 DEFAULT_SHIPPED = "best"
 CARD_FILE = "lookahead.json"
 TENSORS_FILE = "lookahead.safetensors"
@@ -233,15 +235,26 @@ class LookAhead(nn.Module):
         """Every row the embedding of one existing token: the paper's untrained baseline."""
         row = target.embed(torch.tensor([token], device=target.device)).detach()
         training = {"kind": "fixed-token", "token": token}
-        return cls(row.repeat(tokens, 1), Card(base_model, fingerprint(target), tokens, training))
+        return cls(
+            row.repeat(tokens, 1), Card(base_model, fingerprint(target), tokens, training=training)
+        )
 
-    def group_length(self, wanted: int | None) -> int:
-        """The length of the look-ahead groups to decode with; None takes the default.
+    @property
+    def default_method(self) -> str:
+        """The method that was measured fastest with files of this kind."""
+        return next(iter(self._default_groups))
+
+    @property
+    def _default_groups(self) -> dict[str, int]:
+        return _WEAK_DRAFTS if self.sampler is None else _STRONG_DRAFTS
+
+    def group_length(self, wanted: int | None, method: str = "two-pass") -> int:
+        """The length of the look-ahead groups to decode with; None takes the method's default.
 
         Raises:
             ParameterError: there are not so many rows.
         """
-        length = min(DEFAULT_GROUP, self.tokens) if wanted is None else wanted
+        length = min(self._default_groups[method], self.tokens) if wanted is None else wanted
         if not 1 <= length <= self.tokens:
             raise ParameterError(
                 f"lookahead_tokens is {length}: these look-ahead files have rows for 1 to "
@@ -321,7 +334,7 @@ def _check_tensors(path: Path, tensors: Mapping[str, Tensor], card: Card) -> Non
     known = {"embeddings"} | {name for name in tensors if name.startswith(_part_prefixes(card))}
     if set(tensors) != known or embeddings is None:
         strange = ", ".join(sorted(set(tensors) - known)) or "no embeddings"
-        raise LookAheadError(f"{path} holds {strange:.80}: that is not what its card says")
+        raise LookAheadError(f"{path} holds {strange!r:.80}: that is not what its card says")
     if tuple(embeddings.shape) != expected or not embeddings.is_floating_point():
         raise LookAheadError(
             f"{path} holds {embeddings.dtype} embeddings of shape {tuple(embeddings.shape)}, "
@@ -350,7 +363,9 @@ def _sampler(card: Card, tensors: Mapping[str, Tensor]) -> SamplerHead | None:
     if card.sampler is None:
         return None
     hidden_in, token_in, out = (tensors[f"sampler.{name}"] for name in SamplerHead.NAMES)
-    width, d_model = int(card.sampler["width"]), card.target.d_model
+    width, d_model = _count(dict(card.sampler), "width"), card.target.d_model
+    if sum(name.startswith("sampler.") for name in tensors) != len(SamplerHead.NAMES):
+        raise ValueError("the sampler head has other tensors")
     shapes = [tuple(t.shape) for t in (hidden_in, token_in, out)]
     if shapes != [(width, d_model), (width, d_model), (d_model, width)]:
         raise ValueError(f"the sampler head is not of width {width}")

@@ -274,7 +274,7 @@ class Target:
 
     def probe(self) -> None:
         """`PROBE_ROWS` tokens through the model, for hooks to see what is called."""
-        text = PassRow(range(PROBE_ROWS), Plan(PROBE_ROWS - 1, (0,) * PROBE_ROWS))
+        text = PassRow([0] * PROBE_ROWS, Plan(PROBE_ROWS - 1, (0,) * PROBE_ROWS))
         with torch.no_grad(), self._head_left_out():
             self._forward(self.new_cache(), [text], None, last_logits_only=False)
 

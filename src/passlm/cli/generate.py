@@ -35,9 +35,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chat", action="store_true", help="apply the model's chat template")
     add_model_arguments(parser)
     add_decoding_arguments(parser)
-    parser.add_argument("--method", choices=METHODS, help="default one-pass; ar drafts nothing")
     parser.add_argument(
-        "--lookahead-tokens", type=int, metavar="N", help="look-ahead steps; default 1"
+        "--method",
+        choices=METHODS,
+        help="default two-pass with a sampler head, one-pass without; ar drafts nothing",
+    )
+    parser.add_argument(
+        "--lookahead-tokens",
+        type=int,
+        metavar="N",
+        help="look-ahead steps; default 4 for two-pass with a sampler head, else 1",
     )
     add_fields(parser, SamplingParams, PYTHON_ONLY)
     add_fields(parser, StopParams)

@@ -7,7 +7,6 @@ from typing import Any
 
 import psutil
 import torch
-from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from passlm.errors import InputError
@@ -51,7 +50,7 @@ def needed(
         shards: how many processes the target's layers are split over.
     """
     text: Any = config.get_text_config()
-    with init_empty_weights():
+    with torch.device("meta"):  # shapes alone
         model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     weights = _weights(model, int(text.num_hidden_layers), shards) * dtype.itemsize
     kept = 1 if train.gradient_checkpointing else _KEPT_A_LAYER

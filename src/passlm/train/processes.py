@@ -66,7 +66,7 @@ class AcceleratedProcesses:
             raise ProcessesError(
                 "FSDP version 1 hides the target's layers: launch with --fsdp_version 2"
             )
-        # transformers would leave the weights of all but the first process empty.
+        # With it transformers takes for granted that weights are sent on from the first process.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         self._state = PartialState(cpu=device == "cpu")
         kind = self._state.distributed_type.value
