@@ -11,4 +11,4 @@ exec passlm train --model smollm2-135m \
     --data-weights 0.20 0.12 0.12 0.26 0.22 0.08 \
     --data-licences PSF-2.0 BSD-3-Clause BSD-3-Clause Apache-2.0 CC-BY-SA-4.0 "US public domain" \
     --kind embeddings --lookahead-tokens 8 --steps 850 --sequence-tokens 256 --anchors 128 --keep 0.45 \
-    --learning-rate 0.01 --evaluate-texts 24 --threads 1 --out "$out" "${@:3}"
+    --learning-rate 0.01 --clip 0 --evaluate-texts 24 --threads 1 --out "$out" "${@:3}"

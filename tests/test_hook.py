@@ -44,7 +44,8 @@ from passlm.errors import InputError
 from passlm.hook import CustomGenerate, GenerateError
 from passlm.lookahead import LookAhead, LookAheadError
 from passlm.sampler import GroupSampler
-from passlm.target import Target, UnsupportedModelError
+from passlm.supported import UnsupportedModelError
+from passlm.target import Target
 
 PAD = 0
 NEW = 24

@@ -18,7 +18,8 @@ from passlm.params import Draft, Judge, SamplingParams
 from passlm.plan import OnePass, TwoPass
 from passlm.sampler import OUT_OF_REACH, Embeddings, GroupSampler, SamplerHead, weighed
 from passlm.sampling import Noise, Purpose
-from passlm.target import Target, UnsupportedModelError
+from passlm.supported import UnsupportedModelError
+from passlm.target import Target
 
 D, WIDTH, WORDS, SHORT, ROWS = 8, 5, 40, 6, 3
 

@@ -19,12 +19,11 @@ from passlm.cache import BLOCK
 from passlm.decode import Decoder, PromptError, Request
 from passlm.params import SamplingParams
 from passlm.plan import OnePass, Plan
+from passlm.supported import UnsupportedModelError, check_supported
 from passlm.target import (
     LookAheadRows,
     PassRow,
     Target,
-    UnsupportedModelError,
-    check_supported,
     visibility,
     within_window,
 )

@@ -20,7 +20,7 @@ from train_runs import environment, steps_kept, texts, train
 
 import passlm.models
 from passlm.cli import DONE, INTERRUPTED, USAGE, main
-from passlm.cli.train import _stop_flag
+from passlm.cli.common import stop_flag
 from passlm.lookahead import CARD_FILE, TENSORS_FILE, LookAheadError, load
 from passlm.train import memory
 from passlm.train.data import read_documents
@@ -462,11 +462,11 @@ def test_second_signal_ends_a_step_that_hangs(run: Run, tmp_path: Path, out: Pat
 def test_signals_that_come_twice_to_launched_processes_are_one() -> None:
     """Catches a checkpoint torn by the launcher: it passes on a signal that the terminal has sent
     to everybody, and sends another as soon as the first process has ended."""
-    with _stop_flag(patient=True) as received:
+    with stop_flag(patient=True) as received:
         for number in (signal.SIGINT, signal.SIGTERM):
             os.kill(os.getpid(), number)
     assert received == [signal.SIGINT, signal.SIGTERM]
-    with _stop_flag():
+    with stop_flag():
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)

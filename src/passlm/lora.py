@@ -233,10 +233,11 @@ class _Shared:
         """For decoding: without gradients, the `B` of several layers in one matrix."""
         if device.type == "cpu":
             dtype = torch.float32  # products this small take a sixth of bfloat16's time there
-        down = self.down.detach().to(device, dtype, copy=True)
-        ups = [up.detach().to(device, dtype, copy=True) for up in self.ups]
+        down = self.down.detach().to(device, dtype)
+        ups = [up.detach().to(device, dtype) for up in self.ups]
         block = torch.block_diag(*ups)  # type: ignore[no-untyped-call]
-        return _Copied(down, ups, down.T.contiguous(), block.T.contiguous())
+        columns = [t.T.clone(memory_format=torch.contiguous_format) for t in (down, block)]
+        return _Copied(columns[0], columns[1:], [len(up) for up in ups])
 
     def of(self, rows: Tensor, split: RowSplit) -> Sequence[Tensor]:
         """The update of each layer, `[N, out]`; `rows` is the input of all of them."""
@@ -256,22 +257,17 @@ class _Shared:
 
 @dataclass
 class _Copied(_Shared):
-    """The same for decoding.
+    """The same for decoding: `down` transposed, and all `B` in one matrix, so in one product.
 
     Attributes:
-        down_columns: the joined `A`, transposed.
-        block: all `B`, block by block in one matrix, transposed: one product instead of several.
+        sizes: numbers that each layer gives.
     """
 
-    down_columns: Tensor
-    block: Tensor
-
-    def __post_init__(self) -> None:
-        self._sizes = [len(up) for up in self.ups]
+    sizes: list[int]
 
     def _computed(self, taken: Tensor) -> Sequence[Tensor]:
-        low = torch.mm(taken.to(self.down_columns), self.down_columns)
-        return torch.split(torch.mm(low, self.block), self._sizes, dim=1)
+        low = torch.mm(taken.to(self.down), self.down)
+        return torch.split(torch.mm(low, self.ups[0]), self.sizes, dim=1)
 
 
 @dataclass(frozen=True)

@@ -21,19 +21,13 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from passlm.cache import RowCache, as_prefix
-from passlm.errors import InputError
 from passlm.lora import PROBE_ROWS, AppliedLora, RowSplit
 from passlm.packing import PackedLinears, can_pack
 from passlm.plan import Layout, Plan
 from passlm.sampler import Embeddings, SamplerHead
+from passlm.supported import UnsupportedModelError, attention, check_supported
 
 PREFILL_CHUNK = 512  # prompt tokens a pass: bounds the memory of activations and masks
-_FORWARD_ARGUMENTS = ("inputs_embeds", "position_ids", "attention_mask", "past_key_values")
-_LAYER_KINDS = ("full_attention", "sliding_attention")
-
-
-class UnsupportedModelError(InputError):
-    """The model's state cannot be rolled back, or it is not a decoder; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +110,7 @@ class Target:
         check_supported(model)
         self._window = _window(self.config)
         self._kinds = _layer_kinds(self.config, self._window)
-        self._additive = _attention(model) == "eager"
+        self._additive = attention(model) == "eager"
         self._packed = PackedLinears(model) if pack and can_pack(model) else None
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
 
@@ -245,10 +239,18 @@ class Target:
         """The model's logits of hidden states that `hang` gave, `[..., d_model]` to `[..., V]`.
 
         Goes through the model's own forward, so that whatever it does to logits is done.
+
+        Raises:
+            UnsupportedModelError: the model does not show its body.
         """
         rows = hidden.reshape(1, -1, hidden.shape[-1])
         name = self.model.base_model_prefix
         modules: dict[str, Any] = self.model._modules
+        if name not in modules:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} does not show its body as {name!r}: look-ahead rows "
+                "cannot be trained for it"
+            )
         body = modules[name]
         modules[name] = _Given(rows)
         try:
@@ -507,79 +509,6 @@ def _padded(rows: Sequence[Tensor], length: int) -> Tensor:
     for index, row in enumerate(rows):
         padded[index, : len(row)] = row
     return padded
-
-
-def check_supported(model: PreTrainedModel) -> None:
-    """Refuse, by name, a model that plans cannot decode.
-
-    Raises:
-        UnsupportedModelError: not a decoder, state that cannot be rolled back, positions or
-            attention that cannot be told, or an attention kernel without masks.
-    """
-    name = type(model).__name__
-    config = model.config.get_text_config()
-    reason = (
-        _reason_by_class(model)
-        or _reason_by_layers(config)
-        or _reason_by_forward(model)
-        or _reason_by_positions(config)
-    )
-    if reason:
-        raise UnsupportedModelError(f"{name} ({config.model_type}) is not supported: {reason}")
-    if _attention(model) not in ("sdpa", "eager"):
-        raise UnsupportedModelError(
-            f"{name} was loaded with attn_implementation={_attention(model)!r}, which takes no "
-            "mask for look-ahead rows: load it with attn_implementation='sdpa'"
-        )
-
-
-def _reason_by_class(model: PreTrainedModel) -> str | None:
-    if getattr(model.config, "is_encoder_decoder", False):
-        return "it is an encoder-decoder, and PaSS needs a decoder alone"
-    if getattr(model, "_is_stateful", False):
-        return "its recurrent state cannot be rolled back when a candidate is refused"
-    if not model.can_generate():
-        return "it is no causal language model"
-    # Only encoders that can be made decoders know cross-attention; gpt_neox has is_decoder too.
-    is_decoder = getattr(model.config, "is_decoder", True)
-    if hasattr(model.config, "add_cross_attention") and not is_decoder:
-        return "it is an encoder, whose tokens see those behind them (its is_decoder is False)"
-    return None
-
-
-def _reason_by_layers(config: Any) -> str | None:
-    kinds = set(getattr(config, "layer_types", None) or ())
-    strange = sorted(kinds - set(_LAYER_KINDS))
-    if strange:
-        return (
-            f"its {', '.join(strange)} layers keep a state that cannot be rolled back, or see the "
-            "text in a way that cannot be told to look-ahead rows"
-        )
-    return None
-
-
-def _reason_by_forward(model: PreTrainedModel) -> str | None:
-    accepted = inspect.signature(model.forward).parameters
-    missing = [name for name in _FORWARD_ARGUMENTS if name not in accepted]
-    if missing:
-        return f"its forward takes no {', '.join(missing)}"
-    if getattr(model.config.get_text_config(), "hidden_size_per_layer_input", 0):
-        return "its layers look up token ids, which look-ahead rows do not have"
-    return None
-
-
-def _reason_by_positions(config: Any) -> str | None:
-    if getattr(config, "alibi", False):
-        return "its ALiBi positions cannot be told to look-ahead rows (rotary ones can)"
-    if "local" in (getattr(config, "attention_layers", None) or ()):
-        return "its local attention keeps a mask of its own"
-    if config.model_type == "moshi":
-        return "its attention ignores the sliding window that its configuration states"
-    return None
-
-
-def _attention(model: PreTrainedModel) -> str:
-    return str(model.config.get_text_config()._attn_implementation)
 
 
 def _window(config: Any) -> int | None:

@@ -20,14 +20,13 @@ from passlm.cli.common import (
     add_json_argument,
     add_model_arguments,
     print_json,
+    progress_bar,
     taken,
 )
 from passlm.errors import InputError
 from passlm.params import SamplingParams, StopParams
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from passlm.bench.measure import Prompt
     from passlm.bench.methods import Asked, Method
     from passlm.generate import Generator
@@ -273,7 +272,7 @@ class _Bench:
 
         length, seed = self.arguments.max_new_tokens, self.arguments.seed
         total = sum(map(len, suites)) * len(self.methods)
-        with _bar() as bar:
+        with progress_bar() as bar:
             progress = bar.add_task("warm-up", total=total)
             warm_up(suites[0][0], self.methods, length)
             for number, prompts in enumerate(suites, start=1):
@@ -341,22 +340,3 @@ def _peak_memory() -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
-
-
-def _bar() -> Progress:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}", markup=False),
-    )
-    return Progress(*columns, console=Console(file=sys.stderr))

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import signal
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import MISSING, Field, fields
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from passlm.models import DEFAULT_MODEL, DTYPES
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 T = TypeVar("T")
 
@@ -85,3 +90,44 @@ def print_json(content: Any) -> None:
     """The last line of standard output."""
     sys.stdout.write(json.dumps(content) + "\n")
     sys.stdout.flush()
+
+
+def progress_bar(quiet: bool = False) -> Progress:
+    """A bar on standard error with counts, time left and a description; texts have no markup."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False),
+    )
+    return Progress(*columns, console=Console(file=sys.stderr, quiet=quiet))
+
+
+@contextlib.contextmanager
+def stop_flag(patient: bool = False) -> Iterator[list[int]]:
+    """Collects Ctrl-C and SIGTERM, so that a step is never torn.
+
+    A second one ends at once, unless it is to be patient.
+    """
+    received: list[int] = []
+
+    def receive(number: int, frame: object) -> None:
+        if received and not patient:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from passlm.cli.common import add_json_argument, add_model_arguments, print_json
-from passlm.cli.train import _stop_flag
+from passlm.cli.common import (
+    add_json_argument,
+    add_model_arguments,
+    print_json,
+    progress_bar,
+    stop_flag,
+)
 from passlm.errors import InputError
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from passlm.generate import Generator
     from passlm.train.answers import Answerer, AnswerFile, Prompt, Settings
 
@@ -169,7 +171,7 @@ def _answer(
     from passlm.train.answers import Answerer
 
     answerer = Answerer(lm, settings)
-    with _stop_flag() as stopping:
+    with stop_flag() as stopping:
         counts = _answer_with_bar(answerer, prompts, arguments.batch, file, stopping)
     if stopping:
         _log.info("stopped after %d answers: go on with --resume", counts.answers)
@@ -182,7 +184,7 @@ def _answer_with_bar(
 ) -> _Counts:
     counts = _Counts()
     begun = time.perf_counter()
-    with _bar() as bar:
+    with progress_bar() as bar:
         task = bar.add_task("", total=len(prompts))
         for finished in answerer.run(prompts, batch, lambda: bool(stopping)):
             for record in finished:
@@ -193,22 +195,3 @@ def _answer_with_bar(
             described = f"{counts.tokens_per_second:.1f} tokens/s"
             bar.update(task, advance=len(finished), description=described)
     return counts
-
-
-def _bar() -> Progress:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
-    return Progress(*columns, console=Console(file=sys.stderr))

@@ -6,8 +6,6 @@ import argparse
 import contextlib
 import logging
 import os
-import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,6 +16,8 @@ from passlm.cli.common import (
     add_json_argument,
     add_model_arguments,
     print_json,
+    progress_bar,
+    stop_flag,
     taken,
 )
 from passlm.errors import InputError
@@ -86,10 +86,20 @@ def run(arguments: argparse.Namespace) -> None:
     _check_lists(arguments)
     board = _board_writer() if arguments.tensorboard else None
     processes = _processes(arguments)
-    if processes is None or processes.place[0] == 0:
-        _check_folder(arguments)
-    else:
-        logging.getLogger("passlm").setLevel(logging.WARNING)  # the first one says it
+    with contextlib.nullcontext() if processes is None else processes.ending_together():
+        if processes is None or processes.place[0] == 0:
+            _check_folder(arguments)
+        else:
+            logging.getLogger("passlm").setLevel(logging.WARNING)  # the first one says it
+        _train(arguments, config, board, processes)
+
+
+def _train(
+    arguments: argparse.Namespace,
+    config: TrainConfig,
+    board: Callable[[str], Any] | None,
+    processes: AcceleratedProcesses | None,
+) -> None:
     from passlm.generate import set_threads
 
     set_threads(arguments.threads)
@@ -98,7 +108,7 @@ def run(arguments: argparse.Namespace) -> None:
     try:
         trainer = _trainer(arguments, config, target, windows, held_out, processes)
         # A launcher passes a signal on to processes that may have met it already.
-        with _stop_flag(patient=processes is not None) as stopping:
+        with stop_flag(patient=processes is not None) as stopping:
             _train_with_bar(trainer, stopping, board)
         if trainer.steps_done < config.steps:
             _log.info("stopped after step %d: go on with --resume", trainer.steps_done)
@@ -304,44 +314,12 @@ def _kind(rows: LookAhead) -> Kind:
     return "embeddings" if rows.lora is None else "lora"
 
 
-@contextlib.contextmanager
-def _stop_flag(patient: bool = False) -> Iterator[list[int]]:
-    """Collects Ctrl-C and SIGTERM, so that a step is never torn.
-
-    A second one ends at once, unless it is to be patient.
-    """
-    received: list[int] = []
-
-    def receive(number: int, frame: object) -> None:
-        if received and not patient:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _train_with_bar(
     trainer: Trainer, stopping: list[int], board: Callable[[str], Any] | None
 ) -> None:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
     length = "?"
-    console = Console(file=sys.stderr, quiet=not trainer.writes)
     board = board if trainer.writes else None
-    with Bar(*columns, console=console) as bar, _board(board, trainer.folder) as note:
+    with progress_bar(quiet=not trainer.writes) as bar, _board(board, trainer.folder) as note:
         task = bar.add_task("", total=trainer.config.steps, completed=trainer.steps_done)
         for done in trainer.run(lambda: bool(stopping)):
             note(done)

@@ -23,7 +23,8 @@ from passlm.errors import InputError
 from passlm.lookahead import LookAhead
 from passlm.plan import Layout, Plan, make_layout
 from passlm.provenance import write_atomically
-from passlm.target import Hung, LookAheadRows, Target, UnsupportedModelError
+from passlm.supported import UnsupportedModelError
+from passlm.target import Hung, LookAheadRows, Target
 from passlm.train.config import TrainConfig
 from passlm.train.data import TokenWindows
 from passlm.train.loss import Guess, Part, accepted_lengths, parts, row_losses

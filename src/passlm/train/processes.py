@@ -7,9 +7,10 @@ What a step is, is left to `loop.py`.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -119,6 +120,19 @@ class AcceleratedProcesses:
     def any(self, flag: bool) -> bool:
         """Whether one of the processes says so."""
         return self.average(float(flag), {}) > 0
+
+    @contextlib.contextmanager
+    def ending_together(self) -> Iterator[None]:
+        """Let all processes end at the same time, with nothing of their exchange left running.
+
+        One that ends first would take the connection of the others away, and threads that are
+        alive when the interpreter ends can abort it.
+        """
+        try:
+            yield
+            self.any(False)
+        finally:
+            self._state.destroy_process_group()
 
     def _add_up(self, values: Tensor) -> None:
         try:
