@@ -109,7 +109,7 @@ def true_drafts(monkeypatch: pytest.MonkeyPatch) -> Callable[[Tensor], None]:
             text = next(text for text in texts if text[: len(prompt)] == prompt)
             first = len(row.tokens)
             truth = (text + [1] * len(group))[first : first + len(group)]
-            row.candidates = [
+            row.drafted = [
                 (token + (place % 7 == 0)) % VOCABULARY for place, token in enumerate(truth, first)
             ]
 

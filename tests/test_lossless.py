@@ -331,7 +331,7 @@ def test_drafts_come_from_the_last_accepted_row(
                 for logits in group:
                     q = row.request.distribution(logits[None], [*row.tokens, *drafts])
                     drafts.append(int(q.argmax()))
-                assert row.candidates == drafts
+                assert row.drafted == drafts
         for row in decoder.rows:
             rig(row)
 

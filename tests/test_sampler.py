@@ -168,10 +168,10 @@ def test_q_is_what_the_draft_was_drawn_from(
     assert row.q.shape == (ROWS, WORDS)
     assert bool(row.q.isfinite().all())
     assert row.q.sum(1).tolist() == pytest.approx([1.0] * ROWS, abs=1e-5)
-    assert len(row.candidates) == ROWS
+    assert len(row.drafted) == ROWS
     sampler = GroupSampler(head, tables, *group())
-    for place, token in enumerate(row.candidates):
-        known = [*history, *row.candidates[:place]]
+    for place, token in enumerate(row.drafted):
+        known = [*history, *row.drafted[:place]]
         expected = request.distribution(sampler.logits(place, known[-1]), known)
         if draft == "greedy" or request.distribution.greedy:
             assert token == int(expected.argmax())
@@ -199,7 +199,7 @@ def test_the_token_before_changes_the_guess(head: SamplerHead, tables: Embedding
     row = Row(Request.of(history, SamplingParams(), 9), 9, "length", Noise(3), list(history))
     logits, hidden = group()
     row.draft(logits, Watched(head, tables, logits, hidden))
-    assert seen == [(0, 12), (1, row.candidates[0]), (2, row.candidates[1])]
+    assert seen == [(0, 12), (1, row.drafted[0]), (2, row.drafted[1])]
     firsts = {
         int(GroupSampler(head, tables, logits, hidden).logits(0, t).argmax()) for t in range(20)
     }
@@ -229,13 +229,13 @@ def test_drafts_of_decoding_are_the_heads(plan: Any, judge: Judge, llama: Target
             output = llama.run(alone._cache, [again.choose_plan(llama.context)], rows)
             again.tokens = list(row.tokens)
             alone._draft(0, again, slice(1, 1 + length), output)
-            assert again.candidates == row.candidates
+            assert again.drafted == row.drafted
             if row.q is not None and again.q is not None:
                 torch.testing.assert_close(row.q, again.q, rtol=1e-3, atol=1e-4)
             assert (row.q is not None) == (judge == "rejection")
             bare = Row(again.request, 9, "length", again.noise, list(row.tokens))
             bare.draft(output.logits[0, 1 : 1 + length])
-            different += bare.candidates != row.candidates
+            different += bare.drafted != row.drafted
             compared += 1
     assert compared > 10
     assert different > compared // 4

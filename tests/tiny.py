@@ -209,18 +209,18 @@ class Rig:
 
     def __call__(self, row: Row) -> None:
         """Rig the candidates that a row has at hand."""
-        count, start = len(row.candidates), len(row.request.prompt)
+        count, start = len(row.drafted), len(row.request.prompt)
         if not count:
             return
         at = len(row.tokens) - start
         rng = random.Random(f"{self.seed} {start} {at}")
         truth = [*self.truths[tuple(row.request.prompt)], *([0] * count)][at : at + count]
         right = rng.randint(0, count)
-        row.candidates = truth[:right] + [
+        row.drafted = truth[:right] + [
             (token + rng.randrange(1, VOCABULARY)) % VOCABULARY for token in truth[right:]
         ]
         if row.q is not None:
-            row.q = one_hot(torch.tensor(row.candidates), row.q.shape[1]).to(row.q)
+            row.q = one_hot(torch.tensor(row.drafted), row.q.shape[1]).to(row.q)
 
 
 def advance(decoder: Decoder, rig: Rig | None = None) -> list[tuple[Row, Step]]:

@@ -15,9 +15,20 @@ from torch import Tensor
 from passlm import judge
 from passlm.cache import RowCache
 from passlm.errors import InputError
+from passlm.lookup import PromptLookup
 from passlm.outputs import FinishReason, Step
 from passlm.params import Draft, Judge, SamplingParams
-from passlm.plan import Plan, Strategy, autoregressive
+from passlm.plan import (
+    Adaptive,
+    Chain,
+    Choice,
+    Chooser,
+    FixedChooser,
+    Limits,
+    Plan,
+    Strategy,
+    autoregressive,
+)
 from passlm.sampler import GroupSampler
 from passlm.sampling import Noise, Purpose, TokenDistribution, processors
 from passlm.stopping import cut_block
@@ -36,7 +47,7 @@ class Request:
         prompt: token ids, at least one.
         max_new_tokens: write at most this many.
         eos: ids that end the text.
-        strategy: which plan each pass takes.
+        strategy: which plan each pass takes, or what chooses it from what is accepted.
         distribution: logits to probabilities, for target and draft.
         seed: of all its draws; None takes a fresh one.
         judge: how candidates are accepted.
@@ -47,7 +58,7 @@ class Request:
     max_new_tokens: int
     distribution: TokenDistribution
     eos: frozenset[int] = frozenset()
-    strategy: Strategy = autoregressive
+    strategy: Strategy | Adaptive = autoregressive
     seed: int | None = None
     judge: Judge = "coupled"
     draft: Draft = "sampled"
@@ -58,7 +69,7 @@ class Request:
         prompt: Sequence[int],
         sampling: SamplingParams,
         max_new_tokens: int,
-        strategy: Strategy = autoregressive,
+        strategy: Strategy | Adaptive = autoregressive,
         eos: Collection[int] = (),
         ignore_eos: bool = False,
     ) -> Request:
@@ -85,9 +96,9 @@ class Row:
         room: how many tokens may still be written.
         full: why the text ends where `room` runs out.
         tokens: settled ids, prompt included; the last one is the root.
-        candidates: draft tokens behind it.
+        drafted: draft tokens behind it, from a look-ahead group.
         q: the distributions they were drawn from, `[M, V]`, where the judge needs them.
-        plan: what the pass under way computes.
+        choice: what the pass under way verifies and computes.
     """
 
     request: Request
@@ -95,19 +106,41 @@ class Row:
     full: FinishReason
     noise: Noise
     tokens: list[int]
-    candidates: list[int] = field(default_factory=list)
+    drafted: list[int] = field(default_factory=list)
     q: Tensor | None = None
-    plan: Plan = field(default=Plan(0, (0,)))
+    choice: Choice = field(default=Choice(None, Plan(0, (0,))))
+
+    def __post_init__(self) -> None:
+        asked = self.request.strategy
+        self._chooser: Chooser = (
+            asked.begin() if isinstance(asked, Adaptive) else FixedChooser(asked)
+        )
+        self._lookup = PromptLookup() if self._chooser.lookup else None
+
+    @property
+    def candidates(self) -> list[int]:
+        """The draft tokens that the pass under way verifies."""
+        return self.choice.candidates
+
+    @property
+    def plan(self) -> Plan:
+        """What the pass under way computes."""
+        return self.choice.plan
 
     def choose_plan(self, context: int | None) -> PassRow:
         """The next pass: candidates and groups that could still be of use."""
-        del self.candidates[self.room - 1 :]  # the pass draws one token of its own
-        useful = max(0, self.room - 2)  # and so does the one that verifies what is drafted now
-        deepest = len(self.tokens) - 1 + len(self.candidates)  # position of the last real row
-        longest = useful if context is None else min(useful, context - 1 - deepest)
-        self.plan = self.request.strategy(len(self.candidates), max(0, longest))
-        del self.candidates[self.plan.candidates :]  # a strategy may verify fewer
+        span = None if context is None else context - len(self.tokens)
+        self.choice = self._chooser.choose(self._chains(), Limits(self.room, span))
         return PassRow([self.tokens[-1], *self.candidates], self.plan)
+
+    def _chains(self) -> list[Chain]:
+        """The candidates at hand, one chain of each source."""
+        chains = [Chain(tuple(self.drafted))] if self.drafted else []
+        if self._lookup is not None:
+            found, evidence = self._lookup.find(self.tokens, self._chooser.lookup)
+            if found:
+                chains.append(Chain(tuple(found), "lookup", evidence))
+        return chains
 
     def judge(self, logits: Tensor) -> list[int]:
         """The tokens that a pass settles: accepted candidates and one drawn behind them.
@@ -115,16 +148,27 @@ class Row:
         Args:
             logits: the pass's rows, `[Q, V]`.
         """
-        real = 1 + len(self.candidates)
-        p = self.request.distribution(logits[:real], self.tokens, self.candidates)
+        candidates = self.candidates
+        real = 1 + len(candidates)
+        p = self.request.distribution(logits[:real], self.tokens, candidates)
         noise = self._noise(len(self.tokens), real, Purpose.SETTLE, p.shape[1])
         if self.request.judge == "coupled":
-            verdict = judge.coupled(p, self.candidates, noise)
+            verdict = judge.coupled(p, candidates, noise)
         else:
-            uniform = self.noise.uniform(len(self.tokens), len(self.candidates), Purpose.ACCEPT)
-            q = None if self.q is None else self.q[: len(self.candidates)]
-            verdict = judge.rejection(p, q, self.candidates, uniform, noise)
-        return [*self.candidates[: verdict.accepted], verdict.token]
+            uniform = self.noise.uniform(len(self.tokens), len(candidates), Purpose.ACCEPT)
+            verdict = judge.rejection(p, self._drawn_from(p), candidates, uniform, noise)
+        self._chooser.learn(self.choice, verdict.accepted)
+        return [*candidates[: verdict.accepted], verdict.token]
+
+    def _drawn_from(self, p: Tensor) -> Tensor | None:
+        """`q` of the candidates: a copied one is no draw, so its `q` is one-hot."""
+        chain = self.choice.chain
+        if chain is None:
+            return None
+        if chain.source == "look-ahead":
+            return None if self.q is None else self.q[: self.plan.candidates]
+        copied = torch.tensor(self.candidates, device=p.device)
+        return torch.zeros_like(p[:-1]).scatter_(1, copied[:, None], 1.0)
 
     def draft(self, group: Tensor, sampler: GroupSampler | None = None) -> None:
         """Draw the next candidates from the group that hangs on the last accepted row.
@@ -133,18 +177,18 @@ class Row:
             group: its logits, `[l, V]`; a chain without rows leaves no candidates.
             sampler: weighs each row anew once the token before it is drawn.
         """
-        self.candidates, drawn_from = [], []
+        self.drafted, drawn_from = [], []
         # Rows wait for the one before where a sampler head or a processor reads what it drew.
         waits = sampler is not None or self.request.distribution.reads_history
         together = 1 if waits else max(1, len(group))
         for start in range(0, len(group), together):
-            history = [*self.tokens, *self.candidates]
+            history = [*self.tokens, *self.drafted]
             logits = group[start : start + together]
             if sampler is not None:
                 logits = sampler.logits(start, history[-1])
             q = self.request.distribution(logits, history)
             drawn, q = self._drawn(q, len(history))
-            self.candidates += drawn
+            self.drafted += drawn
             drawn_from.append(q)
         self.q = torch.cat(drawn_from) if drawn_from and self.request.judge == "rejection" else None
 

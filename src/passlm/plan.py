@@ -6,9 +6,10 @@ training alike. The strategies below choose a plan for each pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -88,8 +89,121 @@ def make_layout(plan: Plan) -> Layout:
 _remembered_layout = lru_cache(maxsize=64)(make_layout)
 
 
+Source = Literal["look-ahead", "lookup"]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Draft tokens for the positions behind the root.
+
+    Attributes:
+        tokens: their ids, at least one.
+        source: drawn from a look-ahead group, or copied from earlier in the text.
+        evidence: of a copied one, how many tokens before it agree with the text's last ones.
+    """
+
+    tokens: tuple[int, ...]
+    source: Source = "look-ahead"
+    evidence: int = 0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What may still be of use to a text near its end.
+
+    Attributes:
+        room: tokens that may still be written.
+        span: positions behind the root that the model's context has; None without a limit.
+    """
+
+    room: int
+    span: int | None = None
+
+    @property
+    def candidates(self) -> int:
+        """Most candidates to verify: the pass draws one token of its own."""
+        most = max(0, self.room - 1)
+        return most if self.span is None else min(most, max(0, self.span))
+
+    def group(self, candidates: int) -> int:
+        """Longest group to hang: the pass that verifies it draws one token of its own, too."""
+        most = max(0, self.room - 2)
+        return most if self.span is None else min(most, max(0, self.span - candidates))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a pass verifies and computes.
+
+    Attributes:
+        chain: where the plan's candidates come from, the first ones of it; None for none.
+        plan: the pass.
+    """
+
+    chain: Chain | None
+    plan: Plan
+
+    def within(self, limits: Limits) -> Choice:
+        """The same with what is of no use left out."""
+        candidates = min(self.plan.candidates, limits.candidates)
+        longest = limits.group(candidates)
+        groups = tuple(min(rows, longest) for rows in self.plan.groups[: 1 + candidates])
+        if groups == self.plan.groups:
+            return self
+        return Choice(self.chain if candidates else None, Plan(candidates, groups))
+
+    @property
+    def candidates(self) -> list[int]:
+        """The draft tokens to verify."""
+        return [] if self.chain is None else list(self.chain.tokens[: self.plan.candidates])
+
+
+class Chooser(Protocol):
+    """Chooses the passes of one text."""
+
+    @property
+    def lookup(self) -> int:
+        """How many tokens copied from earlier in the text it can use; 0 for none."""
+        ...
+
+    def choose(self, chains: Sequence[Chain], limits: Limits) -> Choice:
+        """The next pass, given the chains at hand: none, one, or one of each source."""
+        ...
+
+    def learn(self, choice: Choice, accepted: int) -> None:
+        """Hear how many candidates of the pass were accepted."""
+        ...
+
+
+@runtime_checkable
+class Adaptive(Protocol):
+    """Plans that follow what a text accepts."""
+
+    def begin(self) -> Chooser:
+        """A chooser for one text."""
+        ...
+
+
 Strategy = Callable[[int, int], Plan]
 """Given the number of candidates at hand and the longest group allowed, the next pass."""
+
+
+@dataclass(frozen=True)
+class FixedChooser:
+    """The passes of a strategy, whatever is accepted."""
+
+    strategy: Strategy
+    lookup: int = 0
+
+    def choose(self, chains: Sequence[Chain], limits: Limits) -> Choice:
+        """See `Chooser`."""
+        chain = chains[0] if chains else None
+        candidates = 0 if chain is None else min(len(chain.tokens), limits.candidates)
+        plan = self.strategy(candidates, limits.group(candidates))
+        return Choice(chain if plan.candidates else None, plan)
+
+    def learn(self, choice: Choice, accepted: int) -> None:
+        """Nothing to learn."""
 
 
 def autoregressive(candidates: int, longest_group: int) -> Plan:

@@ -1,0 +1,310 @@
+"""The plan that writes most tokens a second, chosen from measured costs and counted acceptance.
+
+`CostCurve` is what a pass takes on this machine, `Acceptance` how often candidates are accepted,
+and `AutoPlan` weighs one against the other before every pass, plain decoding among its choices.
+Measuring the curve is left to `profile.py`, where lookup chains come from to `lookup.py`.
+
+Nothing here looks at a clock: choices follow from a stored curve and from what the text itself
+accepted, so a seed gives the same text again under either judge.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from passlm.lookup import LONGEST_MATCH
+from passlm.plan import Chain, Choice, Limits, Plan
+
+LONGEST_LOOKUP = 12  # candidates of a lookup chain
+_PASSES_A_LOOK = 8  # passes between two looks at the counts
+_FIRST_ROUNDS = 3  # of weighing groups by plans and plans by groups, before the first pass
+_MEMORY = 0.97  # what a count keeps of its weight from pass to pass
+_PRIOR_WEIGHT = 8.0  # how many counted candidates the prior is worth
+# How often the next token is as it was behind the last place where k tokens agreed, k = 1 to 16:
+# greedy answers of SmolLM2-135M-Instruct to recipes/make_prompts.py's prompts, 33,000 tokens.
+_LOOKUP_PRIOR = (
+    *(0.23, 0.57, 0.65, 0.72, 0.76, 0.79, 0.83, 0.85),
+    *(0.85, 0.87, 0.90, 0.93, 0.94, 0.94, 0.95, 0.98),
+)
+
+
+@dataclass(frozen=True)
+class CostCurve:
+    """Seconds of one pass, judging and drafting included, on one machine.
+
+    Attributes:
+        rows: rows of the passes measured, from 1 up.
+        seconds: what each took, without look-ahead rows.
+        groups: lengths of the look-ahead groups measured on a lone root; none without files.
+        group_seconds: what each took more than a pass of as many real rows.
+        row_seconds: what one more look-ahead row takes more than a real one, where several groups
+            are computed and one is drafted from.
+    """
+
+    rows: tuple[int, ...]
+    seconds: tuple[float, ...]
+    groups: tuple[int, ...] = ()
+    group_seconds: tuple[float, ...] = ()
+    row_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        pairs = (self.rows, self.seconds), (self.groups, self.group_seconds)
+        if any(len(x) != len(y) or list(x) != sorted(set(x)) for x, y in pairs) or not self.rows:
+            raise ValueError("a cost curve needs as many times as rows, and these in order")
+
+    def of(self, real: int, look_ahead: int = 0, drafted: int = 0) -> float:
+        """Seconds of a pass.
+
+        Args:
+            real: real rows.
+            look_ahead: look-ahead rows, of all groups.
+            drafted: rows of the group that is drafted from.
+        """
+        seconds = _between(self.rows, self.seconds, real + look_ahead)
+        if look_ahead:
+            seconds += _between(self.groups, self.group_seconds, drafted)
+            seconds += self.row_seconds * max(0, look_ahead - drafted)
+        return seconds
+
+    def plain(self) -> float:
+        """Tokens a second of plain decoding."""
+        return 1 / self.of(1)
+
+    def two_pass(self, expected: float, rows: int) -> float:
+        """Tokens a second of two-pass decoding, `(2 + E(L)) / (c(drafting) + c(1 + L))`."""
+        return (2 + expected) / (self.of(1, rows, rows) + self.of(1 + rows))
+
+    def one_pass(self, expected: float, rows: int) -> float:
+        """Tokens a second of one-pass decoding, `(1 + E(M)) / c((1 + M)(1 + L))`, `M = L`."""
+        return (1 + expected) / self.of(1 + rows, (1 + rows) * rows, rows)
+
+
+def _between(places: Sequence[int], values: Sequence[float], place: int) -> float:
+    """Linear between what was measured, and on beyond the last two."""
+    if len(places) == 1:
+        return values[0]
+    at = min(max(bisect_right(places, place), 1), len(places) - 1)
+    left, right = places[at - 1], places[at]
+    share = max(0.0, (place - left) / (right - left))
+    return values[at - 1] + share * (values[at] - values[at - 1])
+
+
+def expected_length(chances: Sequence[float]) -> float:
+    """`E(M)`, the mean accepted length of a chain, from each candidate's chance."""
+    reached, total = 1.0, 0.0
+    for chance in chances:
+        reached *= chance
+        total += reached
+    return total
+
+
+class Acceptance:
+    """Chances that candidates are accepted, given that those before them were: counted, forgetting.
+
+    Args:
+        prior: what is believed before anything is counted, and again once it is forgotten.
+    """
+
+    def __init__(self, prior: Sequence[float]) -> None:
+        self._prior = tuple(prior)
+        self._hits = [0.0] * len(prior)
+        self._trials = [0.0] * len(prior)
+
+    def __getitem__(self, place: int) -> float:
+        weight = _PRIOR_WEIGHT + self._trials[place]
+        return (_PRIOR_WEIGHT * self._prior[place] + self._hits[place]) / weight
+
+    def __len__(self) -> int:
+        return len(self._prior)
+
+    def count(self, place: int, accepted: bool) -> None:
+        """One candidate that was reached."""
+        self._hits[place] += accepted
+        self._trials[place] += 1
+
+    def forget(self) -> None:
+        """Let a pass go by."""
+        for counts in (self._hits, self._trials):
+            for place, value in enumerate(counts):
+                counts[place] = value * _MEMORY
+
+
+@dataclass(frozen=True)
+class AutoPlan:
+    """Chooses each pass's plan; every text has a chooser of its own.
+
+    Attributes:
+        curve: costs of a pass, for the batch's size.
+        prior: chance of each look-ahead candidate once those before it are accepted, from the
+            files' card; empty where nothing may be hung on real rows.
+        lookup: whether chains found in the text are candidates.
+    """
+
+    curve: CostCurve
+    prior: tuple[float, ...] = ()
+    lookup: bool = True
+
+    def __post_init__(self) -> None:
+        if self.prior and not self.curve.groups:
+            raise ValueError("a cost curve without groups cannot say what look-ahead rows cost")
+        object.__setattr__(self, "cost", lru_cache(maxsize=4096)(self.curve.of))
+
+    cost: Callable[[int, int, int], float] = field(init=False, repr=False, compare=False)
+
+    @property
+    def first_rate(self) -> float:
+        """Tokens a second of the best fixed method, as far as the prior tells."""
+        rates = [self.curve.plain()]
+        for rows in range(1, 1 + len(self.prior)):
+            expected = expected_length(self.prior[:rows])
+            rates += [self.curve.two_pass(expected, rows), self.curve.one_pass(expected, rows)]
+        return max(rates)
+
+    def begin(self) -> AutoChooser:
+        """For one text."""
+        return AutoChooser(self)
+
+
+class AutoChooser:
+    """What one text has shown so far, and the plans that follow from it.
+
+    A pass is worth its expected tokens, plus what its groups are worth to the next pass, less its
+    seconds at the rate that the text is written at: the average-reward form of
+    `tokens / seconds` (Howard, "Dynamic Programming and Markov Processes", 1960).
+
+    Args:
+        settings: costs, priors and what may be drafted.
+    """
+
+    def __init__(self, settings: AutoPlan) -> None:
+        self._settings = settings
+        self._ahead = Acceptance(settings.prior)
+        self._copied = Acceptance(_LOOKUP_PRIOR)
+        self._offered: dict[int, float] = {0: 1.0}  # how often lookup chains of which evidence
+        self._seconds = _PRIOR_WEIGHT * settings.curve.of(1)
+        self._tokens = settings.first_rate * self._seconds
+        self._worth = [0.0] * (1 + len(settings.prior))  # of a group of so many rows, in tokens
+        self._weighed: dict[_Key, tuple[float, Plan]] = {}
+        self._passes = 0
+        for _ in range(_FIRST_ROUNDS):
+            self._weigh_anew()
+
+    @property
+    def lookup(self) -> int:
+        """How many tokens of a lookup chain are of use; 0 for none."""
+        return LONGEST_LOOKUP if self._settings.lookup else 0
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second over the last passes, by the cost curve."""
+        return self._tokens / self._seconds
+
+    def choose(self, chains: Sequence[Chain], limits: Limits) -> Choice:
+        """The chain to verify and the plan of the pass; see `plan.Chooser`."""
+        self._passes += 1
+        if self._passes % _PASSES_A_LOOK == 0:
+            self._weigh_anew()
+        best: Chain | None = None
+        value, plan = self._weigh(_NOTHING)
+        evidence = 0
+        for chain in chains:
+            worth, its_plan = self._weigh((chain.source, len(chain.tokens), chain.evidence))
+            if worth > value:
+                best, value, plan = chain, worth, its_plan
+            evidence = max(evidence, chain.evidence)
+        self._fade(self._offered)
+        self._offered[evidence] = self._offered.get(evidence, 0.0) + 1
+        return Choice(best, plan).within(limits)
+
+    def learn(self, choice: Choice, accepted: int) -> None:
+        """Count what a pass accepted of the chain that it verified."""
+        plan, chain = choice.plan, choice.chain
+        for acceptance in (self._ahead, self._copied):
+            acceptance.forget()
+        if chain is not None:
+            counts = self._ahead if chain.source == "look-ahead" else self._copied
+            for place in range(min(accepted + 1, plan.candidates)):
+                counts.count(_level(chain.source, chain.evidence, place), place < accepted)
+        self._tokens = self._tokens * _MEMORY + 1 + accepted
+        cost = self._settings.cost(1 + plan.candidates, sum(plan.groups), plan.groups[accepted])
+        self._seconds = self._seconds * _MEMORY + cost
+
+    @staticmethod
+    def _fade(weights: dict[int, float]) -> None:
+        for known, weight in weights.items():
+            weights[known] = weight * _MEMORY
+
+    def _weigh_anew(self) -> None:
+        """Let plans follow the counts, and the worth of groups those plans."""
+        self._weighed.clear()
+        total = sum(self._offered.values())
+        without = self._weigh(_NOTHING)[0]
+        others = [
+            (weight / total, self._weigh(("lookup", LONGEST_LOOKUP, evidence))[0])
+            for evidence, weight in self._offered.items()
+            if evidence
+        ]
+        rest = 1 - sum(share for share, _ in others)
+        for rows in range(1, len(self._worth)):
+            with_group = self._weigh(("look-ahead", rows, 0))[0]
+            gains = [share * (max(v, with_group) - max(v, without)) for share, v in others]
+            self._worth[rows] = max(0.0, rest * (with_group - without) + sum(gains))
+        self._weighed.clear()
+
+    def _weigh(self, key: _Key) -> tuple[float, Plan]:
+        """The best plan for a chain of this kind, and what it is worth, in tokens."""
+        if key not in self._weighed:
+            source, length, evidence = key
+            counts = self._ahead if source == "look-ahead" else self._copied
+            chances = [counts[_level(source, evidence, place)] for place in range(length)]
+            self._weighed[key] = self._best(chances)
+        return self._weighed[key]
+
+    def _best(self, chances: Sequence[float]) -> tuple[float, Plan]:
+        """The best plan that verifies a chain of these chances, or some of it."""
+        rate, cost = self.rate, self._settings.cost
+        best, chosen = -math.inf, Plan(0, (0,))
+        reached, tokens = 1.0, 1.0
+        ends: list[float] = []  # chance that a real row is the last one accepted
+        for candidates in range(1 + len(chances)):
+            if candidates:
+                ends.append(reached * (1 - chances[candidates - 1]))
+                reached *= chances[candidates - 1]
+                tokens += reached
+            here = [*ends, reached]
+            value = tokens - rate * cost(1 + candidates, 0, 0)
+            if value > best:
+                best, chosen = value, Plan(candidates, (0,) * (1 + candidates))
+            likeliest = sorted(range(1 + candidates), key=here.__getitem__, reverse=True)
+            for rows in range(1, len(self._worth)):
+                value, hung = self._groups(tokens, rows, here, likeliest)
+                if value > best:
+                    groups = [rows if at in hung else 0 for at in range(1 + candidates)]
+                    best, chosen = value, Plan(candidates, tuple(groups))
+        return best, chosen
+
+    def _groups(
+        self, tokens: float, rows: int, ends: Sequence[float], likeliest: Sequence[int]
+    ) -> tuple[float, set[int]]:
+        """The real rows that should have a group of `rows`, and the worth of the pass then."""
+        best, hung = -math.inf, 0
+        for count, at in enumerate(likeliest, start=1):
+            tokens += ends[at] * self._worth[rows]
+            value = tokens - self.rate * self._settings.cost(len(ends), count * rows, rows)
+            if value <= best:
+                break  # less likely rows pay even less
+            best, hung = value, count
+        return best, set(likeliest[:hung])
+
+
+_Key = tuple[str, int, int]  # source of a chain, its length, its evidence
+_NOTHING: _Key = ("look-ahead", 0, 0)
+
+
+def _level(source: str, evidence: int, place: int) -> int:
+    """Where a candidate is counted: by place, or by how much text agrees once it is reached."""
+    return place if source == "look-ahead" else min(evidence + place, LONGEST_MATCH) - 1
