@@ -18,19 +18,22 @@ import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from passlm.costs import Costs
 from passlm.decode import Decoder, PromptError, Request, Row
 from passlm.detokenize import Detokenizer
 from passlm.lookahead import LookAhead, load_for
 from passlm.models import DEFAULT_MODEL, load_model
 from passlm.outputs import Chunk, FinishReason, Output, Stats, Step
 from passlm.params import METHODS, ParameterError, SamplingParams, StopParams
-from passlm.plan import Strategy, strategy
+from passlm.plan import Adaptive, Strategy, strategy
 from passlm.stopping import StopStrings
 from passlm.target import Target
 
 Message: TypeAlias = Mapping[str, str]
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
 """Text to continue, token ids, or the messages of a chat."""
+
+DEFAULT_METHOD = "auto"
 
 _log = logging.getLogger(__name__)
 
@@ -81,8 +84,9 @@ class Options:
     Attributes:
         sampling: how tokens are drawn.
         stopping: when the text ends.
-        method: `ar`, `two-pass` or `one-pass`.
-        lookahead_tokens: length of the look-ahead groups, `L`.
+        method: `auto`, `ar`, `two-pass` or `one-pass`.
+        lookahead_tokens: length of the look-ahead groups, `L`; of the longest for `auto`, where 0
+            drafts from the text alone.
     """
 
     sampling: SamplingParams
@@ -106,7 +110,7 @@ class Options:
                 than they have rows.
         """
         if method is None:
-            method = look_ahead.default_method if look_ahead else "ar"
+            method = DEFAULT_METHOD
         tokens = _checked_tokens(method, lookahead_tokens, look_ahead)
         return cls(sampling, stopping, method, tokens)
 
@@ -123,10 +127,6 @@ class Options:
         if wanted:
             raise ParameterError(_unknown(next(iter(wanted))))
         return cls.checked(look_ahead, sampling, stopping, **chosen)
-
-    def strategy(self) -> Strategy:
-        """The plans that the method takes."""
-        return strategy(self.method, self.lookahead_tokens)
 
 
 def _taken(kind: type, wanted: dict[str, Any]) -> Any:
@@ -146,6 +146,13 @@ def _checked_tokens(method: str, tokens: int | None, look_ahead: LookAhead | Non
     if method == "ar":
         if tokens is not None:
             raise ParameterError("method ar drafts nothing: leave lookahead_tokens out")
+        return 0
+    if method == "auto" and (look_ahead is None or tokens == 0):
+        if tokens:
+            raise ParameterError(
+                f"lookahead_tokens is {tokens} and no look-ahead files are loaded: name some, or "
+                "leave it out"
+            )
         return 0
     if look_ahead is None:
         raise ParameterError(
@@ -174,6 +181,7 @@ class Generator:
         self.tokenizer = tokenizer
         self.look_ahead = look_ahead
         self._rows = None if look_ahead is None else look_ahead.rows(target)
+        self.costs = Costs(target, look_ahead, self._rows)
         self.eos = _eos_ids(target, tokenizer)
 
     def stream(self, prompt: Prompt, **options: Any) -> Iterator[Chunk]:
@@ -254,11 +262,12 @@ class Generator:
         self, prompts: Sequence[Sequence[int]], options: Options, stats: Sequence[Stats]
     ) -> Iterator[tuple[int, Chunk]]:
         """Decode a batch, giving each pass's chunk of each prompt; counts go into `stats`."""
+        plans = self._plans(options, prompts)
         decoder = Decoder(self.target, self._rows)
         texts: dict[Row, _Text] = {}
         for index, (prompt, counts) in enumerate(zip(prompts, stats, strict=True)):
             begun = time.perf_counter()
-            row = decoder.join(self._request(prompt, options))
+            row = decoder.join(self._request(prompt, options, plans))
             counts.prompt_tokens = len(prompt)
             counts.prefill_seconds = time.perf_counter() - begun
             detokenizer = Detokenizer(self.decode, prompt)
@@ -277,12 +286,20 @@ class Generator:
                     decoder.leave([row])
                 yield text.index, chunk
 
-    def _request(self, prompt: Sequence[int], options: Options) -> Request:
+    def _plans(self, options: Options, prompts: Sequence[Sequence[int]]) -> Strategy | Adaptive:
+        if options.method != "auto":
+            return strategy(options.method, options.lookahead_tokens)
+        longest = max(map(len, prompts)) + options.stopping.max_new_tokens // 2
+        return self.costs.auto(len(prompts), longest, options.lookahead_tokens)
+
+    def _request(
+        self, prompt: Sequence[int], options: Options, plans: Strategy | Adaptive
+    ) -> Request:
         return Request.of(
             prompt,
             options.sampling,
             options.stopping.max_new_tokens,
-            options.strategy(),
+            plans,
             self.eos,
             options.stopping.ignore_eos,
         )

@@ -31,11 +31,13 @@ from transformers.generation.stopping_criteria import EosTokenCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from passlm.card import LookAheadError
+from passlm.costs import Costs
 from passlm.decode import Decoder, Request, Row
 from passlm.hook_checks import GenerateError, refuse, seen_ids
-from passlm.lookahead import LookAhead, LookAheadError, load_for
-from passlm.params import Draft, Judge, ParameterError, SamplingParams
-from passlm.plan import Strategy, strategy
+from passlm.lookahead import LookAhead, load_for
+from passlm.params import METHODS, Draft, Judge, ParameterError, SamplingParams
+from passlm.plan import Adaptive, Strategy, strategy
 from passlm.sampling import TokenDistribution
 from passlm.target import Target
 
@@ -47,7 +49,7 @@ _log = logging.getLogger(__name__)
 def custom_generate(
     *,
     lookahead: str | Path | LookAhead | None = None,
-    method: str = "one-pass",
+    method: str = "auto",
     lookahead_tokens: int | None = None,
     judge: Judge = "coupled",
     draft: Draft = "sampled",
@@ -69,8 +71,10 @@ def custom_generate(
     Args:
         lookahead: a folder, the name of shipped files, a hub id, or look-ahead rows in memory;
             None takes what ships for the model.
-        method: `two-pass`, `one-pass`, or `ar` for plain decoding without look-ahead files.
-        lookahead_tokens: length of the look-ahead groups; None takes the method's default.
+        method: `auto` chooses plans by what passes cost on this machine, which is measured once;
+            `two-pass`, `one-pass`, or `ar` for plain decoding without look-ahead files.
+        lookahead_tokens: length of the look-ahead groups, of the longest for `auto`; None takes
+            the method's default.
         judge: `coupled` or `rejection`.
         draft: `greedy` or `sampled`.
         seed: of all draws; None draws one from torch's global generator when sampling, so that
@@ -84,7 +88,8 @@ def custom_generate(
     Raises:
         InputError: an argument is outside its range.
     """
-    strategy(method, 1)  # refuses an unknown name now and not in the middle of `generate`
+    if method not in METHODS:  # now, and not in the middle of `generate`
+        raise ParameterError(f"method is {method!r}: it must be one of {', '.join(METHODS)}")
     if method == "ar" and (lookahead is not None or lookahead_tokens is not None):
         raise ParameterError("method ar drafts nothing: leave lookahead and lookahead_tokens out")
     sampling = SamplingParams(judge=judge, draft=draft, seed=seed)
@@ -138,8 +143,9 @@ class CustomGenerate:
         )
         call.check_padding(target.context)
         look_ahead = self._look_ahead(target)
-        plans = self._strategy(look_ahead)
-        decoder = Decoder(target, None if look_ahead is None else look_ahead.rows(target))
+        drafting = None if look_ahead is None else look_ahead.rows(target)
+        plans = self._strategy(Costs(target, look_ahead, drafting), call)
+        decoder = Decoder(target, drafting)
         rows = [decoder.join(request) for request in call.requests(plans, self.sampling)]
         return _Loop(call, decoder, rows).run()
 
@@ -162,11 +168,14 @@ class CustomGenerate:
             )
         return rows
 
-    def _strategy(self, look_ahead: LookAhead | None) -> Strategy:
-        length = (
-            0 if look_ahead is None else look_ahead.group_length(self.lookahead_tokens, self.method)
-        )
-        return strategy(self.method, length)
+    def _strategy(self, costs: Costs, call: _Call) -> Strategy | Adaptive:
+        rows, length = costs.look_ahead, 0
+        if rows is not None:
+            length = rows.group_length(self.lookahead_tokens, self.method)
+        if self.method != "auto":
+            return strategy(self.method, length)
+        batch, context = call.ids.shape
+        return costs.auto(batch, context, length)
 
 
 def _seeds(seed: int | None, rows: int) -> list[int]:
@@ -253,7 +262,7 @@ class _Call:
                 "give generate a pad_token_id"
             )
 
-    def requests(self, plans: Strategy, sampling: SamplingParams) -> list[Request]:
+    def requests(self, plans: Strategy | Adaptive, sampling: SamplingParams) -> list[Request]:
         """Each row's text, for the decoder."""
         greedy = not self.config.do_sample
         seeds = [0] * len(self.ids) if greedy else _seeds(sampling.seed, len(self.ids))

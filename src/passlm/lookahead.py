@@ -1,17 +1,15 @@
 """The trained part: look-ahead embeddings, their folder on disk, the check against a target.
 
-Training them is left to `train/`, using them to `decode.py`.
+What the card says is left to `card.py`, training to `train/`, using the rows to `decode.py`.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -20,15 +18,14 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from passlm.errors import InputError
+from passlm.card import Card, Fingerprint, LookAheadError, count, first_line, read_card
 from passlm.lora import GatedLora, LoraError, groups_of
 from passlm.params import ParameterError
 from passlm.provenance import write_together
 from passlm.sampler import SamplerHead
 from passlm.target import LookAheadRows, Target
 
-FORMAT_VERSION = 1
-# Where nothing else is asked for, the fastest measured; see docs/log.md.
+# Group lengths where none is asked for, the fastest measured; see docs/log.md.
 _WEAK_DRAFTS = {"one-pass": 1, "two-pass": 1}
 _STRONG_DRAFTS = {"two-pass": 4, "one-pass": 1}
 DEFAULT_SHIPPED = "best"
@@ -36,50 +33,9 @@ CARD_FILE = "lookahead.json"
 TENSORS_FILE = "lookahead.safetensors"
 SHIPPED = Path(__file__).parent / "shipped"
 _SAMPLES = 64  # weights kept to tell two targets of one shape apart
-# bfloat16 rounds a weight by up to 0.4 %, on average 0.14 %; other weights differ by far more.
-_SAME_WEIGHTS = 0.004
 _STORED_AS = {"embeddings": torch.float32}  # few numbers; the others in bfloat16
-_NO_WEIGHT = 1e30  # a sampled weight is smaller: sums stay finite in float32
 
 _log = logging.getLogger(__name__)
-
-
-class LookAheadError(InputError):
-    """Look-ahead files that are missing, damaged, or made for another model; one line."""
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """What tells one target from another.
-
-    Attributes:
-        model_type: the architecture's name in transformers.
-        d_model: numbers in an input embedding.
-        vocabulary: number of token ids.
-        layers: number of decoder layers.
-        sample: weights at fixed places of the input embeddings and of a middle layer.
-    """
-
-    model_type: str
-    d_model: int
-    vocabulary: int
-    layers: int
-    sample: tuple[float, ...]
-
-    @property
-    def shape(self) -> str:
-        """The part that must agree, in words."""
-        return (
-            f"{self.model_type} with d_model {self.d_model}, {self.layers} layers, "
-            f"vocabulary {self.vocabulary}"
-        )
-
-    def same_weights(self, other: Fingerprint) -> bool:
-        """Whether the samples agree up to the rounding of a 16-bit type."""
-        mine, theirs = torch.tensor(self.sample), torch.tensor(other.sample)
-        if mine.shape != theirs.shape:
-            return False
-        return bool((mine - theirs).abs().mean() <= _SAME_WEIGHTS * mine.abs().mean())
 
 
 def fingerprint(target: Target) -> Fingerprint:
@@ -103,40 +59,6 @@ def _spread(weight: Tensor, count: int) -> Tensor:
     flat = whole.detach().reshape(-1)
     places = torch.linspace(0, flat.numel() - 1, count, dtype=torch.float64).long()
     return flat[places.to(flat.device)].float().cpu()
-
-
-@dataclass(frozen=True)
-class Card:
-    """What `lookahead.json` says.
-
-    Attributes:
-        base_model: the name of the target it was trained for.
-        target: that target's fingerprint.
-        look_ahead_tokens: number of look-ahead rows, `L`.
-        lora: rank, and names of the layers by the input they share; None without.
-        sampler: width and shortlist of the sampler head; None without.
-        training: how it was trained: data, steps, loss, time, machine.
-        accepted_length: measured mean accepted length by suite.
-        licence: of the files.
-    """
-
-    base_model: str
-    target: Fingerprint
-    look_ahead_tokens: int
-    lora: Mapping[str, Any] | None = None
-    sampler: Mapping[str, Any] | None = None
-    training: Mapping[str, Any] = field(default_factory=dict)
-    accepted_length: Mapping[str, Any] = field(default_factory=dict)
-    licence: str = "apache-2.0"
-
-    def to_json(self) -> str:
-        """The file's text."""
-        content = {
-            "format_version": FORMAT_VERSION,
-            "d_model": self.target.d_model,
-            **asdict(self),
-        }
-        return json.dumps(content, indent=2) + "\n"
 
 
 class LookAhead(nn.Module):
@@ -239,22 +161,14 @@ class LookAhead(nn.Module):
             row.repeat(tokens, 1), Card(base_model, fingerprint(target), tokens, training=training)
         )
 
-    @property
-    def default_method(self) -> str:
-        """The method that was measured fastest with files of this kind."""
-        return next(iter(self._default_groups))
-
-    @property
-    def _default_groups(self) -> dict[str, int]:
-        return _WEAK_DRAFTS if self.sampler is None else _STRONG_DRAFTS
-
     def group_length(self, wanted: int | None, method: str = "two-pass") -> int:
         """The length of the look-ahead groups to decode with; None takes the method's default.
 
         Raises:
             ParameterError: there are not so many rows.
         """
-        length = min(self._default_groups[method], self.tokens) if wanted is None else wanted
+        usual = _WEAK_DRAFTS if self.sampler is None else _STRONG_DRAFTS
+        length = min(usual.get(method, self.tokens), self.tokens) if wanted is None else wanted
         if not 1 <= length <= self.tokens:
             raise ParameterError(
                 f"lookahead_tokens is {length}: these look-ahead files have rows for 1 to "
@@ -312,20 +226,20 @@ def load(folder: Path) -> LookAhead:
     Raises:
         LookAheadError: a file is missing or damaged, with its name.
     """
-    card = _read_card(folder / CARD_FILE)
+    card = read_card(folder / CARD_FILE)
     path = folder / TENSORS_FILE
     try:
         tensors = load_tensors(path.read_bytes())
     except OSError as error:
         raise LookAheadError(f"cannot read {path}: {error.strerror}") from error
     except (SafetensorError, KeyError, ValueError) as error:  # KeyError: a type torch lacks
-        raise LookAheadError(f"{path} is damaged: {_first_line(error)}") from error
+        raise LookAheadError(f"{path} is damaged: {first_line(error)}") from error
     _check_tensors(path, tensors, card)
     tensors = {name: tensor.float() for name, tensor in tensors.items()}
     try:
         return LookAhead(tensors["embeddings"], card, _lora(card, tensors), _sampler(card, tensors))
     except (LoraError, KeyError, TypeError, ValueError) as error:
-        raise LookAheadError(f"{path} does not fit its card: {_first_line(error)}") from error
+        raise LookAheadError(f"{path} does not fit its card: {first_line(error)}") from error
 
 
 def _check_tensors(path: Path, tensors: Mapping[str, Tensor], card: Card) -> None:
@@ -363,92 +277,13 @@ def _sampler(card: Card, tensors: Mapping[str, Tensor]) -> SamplerHead | None:
     if card.sampler is None:
         return None
     hidden_in, token_in, out = (tensors[f"sampler.{name}"] for name in SamplerHead.NAMES)
-    width, d_model = _count(dict(card.sampler), "width"), card.target.d_model
+    width, d_model = count(dict(card.sampler), "width"), card.target.d_model
     if sum(name.startswith("sampler.") for name in tensors) != len(SamplerHead.NAMES):
         raise ValueError("the sampler head has other tensors")
     shapes = [tuple(t.shape) for t in (hidden_in, token_in, out)]
     if shapes != [(width, d_model), (width, d_model), (d_model, width)]:
         raise ValueError(f"the sampler head is not of width {width}")
-    return SamplerHead(hidden_in, token_in, out, _count(dict(card.sampler), "shortlist"))
-
-
-def _read_card(path: Path) -> Card:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise LookAheadError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise LookAheadError(f"{path} is not JSON: {_first_line(error)}") from error
-    try:
-        version = content["format_version"]
-        if version != FORMAT_VERSION:
-            raise LookAheadError(
-                f"{path} has format version {version!r:.40}, this passlm reads {FORMAT_VERSION}: "
-                "use a passlm that wrote it, or train anew"
-            )
-        return _card(content)
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, LookAheadError):
-            raise
-        raise LookAheadError(f"{path} is damaged: bad or missing {_first_line(error)}") from error
-
-
-def _card(content: dict[str, Any]) -> Card:
-    target = content["target"]
-    return Card(
-        base_model=_line(content, "base_model"),
-        target=Fingerprint(
-            model_type=_line(target, "model_type"),
-            d_model=_count(target, "d_model"),
-            vocabulary=_count(target, "vocabulary"),
-            layers=_count(target, "layers"),
-            sample=_weights(target, "sample"),
-        ),
-        look_ahead_tokens=_count(content, "look_ahead_tokens"),
-        lora=_optional_table(content, "lora"),
-        sampler=_optional_table(content, "sampler"),
-        training=_table(content, "training"),
-        accepted_length=_table(content, "accepted_length"),
-        licence=_line(content, "licence"),
-    )
-
-
-def _line(content: dict[str, Any], name: str) -> str:
-    value = content[name]
-    if not isinstance(value, str) or not value.isprintable():  # errors that quote it are one line
-        raise ValueError(f"{name!r}")
-    return value
-
-
-def _count(content: dict[str, Any], name: str) -> int:
-    value = content[name]
-    if type(value) is not int or value < 1:  # True is an int too
-        raise ValueError(f"{name!r}")
-    return value
-
-
-def _table(content: dict[str, Any], name: str) -> dict[str, Any]:
-    value = content[name]
-    if not isinstance(value, dict):
-        raise ValueError(f"{name!r}")
-    return value
-
-
-def _optional_table(content: dict[str, Any], name: str) -> dict[str, Any] | None:
-    return None if content.get(name) is None else _table(content, name)
-
-
-def _weights(content: dict[str, Any], name: str) -> tuple[float, ...]:
-    value = content[name]
-    if not isinstance(value, list):
-        raise ValueError(f"{name!r}")
-    if not all(type(v) in (int, float) and abs(v) < _NO_WEIGHT for v in value):
-        raise ValueError(f"{name!r}")
-    return tuple(float(v) for v in value)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return SamplerHead(hidden_in, token_in, out, count(dict(card.sampler), "shortlist"))
 
 
 def shipped(target: Target) -> dict[str, Path]:
@@ -456,7 +291,7 @@ def shipped(target: Target) -> dict[str, Path]:
     found = {}
     mine = fingerprint(target)
     for path in sorted(SHIPPED.glob(f"*/*/{CARD_FILE}")):
-        theirs = _read_card(path).target
+        theirs = read_card(path).target
         if theirs.shape == mine.shape and theirs.same_weights(mine):
             found[path.parent.name] = path.parent
     return found
@@ -466,7 +301,7 @@ def shipped_for_shape(model_type: str, d_model: int, vocabulary: int, layers: in
     """Names of the shipped look-ahead files for models of this shape."""
     shape = Fingerprint(model_type, d_model, vocabulary, layers, ()).shape
     cards = sorted(SHIPPED.glob(f"*/*/{CARD_FILE}"))
-    return [path.parent.name for path in cards if _read_card(path).target.shape == shape]
+    return [path.parent.name for path in cards if read_card(path).target.shape == shape]
 
 
 def locate(name: str, target: Target) -> Path:
@@ -523,7 +358,7 @@ def _from_hub(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=[CARD_FILE, TENSORS_FILE, "README.md"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise LookAheadError(
-            f"no look-ahead files {name!r}: no such folder, and the hub gave: {_first_line(error)}"
+            f"no look-ahead files {name!r}: no such folder, and the hub gave: {first_line(error)}"
         ) from error
 
 

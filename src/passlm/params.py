@@ -16,7 +16,7 @@ from passlm.errors import InputError
 
 Judge = Literal["coupled", "rejection"]
 Draft = Literal["sampled", "greedy"]
-METHODS = ("ar", "two-pass", "one-pass")
+METHODS = ("auto", "ar", "two-pass", "one-pass")
 Processor = Callable[[Any, Any], Any]  # a transformers LogitsProcessor: (ids [1, T], scores [1, V])
 _COLDEST = 1e-6  # logits divided by much less overflow float32
 

@@ -206,6 +206,9 @@ class FixedChooser:
         """Nothing to learn."""
 
 
+_FIXED = tuple(method for method in METHODS if method != "auto")
+
+
 def autoregressive(candidates: int, longest_group: int) -> Plan:
     """Plain decoding: one real row, no group."""
     return Plan(0, (0,))
@@ -236,13 +239,13 @@ class OnePass:
 
 
 def strategy(method: str, look_ahead: int) -> Strategy:
-    """The strategy that a method's name stands for.
+    """The strategy that a method's name stands for; `auto` has none, see `costs.Costs.auto`.
 
     Raises:
         InputError: an unknown method, or a drafting one without look-ahead tokens.
     """
-    if method not in METHODS:
-        raise InputError(f"method is {method!r}: it must be one of {', '.join(METHODS)}")
+    if method not in _FIXED:
+        raise InputError(f"method is {method!r}: it must be one of {', '.join(_FIXED)}")
     if method == "ar":
         return autoregressive
     if look_ahead < 1:

@@ -125,6 +125,11 @@ class Target:
         return self._embedding.weight.dtype
 
     @property
+    def engine(self) -> str:
+        """How passes are computed: what makes their costs comparable."""
+        return "eager" if self._packed is None else "eager, packed"
+
+    @property
     def d_model(self) -> int:
         """Numbers in an input embedding."""
         return int(self._embedding.weight.shape[1])

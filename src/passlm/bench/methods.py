@@ -15,18 +15,24 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from passlm.costs import Costs
 from passlm.decode import Decoder, Request
 from passlm.errors import InputError
 from passlm.generate import Generator, Options
 from passlm.lookahead import LookAhead
 from passlm.outputs import Stats
 from passlm.params import SamplingParams, StopParams
-from passlm.plan import Strategy, strategy
+from passlm.plan import Adaptive, Strategy, strategy
 from passlm.target import LookAheadRows, Target
 
 BASELINE = "ar"
-METHODS = (BASELINE, "fixed-token", "two-pass", "one-pass", "hf")
-_ONCE_PER_TEMPERATURE = (BASELINE, "hf")  # the others run for each number of look-ahead tokens
+METHODS = (
+    *(BASELINE, "fixed-token", "two-pass", "one-pass", "auto", "lookup"),
+    *("hf", "hf-prompt-lookup"),
+)
+LOOKUP_TOKENS = 10  # candidates of transformers' prompt lookup
+# The others run for each number of look-ahead tokens.
+_ONCE_PER_TEMPERATURE = (BASELINE, "auto", "lookup", "hf", "hf-prompt-lookup")
 
 
 class MethodError(InputError):
@@ -109,7 +115,7 @@ class PlanDecoding:
     """Decoding by plans: every method of ours."""
 
     target: TimedTarget
-    strategy: Strategy
+    plans: Callable[[int], Strategy | Adaptive]  # given how many tokens a text has half-way
     look_ahead: LookAheadRows | None
     eos: frozenset[int]
     ignore_eos: bool
@@ -120,11 +126,10 @@ class PlanDecoding:
         """See `Decode`."""
         stats = Stats(prompt_tokens=len(prompt))
         tokens: list[int] = []
+        plans = self.plans(len(prompt) + max_new_tokens // 2)  # may measure what passes cost
         begun = time.perf_counter()
         decoder = Decoder(self.target, self.look_ahead)
-        decoder.join(
-            Request.of(prompt, sampling, max_new_tokens, self.strategy, self.eos, self.ignore_eos)
-        )
+        decoder.join(Request.of(prompt, sampling, max_new_tokens, plans, self.eos, self.ignore_eos))
         in_forward = self.target.seconds
         prefilled = time.perf_counter()
         while decoder.rows:
@@ -144,6 +149,7 @@ class TransformersGenerate:
     model: PreTrainedModel
     eos: frozenset[int]
     ignore_eos: bool
+    lookup_tokens: int | None = None
 
     def __call__(
         self, prompt: Sequence[int], sampling: SamplingParams, max_new_tokens: int
@@ -171,6 +177,8 @@ class TransformersGenerate:
             "eos_token_id": None if self.ignore_eos else sorted(self.eos) or None,
             "pad_token_id": min(self.eos, default=0),  # unused in a batch of one
         }
+        if self.lookup_tokens is not None:
+            options["prompt_lookup_num_tokens"] = self.lookup_tokens
         if sampling.temperature > 0:
             options |= {
                 "temperature": sampling.temperature,
@@ -247,8 +255,11 @@ def _decoding(
     base_model: str,
 ) -> tuple[Decode, str | None]:
     """What decodes, and its plan in words."""
-    if name == "hf":
-        return TransformersGenerate(target.model, lm.eos, stopping.ignore_eos), None
+    if name in ("hf", "hf-prompt-lookup"):
+        count = None if name == "hf" else LOOKUP_TOKENS
+        return TransformersGenerate(target.model, lm.eos, stopping.ignore_eos, count), None
+    if name in ("auto", "lookup"):
+        return _adaptive(name, lm, target, stopping), name
     rows: LookAhead | None = None
     kind = name
     if name == "fixed-token":
@@ -258,8 +269,19 @@ def _decoding(
         rows = lm.look_ahead
         Options.checked(rows, SamplingParams(), stopping, name, tokens)
     inputs = None if rows is None else rows.rows(target)
-    decode = PlanDecoding(target, strategy(kind, tokens), inputs, lm.eos, stopping.ignore_eos)
+    fixed = strategy(kind, tokens)
+    decode = PlanDecoding(target, lambda _: fixed, inputs, lm.eos, stopping.ignore_eos)
     return decode, kind if kind == BASELINE else f"{kind}({tokens})"
+
+
+def _adaptive(name: str, lm: Generator, target: TimedTarget, stopping: StopParams) -> PlanDecoding:
+    """Plans chosen from measured costs; `lookup` has no look-ahead rows to choose."""
+    look_ahead = lm.look_ahead if name == "auto" else None
+    rows = None if look_ahead is None else look_ahead.rows(target)
+    costs = Costs(target, look_ahead, rows)
+    return PlanDecoding(
+        target, lambda context: costs.auto(1, context), rows, lm.eos, stopping.ignore_eos
+    )
 
 
 def _fixed_rows(lm: Generator, target: Target, tokens: int, base_model: str) -> LookAhead:

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from passlm.generate import Generator
 
 RESULTS, REPORT, PROMPTS = "results.json", "report.md", "prompts.jsonl"
-DEFAULT_METHODS = "ar,fixed-token,two-pass,one-pass,hf"
-NEED_LOOKAHEAD = ("two-pass", "one-pass")
+DEFAULT_METHODS = "ar,fixed-token,two-pass,one-pass,auto,hf,hf-prompt-lookup"
+NEED_LOOKAHEAD = ("auto", "two-pass", "one-pass")
 # Given as lists, with each prompt, or as token ids and objects.
 SAMPLING_ELSEWHERE = ("temperature", "seed", "logit_bias", "bad_words", "processors")
 STOPPING_ELSEWHERE = ("stop",)  # no text is decoded

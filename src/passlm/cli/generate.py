@@ -38,13 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method",
         choices=METHODS,
-        help="default two-pass with a sampler head, one-pass without; ar drafts nothing",
+        help="default auto: chosen by what passes cost here, measured once; ar drafts nothing",
     )
     parser.add_argument(
         "--lookahead-tokens",
         type=int,
         metavar="N",
-        help="look-ahead steps; default 4 for two-pass with a sampler head, else 1",
+        help="look-ahead steps, for auto at most; default all for auto, 4 for two-pass with a "
+        "sampler head, else 1",
     )
     add_fields(parser, SamplingParams, PYTHON_ONLY)
     add_fields(parser, StopParams)

@@ -259,7 +259,8 @@ def _trainer(
 
 
 def _started_from(name: str, target: Target, config: TrainConfig) -> LookAhead:
-    from passlm.lookahead import LookAheadError, load, locate
+    from passlm.card import LookAheadError
+    from passlm.lookahead import load, locate
 
     rows = load(locate(name, target))
     rows.check(target)
@@ -289,7 +290,7 @@ def _with_parts(rows: LookAhead, target: Target, config: TrainConfig) -> LookAhe
 
 def _check_parts(rows: LookAhead, new: LookAhead, config: TrainConfig) -> None:
     """Make sure that what goes on from `--start-from` is what the flags describe."""
-    from passlm.lookahead import LookAheadError
+    from passlm.card import LookAheadError
 
     found: list[tuple[str, object, object]] = []
     if rows.lora is not None and new.lora is not None:

@@ -1,0 +1,216 @@
+"""What `lookahead.json` says: which target the files are for, what they hold, how they were made.
+
+Reading and checking the tensors beside it is left to `lookahead.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from passlm.errors import InputError
+
+FORMAT_VERSION = 1
+# bfloat16 rounds a weight by up to 0.4 %, on average 0.14 %; other weights differ by far more.
+_SAME_WEIGHTS = 0.004
+_NO_WEIGHT = 1e30  # a sampled weight is smaller: sums stay finite in float32
+_GUESSED_LENGTH = 0.5  # accepted a pass, where a card has no figures
+
+
+class LookAheadError(InputError):
+    """Look-ahead files that are missing, damaged, or made for another model; one line."""
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What tells one target from another.
+
+    Attributes:
+        model_type: the architecture's name in transformers.
+        d_model: numbers in an input embedding.
+        vocabulary: number of token ids.
+        layers: number of decoder layers.
+        sample: weights at fixed places of the input embeddings and of a middle layer.
+    """
+
+    model_type: str
+    d_model: int
+    vocabulary: int
+    layers: int
+    sample: tuple[float, ...]
+
+    @property
+    def shape(self) -> str:
+        """The part that must agree, in words."""
+        return (
+            f"{self.model_type} with d_model {self.d_model}, {self.layers} layers, "
+            f"vocabulary {self.vocabulary}"
+        )
+
+    def same_weights(self, other: Fingerprint) -> bool:
+        """Whether the samples agree up to the rounding of a 16-bit type."""
+        mine, theirs = torch.tensor(self.sample), torch.tensor(other.sample)
+        if mine.shape != theirs.shape:
+            return False
+        return bool((mine - theirs).abs().mean() <= _SAME_WEIGHTS * mine.abs().mean())
+
+
+@dataclass(frozen=True)
+class Card:
+    """What `lookahead.json` says.
+
+    Attributes:
+        base_model: the name of the target it was trained for.
+        target: that target's fingerprint.
+        look_ahead_tokens: number of look-ahead rows, `L`.
+        lora: rank, and names of the layers by the input they share; None without.
+        sampler: width and shortlist of the sampler head; None without.
+        training: how it was trained: data, steps, loss, time, machine.
+        accepted_length: measured mean accepted length by suite.
+        licence: of the files.
+    """
+
+    base_model: str
+    target: Fingerprint
+    look_ahead_tokens: int
+    lora: Mapping[str, Any] | None = None
+    sampler: Mapping[str, Any] | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
+    accepted_length: Mapping[str, Any] = field(default_factory=dict)
+    licence: str = "apache-2.0"
+
+    def to_json(self) -> str:
+        """The file's text."""
+        content = {
+            "format_version": FORMAT_VERSION,
+            "d_model": self.target.d_model,
+            **asdict(self),
+        }
+        return json.dumps(content, indent=2) + "\n"
+
+    @property
+    def prior(self) -> tuple[float, ...]:
+        """Chance of each look-ahead candidate, once those before it are accepted.
+
+        The mean over the suites that the card has figures of; made from the mean accepted length
+        alone where it has no more, and from a guess where it has none.
+        """
+        suites = [_reached(entry) for entry in self.accepted_length.values()]
+        known = [reached for reached in suites if reached]
+        if not known:
+            lengths = [v for v in self.accepted_length.values() if _is_length(v)]
+            mean = lengths[0] if lengths else _GUESSED_LENGTH
+            return (mean / (1 + mean),) * self.look_ahead_tokens  # sum of powers: a / (1 - a)
+        rows = min(map(len, known))
+        reached = [1.0, *(sum(row[at] for row in known) / len(known) for at in range(rows))]
+        chances = [now / before if before else 0.0 for before, now in pairwise(reached)]
+        wanted = self.look_ahead_tokens
+        return tuple([*chances, *chances[-1:] * wanted][:wanted])
+
+
+def _reached(entry: object) -> list[float]:
+    """Share of groups accepted to row 1, 2, ..., of one suite's figures."""
+    shares = entry.get("by_position") if isinstance(entry, dict) else None
+    if not isinstance(shares, list) or not all(map(_is_share, shares)):
+        return []
+    return [float(share) for share in shares]
+
+
+def _is_share(value: object) -> bool:
+    return type(value) in (int, float) and 0 <= value <= 1  # type: ignore[operator]
+
+
+def _is_length(value: object) -> bool:
+    return type(value) in (int, float) and 0 <= value < _NO_WEIGHT  # type: ignore[operator]
+
+
+def read_card(path: Path) -> Card:
+    """Read a card.
+
+    Raises:
+        LookAheadError: it is missing, damaged or of another format, with its name.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LookAheadError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise LookAheadError(f"{path} is not JSON: {first_line(error)}") from error
+    try:
+        version = content["format_version"]
+        if version != FORMAT_VERSION:
+            raise LookAheadError(
+                f"{path} has format version {version!r:.40}, this passlm reads {FORMAT_VERSION}: "
+                "use a passlm that wrote it, or train anew"
+            )
+        return _card(content)
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, LookAheadError):
+            raise
+        raise LookAheadError(f"{path} is damaged: bad or missing {first_line(error)}") from error
+
+
+def _card(content: dict[str, Any]) -> Card:
+    target = content["target"]
+    return Card(
+        base_model=_line(content, "base_model"),
+        target=Fingerprint(
+            model_type=_line(target, "model_type"),
+            d_model=count(target, "d_model"),
+            vocabulary=count(target, "vocabulary"),
+            layers=count(target, "layers"),
+            sample=_weights(target, "sample"),
+        ),
+        look_ahead_tokens=count(content, "look_ahead_tokens"),
+        lora=_optional_table(content, "lora"),
+        sampler=_optional_table(content, "sampler"),
+        training=_table(content, "training"),
+        accepted_length=_table(content, "accepted_length"),
+        licence=_line(content, "licence"),
+    )
+
+
+def _line(content: dict[str, Any], name: str) -> str:
+    value = content[name]
+    if not isinstance(value, str) or not value.isprintable():  # errors that quote it are one line
+        raise ValueError(f"{name!r}")
+    return value
+
+
+def count(content: dict[str, Any], name: str) -> int:
+    """A whole number above 0; ValueError where there is none."""
+    value = content[name]
+    if type(value) is not int or value < 1:  # True is an int too
+        raise ValueError(f"{name!r}")
+    return value
+
+
+def _table(content: dict[str, Any], name: str) -> dict[str, Any]:
+    value = content[name]
+    if not isinstance(value, dict):
+        raise ValueError(f"{name!r}")
+    return value
+
+
+def _optional_table(content: dict[str, Any], name: str) -> dict[str, Any] | None:
+    return None if content.get(name) is None else _table(content, name)
+
+
+def _weights(content: dict[str, Any], name: str) -> tuple[float, ...]:
+    value = content[name]
+    if not isinstance(value, list):
+        raise ValueError(f"{name!r}")
+    if not all(type(v) in (int, float) and abs(v) < _NO_WEIGHT for v in value):
+        raise ValueError(f"{name!r}")
+    return tuple(float(v) for v in value)
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,222 @@
+"""What passes cost on this machine: measured once with the model itself, kept in the user's cache.
+
+A kept curve is used as long as model, type, device, threads, versions and look-ahead files are the
+same; plans made from it do not depend on the clock of the moment. Choosing plans is left to
+`planner.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from passlm.decode import Decoder, Request
+from passlm.gguf_copy import cache_folder
+from passlm.lookahead import LookAhead, fingerprint
+from passlm.params import SamplingParams
+from passlm.plan import Chain, Choice, Chooser, Limits, Plan
+from passlm.planner import AutoPlan, CostCurve
+from passlm.provenance import provenance, write_atomically
+from passlm.target import LookAheadRows, Target
+
+REAL_ROWS = (1, 2, 3, 5, 9, 13)
+GROUPS = (1, 2, 3, 4, 6, 8)
+_WIDE = (4, 2)  # candidates, and rows of a group on each: tells what more groups cost
+ROUNDS = 6
+CONTEXTS = (128, 512, 2048, 8192)  # a curve is measured behind so many tokens
+_MARGIN = 80  # tokens that one round of measuring may need behind them
+_BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+
+_log = logging.getLogger(__name__)
+
+
+class _Script:
+    """Gives every row the plan that is to be timed; candidates are any token."""
+
+    lookup = 0
+
+    def __init__(self) -> None:
+        self.plan = Plan(0, (0,))
+
+    def begin(self) -> Chooser:
+        return self
+
+    def choose(self, chains: Sequence[Chain], limits: Limits) -> Choice:
+        count = self.plan.candidates
+        return Choice(Chain((0,) * count) if count else None, self.plan)
+
+    def learn(self, choice: Choice, accepted: int) -> None:
+        pass
+
+
+def measure(
+    target: Target,
+    rows: LookAheadRows | None,
+    batch: int = 1,
+    context: int = CONTEXTS[0],
+    rounds: int = ROUNDS,
+) -> CostCurve:
+    """Time steps of decoding, plans interleaved in random order; medians.
+
+    Args:
+        target: the model.
+        rows: its look-ahead rows; None for the costs of real rows alone.
+        batch: texts decoded at a time.
+        context: tokens before them; fewer where the model takes no more.
+        rounds: how often each plan is timed, after one round to warm up.
+    """
+    if target.context is not None:
+        context = max(1, min(context, target.context - _MARGIN))
+    longest = 0 if rows is None else len(rows.inputs)
+    groups = [length for length in GROUPS if length <= longest]
+    plans = [Plan(count - 1, (0,) * count) for count in REAL_ROWS]
+    plans += [Plan(0, (length,)) for length in groups]
+    wide = Plan(_WIDE[0], (min(_WIDE[1], longest),) * (1 + _WIDE[0])) if groups else None
+    plans += [wide] if wide else []
+    seconds: dict[Plan, list[float]] = {plan: [] for plan in plans}
+    for _ in range(1 + rounds):
+        for plan, took in _one_round(target, rows, plans, batch, context):
+            seconds[plan].append(took)
+    medians = {plan: median(took[1:]) for plan, took in seconds.items() if len(took) > 1}
+    real = {
+        count: medians[plan]
+        for count, plan in zip(REAL_ROWS, plans, strict=False)
+        if plan in medians
+    }
+    curve = CostCurve(tuple(real), tuple(real.values()))
+    hung = {n: medians[Plan(0, (n,))] for n in groups if Plan(0, (n,)) in medians}
+    dearer = [max(0.0, took - curve.of(1 + n)) for n, took in hung.items()]
+    curve = replace(curve, groups=tuple(hung), group_seconds=tuple(dearer))
+    if wide is None or wide not in medians:
+        return curve
+    rest = medians[wide] - curve.of(1 + wide.candidates, sum(wide.groups), wide.groups[0])
+    return replace(curve, row_seconds=max(0.0, rest / sum(wide.groups[1:])))
+
+
+def _one_round(
+    target: Target, rows: LookAheadRows | None, plans: Sequence[Plan], batch: int, context: int
+) -> list[tuple[Plan, float]]:
+    script, order = _Script(), random.Random(0).sample(plans, len(plans))
+    needed = sum(1 + plan.candidates for plan in plans) + max(plan.rows for plan in plans)
+    decoder = Decoder(target, rows)
+    prompt = [1 + place % (target.vocabulary - 1) for place in range(context)]
+    for _ in range(batch):
+        decoder.join(Request.of(prompt, SamplingParams(), needed, script))
+    taken = []
+    for plan in order:
+        if len(decoder.rows) < batch:  # the model's context is full
+            break
+        script.plan = plan
+        begun = time.perf_counter()
+        decoder.step()
+        taken.append((plan, time.perf_counter() - begun))
+    return taken
+
+
+@dataclass
+class Costs:
+    """The cost curves of one model with its look-ahead files, each measured when first needed.
+
+    Attributes:
+        target: the model.
+        look_ahead: its files; None without.
+        rows: what decoding takes of them.
+    """
+
+    target: Target
+    look_ahead: LookAhead | None = None
+    rows: LookAheadRows | None = None
+
+    def __post_init__(self) -> None:
+        self._known: dict[tuple[int, int], CostCurve] = {}
+
+    def curve(self, batch: int, context: int, anew: bool = False) -> CostCurve:
+        """What passes cost for so many texts behind so many tokens.
+
+        Args:
+            batch: texts decoded at a time; a near size stands for it.
+            context: tokens of the longest; a near number stands for it.
+            anew: measure even where a curve is kept.
+        """
+        batch, context = _near(batch, _BATCHES), _near(context, CONTEXTS)
+        if anew or (batch, context) not in self._known:
+            self._known[batch, context] = self._kept_or_measured(batch, context, anew)
+        return self._known[batch, context]
+
+    def auto(
+        self, batch: int, context: int, longest: int | None = None, lookup: bool = True
+    ) -> AutoPlan:
+        """Plans chosen from the curve for this batch.
+
+        Args:
+            batch: texts decoded at a time.
+            context: tokens of the longest.
+            longest: rows of the longest look-ahead group; None allows all, 0 none.
+            lookup: whether chains copied from the text are candidates.
+        """
+        prior = () if self.look_ahead is None else self.look_ahead.card.prior[:longest]
+        return AutoPlan(self.curve(batch, context), prior, lookup)
+
+    def _kept_or_measured(self, batch: int, context: int, anew: bool) -> CostCurve:
+        key = {**self._identity(), "batch": batch, "context": context}
+        path = _place(key)
+        kept = None if anew else _read(path, key)
+        if kept is not None:
+            return kept
+        _log.info("measuring what passes cost on this machine, once: it takes some seconds")
+        curve = measure(self.target, self.rows, batch, context)
+        content = {"key": key, "curve": asdict(curve), "provenance": provenance([])}
+        try:
+            write_atomically(path, json.dumps(content, indent=1) + "\n")
+        except OSError as error:
+            _log.warning("cannot keep the measured costs in %s: %s", path.parent, error.strerror)
+        return curve
+
+    def _identity(self) -> dict[str, Any]:
+        """Everything that a curve depends on but batch and context."""
+        stamp = provenance([])
+        card = None if self.look_ahead is None else self.look_ahead.card
+        return {
+            "model": asdict(fingerprint(self.target)),
+            "engine": self.target.engine,
+            "dtype": str(self.target.dtype),
+            "device": str(self.target.device),
+            "machine": stamp["machine"],
+            "packages": stamp["packages"],
+            "passlm": stamp["passlm"],
+            "look_ahead": card and [card.look_ahead_tokens, card.lora, card.sampler],
+        }
+
+
+def _place(key: dict[str, Any]) -> Path:
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+    return cache_folder() / "costs" / f"{name}.json"
+
+
+def _read(path: Path, key: dict[str, Any]) -> CostCurve | None:
+    """The curve kept for this key; None where there is none that can be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["key"] != json.loads(json.dumps(key)):
+            return None
+        fields = content["curve"]
+        lists = {name: tuple(v) for name, v in fields.items() if isinstance(v, list)}
+        return CostCurve(**lists, row_seconds=float(fields["row_seconds"]))
+    except OSError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        _log.warning("%s is damaged: measuring anew", path)
+        return None
+
+
+def _near(wanted: int, known: Sequence[int]) -> int:
+    """The known size nearest by ratio."""
+    return min(known, key=lambda size: max(size / max(1, wanted), max(1, wanted) / size))
