@@ -30,6 +30,7 @@ from tiny import (
 from passlm.decode import Decoder, PromptError, Request, Row
 from passlm.params import Draft, Judge, SamplingParams
 from passlm.plan import OnePass, Plan, Strategy, TwoPass, strategy
+from passlm.planner import AutoPlan, CostCurve
 from passlm.target import LookAheadRows, PassRow, Target
 
 LONGEST = 6
@@ -307,6 +308,29 @@ def test_any_strategy_gives_the_text(some_case: Case, plan: Strategy) -> None:
     for rigged in (False, True):
         some_case.check(plan, GREEDY, some_case.greedy, rigged, alone=(0,))
         some_case.check(plan, TEMPERED, some_case.tempered, rigged, alone=(3,))
+
+
+CHEAP = CostCurve((1, 41), (1.0, 1.2), (1, 6), (0.02, 0.02))
+DEAR = CostCurve((1, 11), (1.0, 2.5), (1, 6), (0.2, 0.3), 0.05)
+
+
+@pytest.mark.parametrize("rigged", [False, True])
+@pytest.mark.parametrize("curve", [CHEAP, DEAR], ids=["cheap rows", "dear rows"])
+@pytest.mark.parametrize("prior", [(), (0.6, 0.5, 0.4)], ids=["lookup alone", "both sources"])
+def test_chosen_plans_give_the_text(
+    some_case: Case, curve: CostCurve, prior: tuple[float, ...], rigged: bool
+) -> None:
+    """Catches candidates of one source judged as the other's, a chain cut at the wrong place,
+    and plans that differ between the rows of a batch settled as if they were one."""
+    plan, accepted = AutoPlan(curve, prior), 0
+    for sampling, truth in ((GREEDY, some_case.greedy), (TEMPERED, some_case.tempered)):
+        rig = Rig(some_case.prompts, truth) if rigged and prior else None
+        asked = requests_for(some_case.prompts, plan, sampling, len(truth[0]))
+        batch = some_case.run(asked, rig)
+        assert batch.texts == truth
+        accepted += sum(step.accepted for row in batch.steps for step in row)
+        assert some_case.run(asked[:1], rig).texts == truth[:1]
+    assert accepted > 0
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])

@@ -152,11 +152,13 @@ def test_strategies_are_the_table_of_the_method() -> None:
 
 def test_strategy_by_name() -> None:
     """Catches a method's name that stands for another one, or an unknown one that is accepted."""
-    assert METHODS == ("ar", "two-pass", "one-pass")
+    assert METHODS == ("auto", "ar", "two-pass", "one-pass")
     assert strategy("ar", 0) is autoregressive
     assert strategy("two-pass", 4) == TwoPass(4)
     assert strategy("one-pass", 4) == OnePass(4)
     with pytest.raises(ValueError, match=r"'three-pass'.*one-pass"):
         strategy("three-pass", 4)
+    with pytest.raises(ValueError, match=r"'auto'.*one-pass"):  # its plans need costs
+        strategy("auto", 4)
     with pytest.raises(ValueError, match=r"two-pass.*0"):
         strategy("two-pass", 0)

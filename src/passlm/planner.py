@@ -22,8 +22,9 @@ from passlm.plan import Chain, Choice, Limits, Plan
 LONGEST_LOOKUP = 12  # candidates of a lookup chain
 _PASSES_A_LOOK = 8  # passes between two looks at the counts
 _FIRST_ROUNDS = 3  # of weighing groups by plans and plans by groups, before the first pass
-_MEMORY = 0.97  # what a count keeps of its weight from pass to pass
-_PRIOR_WEIGHT = 8.0  # how many counted candidates the prior is worth
+_MEMORY = 0.97  # what counts keep of their weight when one more is counted
+_LONG_MEMORY = 0.998  # and from pass to pass, so that what failed once is tried again
+_PRIOR_WEIGHT = 4.0  # how many counted candidates the prior is worth
 # How often the next token is as it was behind the last place where k tokens agreed, k = 1 to 16:
 # greedy answers of SmolLM2-135M-Instruct to recipes/make_prompts.py's prompts, 33,000 tokens.
 _LOOKUP_PRIOR = (
@@ -123,14 +124,14 @@ class Acceptance:
 
     def count(self, place: int, accepted: bool) -> None:
         """One candidate that was reached."""
-        self._hits[place] += accepted
-        self._trials[place] += 1
+        self._hits[place] = self._hits[place] * _MEMORY + accepted
+        self._trials[place] = self._trials[place] * _MEMORY + 1
 
     def forget(self) -> None:
-        """Let a pass go by."""
+        """Let a pass go by: what is not met any more is believed a little less."""
         for counts in (self._hits, self._trials):
             for place, value in enumerate(counts):
-                counts[place] = value * _MEMORY
+                counts[place] = value * _LONG_MEMORY
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,167 @@
+"""Plans follow from costs and counts: the formulas, the best choice, what is learnt."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+
+from passlm.plan import Chain, Choice, Limits, Plan
+from passlm.planner import Acceptance, AutoChooser, AutoPlan, CostCurve, expected_length
+
+WIDE = Limits(1000)
+# Costs of two machines: where rows are all but free, and where each costs as much as the first.
+FLAT = CostCurve((1, 41), (1.0, 1.4), (1, 4), (0.02, 0.02), 0.001)
+STEEP = CostCurve((1, 11), (1.0, 11.0), (1, 4), (0.5, 0.5), 0.5)
+DRAFT = Chain((5, 6, 7, 8))
+COPIED = Chain(tuple(range(12)), "lookup", 16)
+PRIOR = (0.7, 0.5, 0.4, 0.3)
+
+
+def test_a_curve_is_linear_between_and_beyond_what_was_measured() -> None:
+    """Catches a curve that ends at its last point: plans of more rows would be free."""
+    curve = CostCurve((1, 3, 5), (1.0, 2.0, 6.0), (2, 4), (0.5, 1.5), 0.1)
+    assert [curve.of(rows) for rows in (1, 2, 3, 4, 5, 7)] == [1.0, 1.5, 2.0, 4.0, 6.0, 10.0]
+    assert curve.of(1, 2, 2) == pytest.approx(2.0 + 0.5)
+    assert curve.of(1, 4, 3) == pytest.approx(6.0 + 1.0 + 0.1)  # 4 rows, of which 3 are drafted
+    assert curve.of(3, 2, 1) == pytest.approx(6.0 + 0.5 + 0.1)  # the shortest group, no less
+
+
+def test_the_formulas_of_the_method() -> None:
+    """Catches `E` that multiplies what should be summed, and one pass counted for two."""
+    assert expected_length([0.5, 0.5, 0.0]) == 0.75
+    curve = CostCurve((1, 9), (2.0, 4.0), (1, 8), (0.25, 0.25), 0.0)
+    assert curve.plain() == 0.5
+    assert curve.two_pass(1.0, 4) == pytest.approx((2 + 1) / (3.25 + 3.0))
+    assert curve.one_pass(1.0, 2) == pytest.approx((1 + 1) / 4.25)
+
+
+@pytest.mark.parametrize("rows", [(2, 1), (1, 1), (1,), ()])
+def test_a_curve_out_of_order_is_refused(rows: tuple[int, ...]) -> None:
+    """Catches costs that would be looked up in the wrong place."""
+    with pytest.raises(ValueError, match="in order"):
+        CostCurve(rows, (1.0, 2.0))
+
+
+def test_a_curve_without_groups_draws_no_plan_with_them() -> None:
+    """Catches look-ahead rows that cost nothing."""
+    with pytest.raises(ValueError, match="look-ahead rows cost"):
+        AutoPlan(CostCurve((1, 2), (1.0, 1.1)), PRIOR)
+
+
+def test_counts_move_from_the_prior_and_back() -> None:
+    """Catches counts that outweigh all that comes later: what was bad once would never be tried
+    again."""
+    counted = Acceptance([0.5])
+    for _ in range(50):
+        counted.forget()
+        counted.count(0, False)
+    assert counted[0] < 0.15
+    for _ in range(3000):
+        counted.forget()
+    assert counted[0] == pytest.approx(0.5, abs=0.02)
+
+
+def test_rows_that_cost_much_are_not_computed() -> None:
+    """Catches plain decoding left out of the choice."""
+    chooser = AutoPlan(STEEP, (0.2, 0.2)).begin()
+    assert chooser.choose([], WIDE).plan == Plan(0, (0,))
+    assert chooser.choose([Chain((1, 2))], WIDE) == Choice(None, Plan(0, (0,)))
+
+
+def test_rows_that_cost_little_are_used() -> None:
+    """Catches a chooser that never drafts, or verifies a part of a sure chain."""
+    chooser = AutoPlan(FLAT, PRIOR).begin()
+    assert chooser.choose([], WIDE).plan.groups[0] > 0
+    chosen = chooser.choose([DRAFT, COPIED], WIDE)
+    assert chosen.chain is COPIED
+    assert chosen.plan.candidates == len(COPIED.tokens)
+    weak = Chain(COPIED.tokens, "lookup", 1)
+    assert chooser.choose([DRAFT, weak], WIDE).chain is DRAFT
+
+
+def test_a_source_that_fails_is_left_and_tried_again() -> None:
+    """Catches acceptance that is not counted by source, and a source given up for ever."""
+    chooser = AutoPlan(FLAT, PRIOR).begin()
+    used = []
+    for _ in range(1500):
+        choice = chooser.choose([Chain((5,) * 4), Chain((1,) * 12, "lookup", 3)], WIDE)
+        used.append(None if choice.chain is None else choice.chain.source)
+        chooser.learn(choice, min(1, choice.plan.candidates) if used[-1] == "look-ahead" else 0)
+    assert used[0] == "lookup"
+    assert used[40:].count("look-ahead") > 1300
+    assert "lookup" in used[100:]
+
+
+def test_passes_without_gain_come_to_plain_decoding() -> None:
+    """Catches a text that no draft fits being slowed for as long as it is: nearly all passes are
+    plain at last, and drafting is still tried now and then."""
+    curve = CostCurve((1, 11), (1.0, 2.0), (1, 4), (0.1, 0.1), 0.02)
+    chooser = AutoPlan(curve, PRIOR).begin()
+    rows, chain = [], None
+    for _ in range(1500):
+        choice = chooser.choose([] if chain is None else [chain], WIDE)
+        chooser.learn(choice, 0)
+        length = choice.plan.groups[0]
+        chain = Chain((1,) * length) if length else None
+        rows.append(choice.plan.rows)
+    assert rows[0] > 1
+    assert sum(rows[500:]) / 1000 < 1.1
+    assert max(rows[500:]) > 1
+
+
+def test_the_choice_is_the_best_of_all_plans() -> None:
+    """Catches a search that overlooks plans: all mixtures of groups of one length."""
+    curve = CostCurve((1, 21), (1.0, 2.2), (1, 3), (0.1, 0.2), 0.03)
+    chooser = AutoPlan(curve, (0.7, 0.5, 0.3), lookup=False).begin()
+    chances = [0.7, 0.5, 0.3]
+    value, plan = chooser._best(chances)
+    others = []
+    for candidates, rows in product(range(4), (1, 2, 3)):
+        for hung in product((0, rows), repeat=1 + candidates):
+            others.append(_value(chooser, curve, chances[:candidates], hung))
+    assert value == pytest.approx(max(others))
+    assert value == pytest.approx(_value(chooser, curve, chances[: plan.candidates], plan.groups))
+
+
+def _value(
+    chooser: AutoChooser, curve: CostCurve, chances: list[float], groups: tuple[int, ...]
+) -> float:
+    reached = [1.0]
+    for chance in chances:
+        reached.append(reached[-1] * chance)
+    ends = [now - later for now, later in zip(reached, [*reached[1:], 0.0], strict=True)]
+    worth = sum(end * chooser._worth[rows] for end, rows in zip(ends, groups, strict=True))
+    cost = curve.of(len(groups), sum(groups), max(groups))
+    return sum(reached) + worth - chooser.rate * cost
+
+
+def test_the_same_text_gives_the_same_plans() -> None:
+    """Catches plans that follow a clock: with a seed, rejection would not repeat its text."""
+
+    def plans() -> list[Choice]:
+        chooser = AutoPlan(FLAT, PRIOR).begin()
+        made = []
+        for step in range(60):
+            chains = [DRAFT] if step % 3 else [DRAFT, Chain((1, 2), "lookup", 1 + step % 5)]
+            made.append(chooser.choose(chains, WIDE))
+            chooser.learn(made[-1], min(step % 4, made[-1].plan.candidates))
+        return made
+
+    assert plans() == plans()
+
+
+@pytest.mark.parametrize(
+    ("limits", "plan"),
+    [
+        (Limits(1), Plan(0, (0,))),
+        (Limits(2), Plan(1, (0, 0))),
+        (Limits(3), Plan(2, (1, 1, 1))),
+        (Limits(50, 3), Plan(3, (0, 0, 0, 0))),
+        (Limits(50, 5), Plan(4, (1,) * 5)),
+        (Limits(50, 0), Plan(0, (0,))),
+    ],
+)
+def test_nothing_is_computed_beyond_the_end(limits: Limits, plan: Plan) -> None:
+    """Catches rows of no use near the text's end, and positions that the model does not have."""
+    assert Choice(DRAFT, Plan(4, (3,) * 5)).within(limits).plan == plan
