@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import pytest
 import torch
 from tiny import ARCHITECTURES, MORE_ARCHITECTURES
 
+from passlm import costs
 from passlm.target import Target
 
 torch.set_num_threads(1)  # the models are so small that a second thread only costs
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _costs_apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What passes of test models cost is no business of the user's cache."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(costs, "cache_folder", lambda: folder)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -136,9 +136,9 @@ def test_abandoned_stream_leaves_nothing_behind(
     ("options", "said"),
     [
         ({"temprature": 1.0}, "did you mean 'temperature'"),
-        ({"method": "three-pass"}, "one of ar, two-pass, one-pass"),
+        ({"method": "three-pass"}, "one of auto, ar, two-pass, one-pass"),
         ({"lookahead_tokens": 5}, "rows for 1 to 4"),
-        ({"lookahead_tokens": 0}, "rows for 1 to 4"),
+        ({"lookahead_tokens": -1}, "rows for 1 to 4"),
         ({"top_k": -3}, "top_k is -3"),
         ({"method": "ar", "lookahead_tokens": 2}, "leave lookahead_tokens out"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),

@@ -92,7 +92,7 @@ def _notes(runs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _packing(packed: bool) -> str:
     if packed:
-        return "all methods but hf compute with packed weights; hf is transformers as it is"
+        return "our methods compute with packed weights; hf and hf-prompt-lookup are transformers as it is"
     return "all methods compute with the model's plain weights"
 
 

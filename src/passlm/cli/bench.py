@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from passlm.generate import Generator
 
 RESULTS, REPORT, PROMPTS = "results.json", "report.md", "prompts.jsonl"
-DEFAULT_METHODS = "ar,fixed-token,two-pass,one-pass,auto,hf,hf-prompt-lookup"
+DEFAULT_METHODS = "ar,fixed-token,two-pass,one-pass,auto,lookup,hf,hf-prompt-lookup"
 NEED_LOOKAHEAD = ("auto", "two-pass", "one-pass")
 # Given as lists, with each prompt, or as token ids and objects.
 SAMPLING_ELSEWHERE = ("temperature", "seed", "logit_bias", "bad_words", "processors")

@@ -1,0 +1,141 @@
+"""Costs are measured once, kept, and measured anew when anything they depend on changes."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from small_llama import small_llama
+
+from passlm import costs
+from passlm.costs import GROUPS, REAL_ROWS, Costs, measure
+from passlm.lookahead import LookAhead
+from passlm.planner import CostCurve
+from passlm.target import Target
+
+CURVE = CostCurve((1, 2), (1.0, 1.5), (1, 2), (0.25, 0.5), 0.125)
+Calls = list[tuple[int, int]]
+
+
+@pytest.fixture
+def target() -> Target:
+    return Target(small_llama())
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder of the test's own."""
+    monkeypatch.setattr(costs, "cache_folder", lambda: tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """Batch and context of every curve that is measured; each is `CURVE`."""
+    calls: Calls = []
+
+    def instead(_: Target, __: object, batch: int, context: int) -> CostCurve:
+        calls.append((batch, context))
+        return CURVE
+
+    monkeypatch.setattr(costs, "measure", instead)
+    return calls
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted((folder / "costs").glob("*.json"))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_real_passes_are_measured(target: Target, batch: int) -> None:
+    """Catches plans that are not run as asked, and groups without a cost."""
+    rows = LookAhead.mean(target, 4, "small")
+    curve = measure(target, rows.rows(target), batch, context=20, rounds=2)
+    assert curve.rows == REAL_ROWS
+    assert curve.groups == tuple(length for length in GROUPS if length <= 4)
+    assert all(seconds > 0 for seconds in curve.seconds)
+    bare = measure(target, None, batch, context=20, rounds=1)
+    assert bare.groups == ()
+
+
+def test_a_short_context_is_measured_as_far_as_it_goes() -> None:
+    """Catches positions that the model does not have."""
+    model = small_llama()
+    model.config.max_position_embeddings = 24
+    target = Target(model)
+    assert measure(target, None, context=100, rounds=2).rows[0] == 1
+
+
+def test_a_curve_is_kept(folder: Path, target: Target, measured: Calls) -> None:
+    """Catches a curve that is measured in every process, or read back as another one."""
+    first = Costs(target).curve(1, 100)
+    assert Costs(target).curve(1, 120) == first == CURVE  # a near context
+    assert measured == [(1, 128)]
+    content = json.loads(files(folder)[0].read_text())
+    assert content["provenance"]["machine"]["cores"] >= 1
+    assert Costs(target).curve(1, 100, anew=True) == CURVE
+    assert len(measured) == 2
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda t: Costs(t).curve(8, 100),
+        lambda t: Costs(t).curve(1, 2000),
+        lambda t: Costs(Target(small_llama(seed=9))).curve(1, 100),
+        lambda t: Costs(Target(t.model.bfloat16())).curve(1, 100),
+        lambda t: Costs(t, LookAhead.mean(t, 2, "x")).curve(1, 100),
+    ],
+    ids=["batch", "context", "weights", "type", "look-ahead files"],
+)
+def test_what_has_changed_is_measured_anew(
+    folder: Path, target: Target, measured: Calls, other: Callable[[Target], CostCurve]
+) -> None:
+    """Catches costs of one setting taken for another's."""
+    Costs(target).curve(1, 100)
+    other(target)
+    assert len(measured) == 2
+    assert len(files(folder)) == 2
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"key": 1}', "{"])
+def test_a_damaged_file_is_measured_anew(
+    folder: Path, target: Target, measured: Calls, content: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a crash, and a damaged file that stays for ever."""
+    Costs(target).curve(1, 100)
+    files(folder)[0].write_text(content)
+    assert Costs(target).curve(1, 100) == CURVE
+    assert len(measured) == 2
+    assert Costs(target).curve(1, 100) == CURVE
+    assert len(measured) == 2
+
+
+def test_costs_that_cannot_be_kept_are_used(
+    folder: Path, target: Target, measured: Calls, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a full disk or a read-only home that stops decoding."""
+    (folder / "costs").write_text("a file")
+    with caplog.at_level(logging.WARNING):
+        assert Costs(target).curve(1, 100) == CURVE
+    assert "cannot keep" in caplog.text
+
+
+def test_the_card_gives_the_prior(folder: Path, target: Target, measured: Calls) -> None:
+    """Catches shares of groups taken for chances given the rows before."""
+    rows = LookAhead.mean(target, 3, "small")
+    rows.card.accepted_length.update(  # type: ignore[attr-defined]
+        {
+            "held out": 0.9,
+            "a": {"accepted_length": 0.9, "by_position": [0.6, 0.3]},
+            "b": {"accepted_length": 0.5, "by_position": [0.4, 0.1]},
+        }
+    )
+    plan = Costs(target, rows).auto(1, 100)
+    assert plan.prior == pytest.approx((0.5, 0.4, 0.4))
+    assert Costs(target, rows).auto(1, 100, longest=1).prior == (0.5,)
+    assert Costs(target, rows).auto(1, 100, longest=0).prior == ()
+    assert Costs(target).auto(1, 100).prior == ()
