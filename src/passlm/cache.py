@@ -38,6 +38,15 @@ class RowLayer(StaticLayer):  # type: ignore[no-untyped-call]  # its base's hook
         filled = self.cache.filled
         return self.keys[:, :, :filled], self.values[:, :, :filled]
 
+    def slots(self, heads: int, d_head: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """See `RowCache.slots`."""
+        if self.keys is None or self.values is None:
+            none = torch.empty(len(self.cache.lengths), heads, 0, d_head, dtype=dtype)
+            self.keys, self.values = self._empty(none), self._empty(none)
+            self.is_initialized = True
+        self.keys, self.values = self._grown(self.keys), self._grown(self.values)
+        return self.keys, self.values
+
     def _empty(self, states: Tensor) -> Tensor:
         batch, heads, _, d_head = states.shape
         # Zeros, not garbage: a masked slot has weight 0, and 0 times a NaN would be a NaN.
@@ -95,6 +104,20 @@ class RowCache(Cache):
         else:
             lengths = torch.tensor(self.lengths, device=device)
             self.write_slots = (0, lengths[:, None] + torch.arange(rows, device=device))
+
+    def slots(
+        self, sizes: Sequence[tuple[int, int]], dtype: torch.dtype
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of every layer, `[B, heads, capacity, d_head]`, for others to write to.
+
+        Args:
+            sizes: heads and `d_head` of each layer.
+            dtype: of layers never written before.
+        """
+        return [
+            layer.slots(heads, d_head, dtype)
+            for layer, (heads, d_head) in zip(self.row_layers, sizes, strict=True)
+        ]
 
     def settle(self, row: int, count: int) -> None:
         """Keep the first `count` rows that the last pass wrote for batch row `row`."""

@@ -18,6 +18,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
+
 from passlm.decode import Decoder, Request
 from passlm.gguf_copy import cache_folder
 from passlm.lookahead import LookAhead, fingerprint
@@ -220,3 +222,29 @@ def _read(path: Path, key: dict[str, Any]) -> CostCurve | None:
 def _near(wanted: int, known: Sequence[int]) -> int:
     """The known size nearest by ratio."""
     return min(known, key=lambda size: max(size / max(1, wanted), max(1, wanted) / size))
+
+
+def weight_bytes(target: Target) -> int:
+    """Bytes of weights that a pass reads: of the input embeddings only a row for each token."""
+    weights = {id(p): p for p in target.model.parameters()}
+    model: Any = target.model
+    own = model.get_input_embeddings().weight
+    tied = getattr(model.get_output_embeddings(), "weight", None) is own
+    return sum(p.nbytes for key, p in weights.items() if tied or key != id(own))
+
+
+def read_bandwidth(device: torch.device, size: int = 2**30, rounds: int = 5) -> float:
+    """Bytes a second that this machine reads from memory; the best of some rounds.
+
+    Args:
+        device: where.
+        size: bytes to read each time: far more than caches hold.
+        rounds: how often.
+    """
+    block = torch.ones(size // 4, device=device)
+    taken = []
+    for _ in range(rounds):
+        begun = time.perf_counter()
+        float(block.sum())  # waits for the device
+        taken.append(time.perf_counter() - begun)
+    return block.nbytes / min(taken)

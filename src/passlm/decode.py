@@ -174,13 +174,13 @@ class Row:
         """Draw the next candidates from the group that hangs on the last accepted row.
 
         Args:
-            group: its logits, `[l, V]`; a chain without rows leaves no candidates.
+            group: its logits, `[l, V]`.
             sampler: weighs each row anew once the token before it is drawn.
         """
         self.drafted, drawn_from = [], []
         # Rows wait for the one before where a sampler head or a processor reads what it drew.
         waits = sampler is not None or self.request.distribution.reads_history
-        together = 1 if waits else max(1, len(group))
+        together = 1 if waits else len(group)
         for start in range(0, len(group), together):
             history = [*self.tokens, *self.drafted]
             logits = group[start : start + together]
@@ -190,7 +190,7 @@ class Row:
             drawn, q = self._drawn(q, len(history))
             self.drafted += drawn
             drawn_from.append(q)
-        self.q = torch.cat(drawn_from) if drawn_from and self.request.judge == "rejection" else None
+        self.q = torch.cat(drawn_from) if self.request.judge == "rejection" else None
 
     def _drawn(self, q: Tensor, position: int) -> tuple[list[int], Tensor]:
         """Tokens drawn from `q`, and the distribution they were really drawn from."""
@@ -258,31 +258,39 @@ class Decoder:
         rows = list(self.rows)
         passes = [row.choose_plan(self.target.context) for row in rows]
         output = self.target.run(self._cache, passes, self.look_ahead)
-        steps = [self._settle(index, row, output) for index, row in enumerate(rows)]
+        real = [(index, slice(0, 1 + row.plan.candidates)) for index, row in enumerate(rows)]
+        judged = zip(rows, output.of(real), strict=True)
+        steps = [self._settle(index, row, logits) for index, (row, logits) in enumerate(judged)]
+        self._draft(rows, steps, output)
         ended = [row for row, step in zip(rows, steps, strict=True) if step.finish_reason]
         self.leave(ended)
         return list(zip(rows, steps, strict=True))
 
-    def _settle(self, index: int, row: Row, output: PassOutput) -> Step:
-        settled = row.judge(output.logits[index])
+    def _settle(self, index: int, row: Row, logits: Tensor) -> Step:
+        settled = row.judge(logits)
         judged, accepted = len(row.candidates), len(settled) - 1
         kept, reason = cut_block(settled, row.request.eos, row.room, row.full)
         row.tokens += settled[:kept]
         row.room -= kept
         self._cache.settle(index, 1 + accepted)
-        if reason is None:
-            self._draft(index, row, row.plan.group(accepted), output)
         step = Step(tuple(settled), accepted, judged, reason)
         return step if reason is None else step.cut(kept, reason)
 
-    def _draft(self, index: int, row: Row, rows: slice, output: PassOutput) -> None:
-        group, sampler = output.logits[index, rows], None
-        if self._sampler is not None and self._tables is not None and output.hidden is not None:
-            hidden = output.hidden[index, rows]
-            sampler = (
-                GroupSampler(self._sampler, self._tables, group, hidden) if len(group) else None
-            )
-        row.draft(group, sampler)
+    def _draft(self, rows: Sequence[Row], steps: Sequence[Step], output: PassOutput) -> None:
+        """Let the texts that go on draft from the group on their last accepted row."""
+        places = []
+        for index, (row, step) in enumerate(zip(rows, steps, strict=True)):
+            if step.finish_reason is None:
+                row.drafted, row.q = [], None
+                if row.plan.groups[step.accepted]:
+                    places.append((index, row.plan.group(step.accepted)))
+        for (index, at), group in zip(places, output.of(places), strict=True):
+            sampler = None
+            if self._sampler is not None and self._tables is not None:
+                assert output.hidden is not None, "a pass with a sampler head keeps what it takes"
+                hidden = output.hidden[index, at]
+                sampler = GroupSampler(self._sampler, self._tables, group, hidden)
+            rows[index].draft(group, sampler)
 
     def _room(self, request: Request) -> tuple[int, FinishReason]:
         """How many tokens may be written, and why no more."""

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from passlm.costs import Costs
 from passlm.decode import Decoder, PromptError, Request, Row
 from passlm.detokenize import Detokenizer
+from passlm.gguf_copy import cache_folder
 from passlm.lookahead import LookAhead, load_for
 from passlm.models import DEFAULT_MODEL, load_model
 from passlm.outputs import Chunk, FinishReason, Output, Stats, Step
@@ -45,6 +46,7 @@ def load(
     dtype: str = "bfloat16",
     device: str = "cpu",
     pack: bool = True,
+    compile: bool = False,
 ) -> Generator:
     """Load a model and the look-ahead files for it.
 
@@ -55,6 +57,9 @@ def load(
         dtype: `bfloat16`, `float16` or `float32`.
         device: where the model goes, as torch names it.
         pack: on a CPU in bfloat16, keep a second copy of the weights in a faster layout.
+        compile: on a CPU, run passes that are compiled once, which takes minutes and a C++
+            compiler, and kept in the user's cache folder. Where that fails, a warning says so and
+            passes run eagerly.
 
     Raises:
         ModelError: the model cannot be found or loaded.
@@ -62,8 +67,13 @@ def load(
         LookAheadError: the files are missing, damaged or made for another model.
     """
     loaded = load_model(model, dtype=dtype, device=device)
-    target = Target(loaded.model, pack=pack)
+    target = Target(loaded.model, pack=pack, compiled=compiled_folder() if compile else None)
     return Generator(target, loaded.tokenizer, _look_ahead(lookahead, target))
+
+
+def compiled_folder() -> Path:
+    """Where compiled passes are kept."""
+    return cache_folder() / "compiled"
 
 
 def _look_ahead(name: str | Path | None, target: Target) -> LookAhead | None:

@@ -178,17 +178,33 @@ def _check_tensors(
 class AppliedLora:
     """Updates bound to a model's layers; see `GatedLora.on`."""
 
-    def __init__(self, model: nn.Module, lora: GatedLora, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, model: nn.Module, lora: GatedLora, dtype: torch.dtype | None, traced: bool = False
+    ) -> None:
         layers = dict(model.named_modules())
+        self._bound = model, lora
         self._lock = threading.RLock()
         self._updates: list[tuple[nn.Module, _Update]] = []
         ups = iter(lora.up)
         for group, down in zip(lora.groups, lora.down, strict=True):
             mine: list[Tensor] = [next(ups) for _ in group]
             shared = _Shared(down, mine)
-            if dtype is not None:
+            if traced:
+                shared = _Traced(down.detach().clone(), [up.detach().clone() for up in mine])
+            elif dtype is not None:
                 shared = shared.copied(next(layers[group[0]].parameters()).device, dtype)
             self._updates += [(layers[name], _Update(shared, at)) for at, name in enumerate(group)]
+
+    def traced(self) -> AppliedLora:
+        """The same updates as sums that a compiler makes loops of."""
+        model, lora = self._bound
+        return AppliedLora(model, lora, None, traced=True)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The matrices, those that layers share once."""
+        shared = {id(update.shared): update.shared for _, update in self._updates}
+        return [t for one in shared.values() for t in (one.down, *one.ups)]
 
     @contextmanager
     def applied(self, split: RowSplit) -> Iterator[None]:
@@ -268,6 +284,19 @@ class _Copied(_Shared):
     def _computed(self, taken: Tensor) -> Sequence[Tensor]:
         low = torch.mm(taken.to(self.down), self.down)
         return torch.split(torch.mm(low, self.ups[0]), self.sizes, dim=1)
+
+
+class _Traced(_Shared):
+    """The same for a compiler, in float32.
+
+    Library calls for products this small cost more than the products; loops are fused with what
+    comes before and after them.
+    """
+
+    def _computed(self, taken: Tensor) -> Sequence[Tensor]:
+        low = (taken.float()[:, None] * self.down[None]).sum(-1)  # [N, layers * rank]
+        parts = low.chunk(len(self.ups), dim=1)
+        return [(p[:, :, None] * up.T[None]).sum(1) for p, up in zip(parts, self.ups, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,13 @@ positions and visibility are handed to the model's own `forward`. Judging and dr
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +24,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from passlm.cache import RowCache, as_prefix
+from passlm.compiled import CompiledPasses, CompileError, Shapes
 from passlm.lora import PROBE_ROWS, AppliedLora, RowSplit
 from passlm.packing import PackedLinears, can_pack
 from passlm.plan import Layout, Plan
@@ -28,6 +32,8 @@ from passlm.sampler import Embeddings, SamplerHead
 from passlm.supported import UnsupportedModelError, attention, check_supported
 
 PREFILL_CHUNK = 512  # prompt tokens a pass: bounds the memory of activations and masks
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,17 +68,41 @@ class LookAheadRows:
 
 @dataclass(frozen=True)
 class PassOutput:
-    """What a pass gave.
+    """What a pass gave. Row `b` has meaning up to its own plan's length, real rows first.
 
     Attributes:
-        logits: `[B, Q, V]`, where `Q` is the longest plan; row `b` has meaning up to its own plan's
-            length, real rows first, then its groups.
-        hidden: what the target's output layer was given, `[B, Q, d_model]`; None where nothing
+        whole: logits of all rows, `[B, Q, V]`, where `Q` is the longest plan; None where they are
+            made when asked for.
+        hidden: what the target's output layer is given, `[B, Q, d_model]`; None where nothing
             asks for it.
+        head: the output layer.
     """
 
-    logits: Tensor
+    whole: Tensor | None
     hidden: Tensor | None = None
+    head: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def logits(self) -> Tensor:
+        """Logits of all rows, `[B, Q, V]`."""
+        if self.whole is not None:
+            return self.whole
+        assert self.head is not None, "neither logits nor what makes them"
+        assert self.hidden is not None, "neither logits nor what they are made of"
+        return self.head(self.hidden)
+
+    def of(self, places: Sequence[tuple[int, slice]]) -> list[Tensor]:
+        """Logits of some rows of some texts, `[rows, V]` each, made all at once.
+
+        Args:
+            places: number of the text in the batch, and its rows.
+        """
+        if self.whole is not None or self.head is None or self.hidden is None or not places:
+            return [self.logits[text, rows] for text, rows in places]
+        parts = [self.hidden[text, rows] for text, rows in places]
+        ends = list(accumulate(map(len, parts)))[:-1]
+        made = torch.tensor_split(self.head(torch.cat(parts)), ends)
+        return list(made)
 
 
 @dataclass(frozen=True)
@@ -99,19 +129,26 @@ class Target:
         model: the model; its weights, configuration and hooks are left alone.
         pack: keep a second copy of its linear layers in a faster layout, where that pays; see
             `packing.py`.
+        compiled: a folder for compiled passes, which are made there when first needed; see
+            `compiled.py`. None computes eagerly.
 
     Raises:
         UnsupportedModelError: the model cannot be decoded by plans, with the reason.
     """
 
-    def __init__(self, model: PreTrainedModel, pack: bool = False) -> None:
+    def __init__(
+        self, model: PreTrainedModel, pack: bool = False, compiled: Path | None = None
+    ) -> None:
         self.model = model
         self.config = model.config.get_text_config()
         check_supported(model)
         self._window = _window(self.config)
         self._kinds = _layer_kinds(self.config, self._window)
         self._additive = attention(model) == "eager"
-        self._packed = PackedLinears(model) if pack and can_pack(model) else None
+        self._compiled = None if compiled is None else self._compilable(compiled)
+        self._packed: PackedLinears | None = None
+        if pack and can_pack(model):
+            self._packed = PackedLinears(self._output_layer if self._compiled else model)
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @property
@@ -127,6 +164,8 @@ class Target:
     @property
     def engine(self) -> str:
         """How passes are computed: what makes their costs comparable."""
+        if self._compiled is not None:
+            return "compiled"
         return "eager" if self._packed is None else "eager, packed"
 
     @property
@@ -176,7 +215,7 @@ class Target:
         for start in range(0, len(tokens), PREFILL_CHUNK):
             chunk = tokens[start : start + PREFILL_CHUNK]
             causal = Plan(len(chunk) - 1, (0,) * len(chunk))
-            self._forward(cache, [PassRow(chunk, causal)], None, last_logits_only=True)
+            self._pass(cache, [PassRow(chunk, causal)], None, last_logits_only=True)
             cache.settle(0, len(chunk))
         return cache
 
@@ -193,7 +232,7 @@ class Target:
         """
         if not any(max(row.plan.groups) for row in rows):
             look_ahead = None  # a pass of real rows alone is the target's own
-        return self._forward(cache, rows, look_ahead, last_logits_only=False)
+        return self._pass(cache, rows, look_ahead, last_logits_only=False)
 
     def hang(
         self,
@@ -350,6 +389,82 @@ class Target:
                 else:
                     attributes["forward"] = forward
 
+    def _pass(
+        self,
+        cache: RowCache,
+        rows: Sequence[PassRow],
+        look_ahead: LookAheadRows | None,
+        last_logits_only: bool,
+    ) -> PassOutput:
+        """Compiled where that was asked for and works here, else eager."""
+        if self._compiled is not None:
+            try:
+                return self._run_compiled(self._compiled, cache, rows, look_ahead)
+            except CompileError as error:
+                _log.warning("passes cannot be compiled, so they run eagerly: %s", error)
+                self._compiled = None
+                self._packed = PackedLinears(self.model) if self._packed else None
+        return self._forward(cache, rows, look_ahead, last_logits_only)
+
+    def _compilable(self, folder: Path) -> CompiledPasses | None:
+        if self.device.type != "cpu":
+            _log.warning("passes are compiled for CPUs alone: on %s they run eagerly", self.device)
+            return None
+        config, kinds = self.config, self._kinds
+        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        d_head = getattr(config, "head_dim", None) or self.d_model // config.num_attention_heads
+        layers = int(config.num_hidden_layers)
+        shapes = Shapes(
+            self.d_model,
+            ((int(kv_heads), int(d_head)),) * layers,
+            kinds,
+            self.dtype if self._additive else torch.bool,
+        )
+        return CompiledPasses(self.model, shapes, folder)
+
+    def _run_compiled(
+        self,
+        compiled: CompiledPasses,
+        cache: RowCache,
+        rows: Sequence[PassRow],
+        look_ahead: LookAheadRows | None,
+    ) -> PassOutput:
+        layouts = [row.plan.layout() for row in rows]
+        longest = max(len(layout.offset) for layout in layouts)
+        cache.begin(longest, self.device)
+        cache.filled = cache.capacity  # the graph sees whole blocks; masks close what is empty
+        offsets = _padded([layout.offset for layout in layouts], longest)
+        lengths = torch.tensor(cache.lengths)
+        positions = lengths[:, None] + offsets
+        gate = None
+        if look_ahead is not None:
+            gate = _padded([layout.look_ahead for layout in layouts], longest) > 0
+        full = visibility(
+            cache.lengths, [layout.visible for layout in layouts], self.device, cache.capacity
+        )
+        hidden = self._call_compiled(
+            compiled,
+            self._inputs(rows, longest, look_ahead),
+            positions,
+            self._by_kind(full, cache, positions),
+            lengths[:, None] + torch.arange(longest),
+            gate,
+            None if look_ahead is None else look_ahead.lora,
+            cache.slots(compiled.shapes.layers, self.model.dtype),
+        )
+        return PassOutput(None, hidden, self._head)
+
+    def _call_compiled(self, compiled: CompiledPasses, *inputs: Any) -> Tensor:
+        """The compiled pass, alone: what a stopwatch is put around."""
+        return compiled(*inputs)
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        """Logits of hidden states, packed where that is so."""
+        with ExitStack() as stack:
+            if self._packed is not None:
+                stack.enter_context(self._packed.applied())
+            return self.logits(hidden)
+
     def _forward(
         self,
         cache: RowCache,
@@ -439,20 +554,27 @@ class Target:
         )
 
 
-def visibility(lengths: Sequence[int], visible: Sequence[Tensor], device: torch.device) -> Tensor:
+def visibility(
+    lengths: Sequence[int],
+    visible: Sequence[Tensor],
+    device: torch.device,
+    slots: int | None = None,
+) -> Tensor:
     """Which cache slot each row of a pass may see.
 
     Args:
         lengths: settled slots of each batch row; the pass's own rows follow them.
         visible: `[Q_b, Q_b]` of each batch row's layout.
         device: where the result is wanted.
+        slots: how many there are, `S`; None for those in use, `max(lengths) + Q`.
 
     Returns:
-        `[B, Q, max(lengths) + Q]` bool. Rows that only fill up a batch see themselves alone, so
+        `[B, Q, S]` bool. Rows that only fill up a batch see themselves alone, so
         that no row of the softmax is empty.
     """
     rows = max(len(own) for own in visible)
-    seen = torch.zeros(len(lengths), rows, max(lengths) + rows, dtype=torch.bool)
+    slots = max(lengths) + rows if slots is None else slots
+    seen = torch.zeros(len(lengths), rows, slots, dtype=torch.bool)
     filler = torch.eye(rows, dtype=torch.bool)
     for index, (length, own) in enumerate(zip(lengths, visible, strict=True)):
         used = len(own)

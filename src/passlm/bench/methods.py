@@ -10,11 +10,14 @@ import difflib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from passlm.compiled import CompiledPasses
 from passlm.costs import Costs
 from passlm.decode import Decoder, Request
 from passlm.errors import InputError
@@ -84,6 +87,11 @@ class Method:
         return self.decode(prompt, replace(self.sampling, seed=seed), max_new_tokens)
 
     @property
+    def engine(self) -> str | None:
+        """How its passes are computed, see `Target.engine`; None for methods that are not ours."""
+        return self.decode.target.engine if isinstance(self.decode, PlanDecoding) else None
+
+    @property
     def repeats_plain(self) -> bool:
         """Whether its tokens must equal plain decoding's with the same seed, up to rounding."""
         if self.sampling.temperature == 0 or self.name == BASELINE:
@@ -94,8 +102,8 @@ class Method:
 class TimedTarget(Target):
     """A target that adds up the time spent in the model's own forward, `seconds`."""
 
-    def __init__(self, model: PreTrainedModel, pack: bool) -> None:
-        super().__init__(model, pack)
+    def __init__(self, model: PreTrainedModel, pack: bool, compiled: Path | None = None) -> None:
+        super().__init__(model, pack, compiled)
         self.seconds = 0.0
 
     @property
@@ -106,6 +114,12 @@ class TimedTarget(Target):
     def _call_model(self, **inputs: Any) -> Any:
         begun = time.perf_counter()
         output = super()._call_model(**inputs)
+        self.seconds += time.perf_counter() - begun
+        return output
+
+    def _call_compiled(self, compiled: CompiledPasses, *inputs: Any) -> Tensor:
+        begun = time.perf_counter()
+        output = super()._call_compiled(compiled, *inputs)
         self.seconds += time.perf_counter() - begun
         return output
 
@@ -221,7 +235,13 @@ class Asked:
     stopping: StopParams
 
 
-def build(lm: Generator, asked: Asked, base_model: str, pack: bool = False) -> list[Method]:
+def build(
+    lm: Generator,
+    asked: Asked,
+    base_model: str,
+    pack: bool = False,
+    compiled: Path | None = None,
+) -> list[Method]:
     """The methods, one for each temperature and number of look-ahead tokens.
 
     Args:
@@ -229,13 +249,14 @@ def build(lm: Generator, asked: Asked, base_model: str, pack: bool = False) -> l
         asked: which methods.
         base_model: the model's name.
         pack: whether our methods compute with packed weights, see `Target`.
+        compiled: where our methods find compiled passes, see `Target`; None to compute eagerly.
 
     Raises:
         MethodError: an unknown method, or a model without a token for `fixed-token`.
         InputError: a drafting method without look-ahead files, or with too few rows.
     """
     check_names(asked.names)
-    target = TimedTarget(lm.target.model, pack)
+    target = TimedTarget(lm.target.model, pack, compiled)
     made = []
     for temperature in asked.temperatures:
         sampling = replace(asked.sampling, temperature=temperature)

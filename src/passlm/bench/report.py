@@ -90,9 +90,11 @@ def _notes(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     return ["\n".join(f"- {line}" for line in lines)]
 
 
-def _packing(packed: bool) -> str:
-    if packed:
-        return "our methods compute with packed weights; hf and hf-prompt-lookup are transformers as it is"
+def _engine(settings: Mapping[str, Any]) -> str:
+    if settings.get("compiled"):
+        return "our methods run compiled passes; hf... are transformers as it is"
+    if settings["packed_weights"]:
+        return "our methods compute with packed weights; hf... are transformers as it is"
     return "all methods compute with the model's plain weights"
 
 
@@ -104,7 +106,7 @@ def _source(results: Mapping[str, Any]) -> str:
         f"passlm {stamp['passlm']}, commit {commit}; {stamp['time']}",
         f"model {settings['model']}, {settings['dtype']} on {settings['device']}; "
         f"look-ahead files: {_lookahead(settings['lookahead'])}",
-        _packing(settings["packed_weights"]),
+        _engine(settings),
         f"{machine['gpu'] or machine['processor']}, {machine['cores']} cores, "
         f"{machine['threads']} threads; {machine['system']}",
         f"Python {stamp['python']}, torch {packages['torch']}, "

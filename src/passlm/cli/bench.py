@@ -103,7 +103,7 @@ def run(arguments: argparse.Namespace) -> None:
     given = [] if arguments.prompts is None else load_prompts(arguments.prompts, arguments.limit)
     asked = _asked(arguments)
     from passlm.bench.methods import build
-    from passlm.generate import load, set_threads
+    from passlm.generate import compiled_folder, load, set_threads
 
     set_threads(arguments.threads)
     drafts = any(name in NEED_LOOKAHEAD for name in asked.names)
@@ -116,7 +116,8 @@ def run(arguments: argparse.Namespace) -> None:
         device=arguments.device,
         pack=False,  # the methods' own target packs: one copy is enough
     )
-    methods = build(lm, asked, arguments.model, arguments.pack)
+    compiled = compiled_folder() if arguments.compile else None
+    methods = build(lm, asked, arguments.model, arguments.pack, compiled)
     bench = _Bench(arguments, lm, methods)
     suites = bench.suites(given)
     with _opened(arguments) as out:
@@ -293,6 +294,8 @@ class _Bench:
         self.results["runs"] += runs
         self.results["complete"] = complete
         self.results["peak_memory_bytes"] = _peak_memory()
+        engines = {method.engine for method in self.methods} - {None}
+        self.results["settings"]["compiled"] = engines == {"compiled"}
         folder: Path | None = self.arguments.out
         if folder is not None:
             write_atomically(folder / RESULTS, json.dumps(self.results, indent=1) + "\n")
@@ -325,6 +328,7 @@ def _settings(arguments: argparse.Namespace, lm: Generator) -> dict[str, Any]:
         "dtype": str(lm.target.dtype).removeprefix("torch."),
         "device": str(lm.target.device),
         "packed_weights": arguments.pack and can_pack(lm.target.model),
+        "compiled": arguments.compile,  # until passes turn out not to compile here
         "lookahead": lookahead,
         "limit": arguments.limit,
         "seed": arguments.seed,

@@ -44,6 +44,11 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         help="do without the second, faster copy of the weights (CPU, bfloat16)",
     )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="run compiled passes (CPU); made once, which takes minutes, and kept",
+    )
 
 
 def add_json_argument(parser: argparse.ArgumentParser) -> None:

@@ -75,6 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
         dtype=arguments.dtype,
         device=arguments.device,
         pack=arguments.pack,
+        compile=arguments.compile,
     )
     given = {k: getattr(arguments, k) for k in ("method", "lookahead_tokens")}
     options = Options.checked(

@@ -1,0 +1,323 @@
+"""Passes compiled once by torch's inductor and kept on disk, for a CPU.
+
+The body of the model, from input embeddings to the last hidden states, is exported with any number
+of texts, rows and cache slots, its weights frozen into the layout the machine multiplies fastest,
+and packed into a file that a later start only loads (AOTInductor). The output layer is left out:
+which rows need logits is known only to `decode.py`.
+
+Look-ahead rows have a second package, in which the LoRA is computed for every row and multiplied by
+0 for real ones: that adds an exact zero to what the untouched weights give.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, StaticLayer
+
+from passlm.lora import AppliedLora, RowSplit
+from passlm.provenance import provenance
+
+MOST_ROWS = 1024  # of one pass
+_MOST_TEXTS = 256
+_MOST_SLOTS = 2**20
+_EXAMPLE = (2, 5, 256)  # texts, rows and slots to trace with: any would do
+
+_log = logging.getLogger(__name__)
+
+
+class CompileError(Exception):
+    """Passes that cannot be compiled here, and why; one line."""
+
+
+class _SlotLayer(StaticLayer):  # type: ignore[no-untyped-call]  # its base's hook
+    """A cache layer of tensors that are inputs of the traced pass."""
+
+    def __init__(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+        super().__init__(max_cache_len=0)
+        self.keys, self.values = keys, values
+        self.slots = slots  # [B, Q]
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Write the pass's keys and values `[B, heads, Q, d_head]`; give all slots."""
+        assert self.keys is not None, "made with tensors"
+        assert self.values is not None, "made with tensors"
+        for stored, states in ((self.keys, key_states), (self.values, value_states)):
+            places = self.slots[:, None, :, None].expand_as(states)
+            stored.scatter_(2, places, states)
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        """Positions are given, so nothing is counted."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """All slots, from the first."""
+        assert self.keys is not None, "made with tensors"
+        return int(self.keys.shape[2]), 0
+
+
+class _GatedSplit(RowSplit):
+    """All rows get the update of theirs times `gate`, 0 for real ones."""
+
+    def __init__(self, gate: Tensor) -> None:
+        super().__init__()
+        object.__setattr__(self, "gate", gate.reshape(-1, 1))  # [B * Q, 1]
+
+    gate: Tensor
+
+    def take(self, rows: Tensor) -> Tensor:
+        return rows.reshape(-1, rows.shape[-1]) * self.gate
+
+    def add(self, rows: Tensor, update: Tensor) -> Tensor:
+        return (rows + update.view(rows.shape)).to(rows.dtype)
+
+
+class _Body(nn.Module):
+    """The pass as a function of tensors alone."""
+
+    def __init__(self, body: nn.Module, lora: AppliedLora | None) -> None:
+        super().__init__()
+        self.body = body
+        self.lora = lora
+
+    def forward(
+        self,
+        inputs: Tensor,
+        positions: Tensor,
+        mask: Any,
+        slots: Tensor,
+        gate: Tensor,
+        keys: list[Tensor],
+        values: list[Tensor],
+    ) -> Tensor:
+        layers = [_SlotLayer(k, v, slots) for k, v in zip(keys, values, strict=True)]
+        split = nullcontext() if self.lora is None else self.lora.applied(_GatedSplit(gate))
+        with split:
+            output = self.body(
+                inputs_embeds=inputs,
+                position_ids=positions,
+                attention_mask=mask,
+                past_key_values=Cache(layers=list(layers)),
+                use_cache=True,
+            )
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What a traced pass is given.
+
+    Attributes:
+        d_model: numbers in an input embedding.
+        layers: heads of keys and values, and numbers in each, for each layer.
+        mask_kinds: names of the masks; one alone is given without its name.
+        mask_type: of the masks.
+    """
+
+    d_model: int
+    layers: tuple[tuple[int, int], ...]
+    mask_kinds: tuple[str, ...]
+    mask_type: torch.dtype
+
+
+class CompiledPasses:
+    """The compiled passes of one model: loaded from `folder`, or made there when first needed.
+
+    Args:
+        model: its weights are copied into what is compiled; later changes do not reach it.
+        shapes: of what a pass is given.
+        folder: where packages are kept.
+    """
+
+    def __init__(self, model: PreTrainedModel, shapes: Shapes, folder: Path) -> None:
+        self.shapes = shapes
+        self._model = model
+        self._folder = folder
+        self._digest: str | None = None
+        self._loaded: dict[int, tuple[AppliedLora | None, Callable[..., Tensor]]] = {}
+        self._lock = threading.Lock()
+
+    def __call__(
+        self,
+        inputs: Tensor,
+        positions: Tensor,
+        mask: Any,
+        slots: Tensor,
+        gate: Tensor | None,
+        lora: AppliedLora | None,
+        layers: Sequence[tuple[Tensor, Tensor]],
+    ) -> Tensor:
+        """Hidden states, `[B, Q, d_model]`, as the output layer takes them.
+
+        Args:
+            inputs: input embeddings, `[B, Q, d_model]`.
+            positions: `[B, Q]`.
+            mask: `[B, 1, Q, S]`, or one for each kind of layers.
+            slots: where each row is written, `[B, Q]`.
+            gate: 1 for a look-ahead row and 0 for a real one, `[B, Q]`; None without such rows.
+            lora: what acts on look-ahead rows.
+            layers: keys and values, `[B, heads, S, d_head]`; written to.
+
+        Raises:
+            CompileError: it has to be compiled and cannot be.
+        """
+        run = self._package(lora if gate is not None else None)
+        gates = positions if gate is None else gate
+        keys, values = ([layer[at] for layer in layers] for at in (0, 1))
+        return run(inputs, positions, mask, slots, gates.to(inputs.dtype), keys, values)
+
+    def _package(self, lora: AppliedLora | None) -> Callable[..., Tensor]:
+        with self._lock:
+            known = self._loaded.get(id(lora))
+            if known is None:
+                known = self._loaded[id(lora)] = (lora, self._made(lora))  # keeps the id its own
+            return known[1]
+
+    def _made(self, lora: AppliedLora | None) -> Callable[..., Tensor]:
+        path = self._folder / f"{self._key(lora)}.pt2"
+        if not path.is_file():
+            _compile(self._example(lora), path)
+        try:
+            loaded: Callable[..., Tensor] = torch._inductor.aoti_load_package(str(path))
+        except Exception as error:  # of torch's loader: a file cut short, another torch's
+            path.unlink(missing_ok=True)
+            raise CompileError(f"cannot load {path}, deleted: {_first_line(error)}") from error
+        return loaded
+
+    def _key(self, lora: AppliedLora | None) -> str:
+        if self._digest is None:
+            self._digest = _digest(self._model.state_dict().values())
+        stamp = provenance([])
+        parts = {
+            "weights": self._digest,
+            "config": self._model.config.to_json_string(),
+            "shapes": repr(self.shapes),
+            "lora": None if lora is None else _digest(lora.tensors),
+            "machine": stamp["machine"],
+            "packages": stamp["packages"],
+            "passlm": stamp["passlm"],
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+    def _example(self, lora: AppliedLora | None) -> _Traced:
+        return _Traced(self._model, self.shapes, lora)
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """What is traced, with example inputs."""
+
+    model: PreTrainedModel
+    shapes: Shapes
+    lora: AppliedLora | None
+
+    def exported(self) -> torch.export.ExportedProgram:
+        """The pass for any number of texts, rows and slots."""
+        body: nn.Module = getattr(self.model, str(self.model.base_model_prefix))
+        texts = torch.export.Dim("texts", min=1, max=_MOST_TEXTS)
+        rows = torch.export.Dim("rows", min=1, max=MOST_ROWS)
+        slots = torch.export.Dim("slots", min=2, max=_MOST_SLOTS)
+        layers = len(self.shapes.layers)
+        mask = {0: texts, 2: rows, 3: slots}
+        kinds = self.shapes.mask_kinds
+        stored = [{0: texts, 2: slots}] * layers
+        dynamic = (
+            {0: texts, 1: rows},
+            {0: texts, 1: rows},
+            mask if len(kinds) == 1 else dict.fromkeys(kinds, mask),
+            {0: texts, 1: rows},
+            {0: texts, 1: rows},
+            stored,
+            stored,
+        )
+        return torch.export.export(
+            _Body(body, self.lora and self.lora.traced()),
+            self._inputs(),
+            dynamic_shapes=dynamic,
+            strict=False,
+        )
+
+    def _inputs(self) -> tuple[Any, ...]:
+        texts, rows, slots = _EXAMPLE
+        shapes, weight = self.shapes, next(self.model.parameters())
+        new = weight.new_zeros
+        places = torch.arange(rows).repeat(texts, 1)
+        mask = torch.ones(texts, 1, rows, slots, dtype=torch.bool).to(shapes.mask_type)
+        masks = {kind: mask.clone() for kind in shapes.mask_kinds}
+        keys, values = ([new(texts, h, slots, d) for h, d in shapes.layers] for _ in range(2))
+        return (
+            new(texts, rows, shapes.d_model),
+            places,
+            masks if len(masks) > 1 else mask,
+            places.clone(),
+            new(texts, rows),
+            keys,
+            values,
+        )
+
+
+def _compile(traced: _Traced, path: Path) -> None:
+    """Make the package; there whole or not at all.
+
+    Raises:
+        CompileError: there is no compiler, or the model cannot be traced.
+    """
+    _log.info("compiling passes, once: it takes minutes; kept as %s", path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, staged = tempfile.mkstemp(dir=path.parent, suffix=".pt2")
+    os.close(handle)
+    try:
+        with torch.no_grad(), _settings():
+            program = traced.exported()
+            torch._inductor.aoti_compile_and_package(program, package_path=staged)
+        os.replace(staged, path)
+    except Exception as error:  # whatever torch, transformers or the compiler raise
+        _log.debug("compiling failed", exc_info=True)
+        raise CompileError(_first_line(error)) from error
+    finally:
+        Path(staged).unlink(missing_ok=True)
+
+
+@contextmanager
+def _settings() -> Iterator[None]:
+    """Inductor's settings while it compiles."""
+    import torch._inductor.config as inductor
+    import torch.fx.experimental._config as symbols
+
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        raise CompileError("there is no C++ compiler here: install g++")
+    oblivious: Any = symbols
+    options = {"freezing": True, "cpp.enable_concat_linear": True}  # layers of one input: one call
+    with inductor.patch(options), oblivious.patch(backed_size_oblivious=True):
+        yield  # oblivious: a graph traced with 2 texts and 5 rows serves 1 of each as well
+
+
+def _digest(tensors: Any) -> str:
+    """Of all bytes: a package holds copies of them."""
+    digest = hashlib.blake2b(digest_size=16)
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

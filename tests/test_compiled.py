@@ -1,0 +1,144 @@
+"""Compiled passes give the texts of eager ones, are kept, and are given up loudly."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from small_llama import randomised, small_llama
+from transformers import PreTrainedModel
+
+from passlm import compiled
+from passlm.decode import Decoder, Request
+from passlm.lookahead import LookAhead
+from passlm.params import SamplingParams
+from passlm.plan import Adaptive, OnePass, Strategy, TwoPass, autoregressive
+from passlm.planner import AutoPlan, CostCurve
+from passlm.target import Target
+
+PROMPTS = ([1, 2, 3, 4, 5], [7], [3] * 110)  # the last one crosses a block of the cache
+GREEDY, TEMPERED = SamplingParams(), SamplingParams(temperature=0.9, seed=1)
+CHEAP = CostCurve((1, 41), (1.0, 1.2), (1, 6), (0.02, 0.02))
+PLANS = (autoregressive, TwoPass(3), OnePass(2), AutoPlan(CHEAP, (0.6, 0.5, 0.4)))
+
+
+def roomy_llama() -> PreTrainedModel:
+    """A model whose context is longer than a block of the cache."""
+    model = small_llama()
+    model.config.max_position_embeddings = 512
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all: compiling takes its time."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def look_ahead() -> LookAhead:
+    """Files of which every part has an effect."""
+    target = Target(roomy_llama())
+    return randomised(
+        LookAhead.mean(target, 3, "small").extended(target, 4, (), 16), 0.2, shortlist=16
+    )
+
+
+def texts(
+    target: Target,
+    look_ahead: LookAhead | None,
+    plan: Strategy | Adaptive,
+    sampling: SamplingParams,
+    prompts: Sequence[Sequence[int]] = PROMPTS,
+) -> tuple[list[list[int]], int]:
+    """What is written in one batch, and how many candidates were accepted."""
+    decoder = Decoder(target, None if look_ahead is None else look_ahead.rows(target))
+    rows = [decoder.join(Request.of(prompt, sampling, 40, plan)) for prompt in prompts]
+    accepted = 0
+    while decoder.rows:
+        accepted += sum(step.accepted for _, step in decoder.step())
+    return [row.tokens for row in rows], accepted
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, TEMPERED], ids=["greedy", "tempered"])
+@pytest.mark.parametrize("plan", PLANS, ids=["plain", "two-pass", "one-pass", "chosen"])
+def test_compiled_passes_write_the_same(
+    folder: Path, look_ahead: LookAhead, plan: Strategy | Adaptive, sampling: SamplingParams
+) -> None:
+    """Catches cache slots, masks or positions that the graph takes for others, LoRA that reaches
+    real rows, and a graph that holds for its example's sizes alone."""
+    eager, fast = Target(roomy_llama()), Target(roomy_llama(), compiled=folder)
+    expected = texts(eager, look_ahead, plan, sampling)
+    assert texts(fast, look_ahead, plan, sampling) == expected
+    alone = texts(fast, look_ahead, plan, sampling, PROMPTS[2:])[0]
+    assert alone == texts(eager, look_ahead, plan, sampling, PROMPTS[2:])[0]
+    assert fast.engine == "compiled"
+    assert expected[1] > 0 or plan is autoregressive
+
+
+def test_layers_of_two_kinds(folder: Path, tiny_target: Callable[[str], Target]) -> None:
+    """Catches a sliding window that is lost, and masks given to the wrong layers."""
+    eager = tiny_target("gemma3")
+    fast = Target(eager.model, compiled=folder)
+    for plan in (autoregressive, AutoPlan(CHEAP)):
+        assert texts(fast, None, plan, GREEDY)[0] == texts(eager, None, plan, GREEDY)[0]
+    assert fast.engine == "compiled"
+
+
+def test_packages_are_kept(
+    folder: Path, look_ahead: LookAhead, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches passes that are compiled in every process, or for every text; and a package made
+    from other weights that is taken for this model's."""
+    texts(Target(roomy_llama(), compiled=folder), look_ahead, TwoPass(2), GREEDY)
+    asked: list[Path] = []
+
+    def refuse(_: object, path: Path) -> None:
+        asked.append(path)
+        raise compiled.CompileError("not again")
+
+    monkeypatch.setattr(compiled, "_compile", refuse)
+    texts(Target(roomy_llama(), compiled=folder), look_ahead, TwoPass(2), GREEDY)
+    assert asked == []
+    other = roomy_llama()
+    with torch.no_grad():
+        list(other.parameters())[-1].view(-1)[-1] += 1
+    texts(Target(other, compiled=folder), None, autoregressive, GREEDY, PROMPTS[:1])
+    assert len(asked) == 1
+
+
+def test_a_machine_without_compiler_decodes_eagerly(
+    tmp_path: Path,
+    look_ahead: LookAhead,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Catches a crash, a fallback nobody is told of, and a file left behind that loads wrongly."""
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    target = Target(roomy_llama(), compiled=tmp_path / "made")
+    with caplog.at_level(logging.WARNING):
+        written = texts(target, look_ahead, TwoPass(2), GREEDY)
+    assert "no C++ compiler" in caplog.text
+    assert caplog.text.count("run eagerly") == 1
+    assert target.engine == "eager"
+    assert written == texts(Target(roomy_llama()), look_ahead, TwoPass(2), GREEDY)
+    assert list((tmp_path / "made").iterdir()) == []
+
+
+def test_a_damaged_package_is_deleted(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a package cut short by a full disk that stops every later start."""
+    texts(Target(roomy_llama(), compiled=folder), None, autoregressive, GREEDY, PROMPTS[:1])
+    for package in folder.glob("*.pt2"):
+        (tmp_path / package.name).write_bytes(package.read_bytes()[:1000])
+    count = len(list(tmp_path.iterdir()))
+    target = Target(roomy_llama(), compiled=tmp_path)
+    with caplog.at_level(logging.WARNING):
+        texts(target, None, autoregressive, GREEDY, PROMPTS[:1])
+    assert "deleted" in caplog.text
+    assert len(list(tmp_path.iterdir())) == count - 1
