@@ -199,15 +199,15 @@ def test_processors_see_the_true_history_in_judging_and_in_drafting(
     row = decoder.join(Request.of([3, 4, 5], sampling, 24, plan))
     accepted = drafted = 0
     while decoder.rows:
-        before, candidates = list(row.tokens), list(row.candidates)
+        before, candidates = list(row.tokens), list(row.drafted)
         recorder.calls.clear()
         (_, step) = decoder.step()[0]
         judged = candidates[: row.plan.candidates]
         expected = [before + judged[:i] for i in range(len(judged) + 1)]
         assert row.tokens == before + list(step.tokens)
         if step.finish_reason is None:
-            expected += [row.tokens + row.candidates[:j] for j in range(len(row.candidates))]
-            drafted += len(row.candidates)
+            expected += [row.tokens + row.drafted[:j] for j in range(len(row.drafted))]
+            drafted += len(row.drafted)
         assert recorder.calls == expected
         accepted += step.accepted
     assert drafted > 0

@@ -178,29 +178,46 @@ class Row:
             sampler: weighs each row anew once the token before it is drawn.
         """
         self.drafted, drawn_from = [], []
+        distribution = self.request.distribution
         # Rows wait for the one before where a sampler head or a processor reads what it drew.
-        waits = sampler is not None or self.request.distribution.reads_history
+        waits = sampler is not None or distribution.reads_history
         together = 1 if waits else len(group)
         for start in range(0, len(group), together):
             history = [*self.tokens, *self.drafted]
-            logits = group[start : start + together]
-            if sampler is not None:
+            logits, tokens = group[start : start + together], None
+            if sampler is not None and distribution.treats_alike:
+                tokens, logits = sampler.shortlist(start, history[-1])
+            elif sampler is not None:
                 logits = sampler.logits(start, history[-1])
-            q = self.request.distribution(logits, history)
-            drawn, q = self._drawn(q, len(history))
+            drawn, q = self._drawn(distribution(logits, history), tokens, group.shape[1])
             self.drafted += drawn
             drawn_from.append(q)
         self.q = torch.cat(drawn_from) if self.request.judge == "rejection" else None
 
-    def _drawn(self, q: Tensor, position: int) -> tuple[list[int], Tensor]:
-        """Tokens drawn from `q`, and the distribution they were really drawn from."""
+    def _drawn(self, q: Tensor, tokens: Tensor | None, size: int) -> tuple[list[int], Tensor]:
+        """Tokens drawn from `q`, and the distribution they were really drawn from.
+
+        Args:
+            q: `[R, V]`; or `[1, K]`, of these tokens alone.
+            tokens: their ids, `[K]`.
+            size: of the vocabulary, `V`.
+        """
         if self.request.draft == "greedy":
-            best = q.argmax(-1, keepdim=True)
-            return best.squeeze(1).tolist(), torch.zeros_like(q).scatter_(1, best, 1.0)
-        # Coupled drafts share the noise that will settle their position; rejection needs its own.
-        shared = self.request.judge == "coupled"
-        purpose = Purpose.SETTLE if shared else Purpose.DRAFT
-        drawn = judge.draw(q, self._noise(position, len(q), purpose, q.shape[1]))
+            drawn = q.argmax(-1)
+            q = torch.zeros_like(q).scatter_(1, drawn[:, None], 1.0)
+        else:
+            # Coupled drafts share the noise that will settle their position; rejection needs its
+            # own.
+            shared = self.request.judge == "coupled"
+            purpose = Purpose.SETTLE if shared else Purpose.DRAFT
+            noise = self._noise(len(self.tokens) + len(self.drafted), len(q), purpose, size)
+            if noise is not None and tokens is not None:
+                noise = noise[:, tokens.cpu()]
+            drawn = judge.draw(q, noise)
+        if tokens is not None:
+            if self.request.judge == "rejection":
+                q = q.new_zeros(1, size).index_copy_(1, tokens, q)
+            drawn = tokens[drawn]
         return drawn.tolist(), q
 
     def _noise(self, start: int, count: int, purpose: Purpose, size: int) -> Tensor | None:

@@ -64,6 +64,8 @@ class SamplerHead(nn.Module):
 
     def copied(self, device: torch.device, dtype: torch.dtype) -> SamplerHead:
         """A copy for decoding, without gradients."""
+        if device.type == "cpu":
+            dtype = torch.float32  # products this small take half of bfloat16's time there
         copies = [getattr(self, n).detach().to(device, dtype, copy=True) for n in self.NAMES]
         return SamplerHead(copies[0], copies[1], copies[2], self.shortlist)
 
@@ -127,13 +129,21 @@ class GroupSampler:
         self._best, self._tokens = logits.topk(min(head.shortlist, self._vocabulary))
         self._from_hidden = head.from_hidden(hidden)
 
-    def logits(self, row: int, before: int) -> Tensor:
-        """The row's logits when the token before it is `before`, `[1, V]` float32."""
+    def shortlist(self, row: int, before: int) -> tuple[Tensor, Tensor]:
+        """The row's best tokens, `[K]`, and their logits if `before` is the token before, `[1, K]`.
+
+        All other tokens have no chance; logits are float32.
+        """
         tokens = self._tokens[row]
         correction = self._head.correction(self._from_hidden[row], self._tables.inputs[before])
         gained = self._tables.outputs[tokens].to(correction) @ correction
-        logits = gained.new_full((1, self._vocabulary), OUT_OF_REACH, dtype=torch.float32)
-        logits[0, tokens] = self._best[row].float() + gained.float()
+        return tokens, (self._best[row].float() + gained.float())[None]
+
+    def logits(self, row: int, before: int) -> Tensor:
+        """The same for all tokens, `[1, V]`."""
+        tokens, best = self.shortlist(row, before)
+        logits = best.new_full((1, self._vocabulary), OUT_OF_REACH)
+        logits[0, tokens] = best[0]
         return logits
 
 

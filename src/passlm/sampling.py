@@ -50,6 +50,8 @@ _BLIND = (
     TopPLogitsWarper,
     TypicalLogitsWarper,
 )
+# These look at scores and not at which token has which, so they may see some tokens alone.
+_ALIKE = (MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
 _SMALLEST = float(np.finfo(np.float32).tiny)  # a number to divide by
 
 
@@ -107,12 +109,14 @@ class TokenDistribution:
         self.processors = processors
         self.greedy = greedy
         self.reads_history = any(type(p) not in _BLIND for p in processors)
+        self.treats_alike = all(type(p) in _ALIKE for p in processors)
 
     def __call__(self, logits: Tensor, history: Sequence[int], tail: Sequence[int] = ()) -> Tensor:
         """Probabilities of the token that follows each row.
 
         Args:
-            logits: `[R, V]`, of any floating type.
+            logits: `[R, V]`, of any floating type; where `treats_alike`, of some tokens alone if
+                all others have no chance.
             history: settled token ids of the text, which every row follows.
             tail: candidates behind the history; row `i` follows the first `i` of them.
 
