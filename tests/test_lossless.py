@@ -333,6 +333,17 @@ def test_chosen_plans_give_the_text(
     assert accepted > 0
 
 
+def test_chosen_plans_repeat_a_rejection_text(llama_case: Case) -> None:
+    """Catches plans that follow a clock, or what another text accepted: with the rejection judge
+    the text depends on them."""
+    sampling = replace(TEMPERED, judge="rejection")
+    asked = requests_for(llama_case.prompts, AutoPlan(DEAR, (0.6, 0.5)), sampling, SAMPLED_TOKENS)
+    first = llama_case.run(asked)
+    assert llama_case.run(asked).texts == first.texts
+    assert llama_case.run(asked[1:2]).texts == first.texts[1:2]
+    assert sum(step.accepted for row in first.steps for step in row) > 0
+
+
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 @pytest.mark.parametrize("plan", [TwoPass(3), OnePass(3), mixed])
 def test_drafts_come_from_the_last_accepted_row(

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, StaticLayer
 
 from passlm.lora import AppliedLora, RowSplit
-from passlm.provenance import provenance
+from passlm.provenance import environment
 
 MOST_ROWS = 1024  # of one pass
 _MOST_TEXTS = 256
@@ -206,15 +206,12 @@ class CompiledPasses:
     def _key(self, lora: AppliedLora | None) -> str:
         if self._digest is None:
             self._digest = _digest(self._model.state_dict().values())
-        stamp = provenance([])
         parts = {
             "weights": self._digest,
             "config": self._model.config.to_json_string(),
             "shapes": repr(self.shapes),
             "lora": None if lora is None else _digest(lora.tensors),
-            "machine": stamp["machine"],
-            "packages": stamp["packages"],
-            "passlm": stamp["passlm"],
+            "environment": environment(),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 

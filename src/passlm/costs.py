@@ -26,7 +26,7 @@ from passlm.lookahead import LookAhead, fingerprint
 from passlm.params import SamplingParams
 from passlm.plan import Chain, Choice, Chooser, Limits, Plan
 from passlm.planner import AutoPlan, CostCurve
-from passlm.provenance import provenance, write_atomically
+from passlm.provenance import environment, provenance, write_atomically
 from passlm.target import LookAheadRows, Target
 
 REAL_ROWS = (1, 2, 3, 5, 9, 13)
@@ -184,16 +184,13 @@ class Costs:
 
     def _identity(self) -> dict[str, Any]:
         """Everything that a curve depends on but batch and context."""
-        stamp = provenance([])
         card = None if self.look_ahead is None else self.look_ahead.card
         return {
             "model": asdict(fingerprint(self.target)),
             "engine": self.target.engine,
             "dtype": str(self.target.dtype),
             "device": str(self.target.device),
-            "machine": stamp["machine"],
-            "packages": stamp["packages"],
-            "passlm": stamp["passlm"],
+            "environment": environment(),
             "look_ahead": card and [card.look_ahead_tokens, card.lora, card.sampler],
         }
 

@@ -23,16 +23,24 @@ def provenance(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     Args:
         arguments: the command's arguments; those of this process if not given.
     """
+    return {
+        **environment(),
+        "commit": commit(),
+        "python": platform.python_version(),
+        "arguments": list(sys.argv[1:] if arguments is None else arguments),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def environment() -> dict[str, Any]:
+    """What speed depends on: versions and machine, as JSON-ready values."""
     import torch  # here: versions and threads are all that is wanted of it
 
-    packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
     return {
         # By name: the package's own file counts as above this one. Its version is there where
         # nothing is installed, as in a checkout.
         "passlm": import_module("passlm").__version__,
-        "commit": commit(),
-        "python": platform.python_version(),
-        "packages": packages,
+        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "machine": {
             "system": f"{platform.system()} {platform.machine()}",
             "processor": _processor(),
@@ -40,8 +48,6 @@ def provenance(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
-        "arguments": list(sys.argv[1:] if arguments is None else arguments),
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
