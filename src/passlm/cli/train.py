@@ -368,10 +368,10 @@ def _finish(arguments: argparse.Namespace, trainer: Trainer) -> dict[str, Any]:
     from passlm.train.report import curves, model_card
 
     history = read_history(trainer.folder) if trainer.writes else []
-    length = history[-1].accepted_length if history else None
-    unknown = trainer.writes and length is None
+    shares = history[-1].accepted_by_position if history else None
+    unknown = trainer.writes and shares is None
     if unknown if trainer.processes is None else trainer.processes.any(unknown):
-        length = sum(trainer.evaluate())
+        shares = tuple(trainer.evaluate())
     if not trainer.writes:
         return {}
     rows = trainer.look_ahead
@@ -387,13 +387,18 @@ def _finish(arguments: argparse.Namespace, trainer: Trainer) -> dict[str, Any]:
             "dtype": arguments.dtype,
             "provenance": provenance([]),
         },
-        accepted_length={"held-out text, teacher-forced": length},
+        accepted_length={
+            "held-out text, teacher-forced": {
+                "accepted_length": sum(shares or ()),
+                "by_position": [round(share, 4) for share in shares or ()],
+            }
+        },
     )
     rows.save(trainer.folder)
     write_atomically(trainer.folder / "curves.png", curves(history))
     write_atomically(trainer.folder / "README.md", model_card(rows.card))
     _log.info("wrote %s", trainer.folder / CARD_FILE)
-    return {"accepted_length": length, "steps": trainer.steps_done}
+    return {"accepted_length": sum(shares or ()), "steps": trainer.steps_done}
 
 
 def _described_data(arguments: argparse.Namespace) -> dict[str, str]:
