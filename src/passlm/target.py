@@ -68,7 +68,7 @@ class LookAheadRows:
     sampler: SamplerHead | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class PassOutput:
     """What a pass gave. Row `b` has meaning up to its own plan's length, real rows first.
 
@@ -99,14 +99,19 @@ class PassOutput:
         Args:
             places: number of the text in the batch, and its rows.
         """
-        if self.whole is not None or self.head is None or self.hidden is None or not places:
-            return [self.logits[text, rows] for text, rows in places]
-        if self.hidden.shape[:2].numel() <= _FEW_ROWS:
-            object.__setattr__(self, "whole", self.head(self.hidden))
-            return self.of(places)
-        parts = [self.hidden[text, rows] for text, rows in places]
+        if not places:
+            return []
+        if self.head is not None and self.hidden is not None and self.whole is None:
+            if self.hidden.shape[:2].numel() > _FEW_ROWS:
+                return self._made(self.head, [self.hidden[text, rows] for text, rows in places])
+            self.whole = self.head(self.hidden)
+        logits = self.logits
+        return [logits[text, rows] for text, rows in places]
+
+    @staticmethod
+    def _made(head: Callable[[Tensor], Tensor], parts: list[Tensor]) -> list[Tensor]:
         ends = list(accumulate(map(len, parts)))[:-1]
-        made = torch.tensor_split(self.head(torch.cat(parts)), ends)
+        made = torch.tensor_split(head(torch.cat(parts)), ends)
         return list(made)
 
 

@@ -1,0 +1,99 @@
+"""Where the time of a decoding step goes: milliseconds a step by part, for one prompt."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+import time
+from collections import defaultdict
+from typing import Any
+
+from passlm.cli import Parser
+from passlm.cli.common import add_decoding_arguments, add_model_arguments
+from passlm.decode import Decoder, Row
+from passlm.errors import InputError
+from passlm.generate import load, set_threads
+from passlm.params import METHODS
+from passlm.target import PassOutput, Target
+
+# Each part, and those of the list that it holds.
+PARTS: dict[str, tuple[type, str, tuple[str, ...]]] = {
+    "step": (Decoder, "step", ("pass", "judge", "draft", "choose plan", "output layer")),
+    "choose plan": (Row, "choose_plan", ()),
+    "pass": (Target, "run", ("model",)),
+    "output layer": (PassOutput, "of", ()),
+    "judge": (Row, "judge", ()),
+    "draft": (Row, "draft", ()),
+}
+PROMPT = "def quicksort(items: list[int]) -> list[int]:\n"
+
+
+def main() -> int:
+    """Measure and print; gives the exit code."""
+    made = Parser(description=__doc__, allow_abbrev=False)
+    made.add_argument("--method", nargs="+", choices=METHODS, default=["ar", "two-pass", "auto"])
+    made.add_argument("--max-new-tokens", type=int, default=128)
+    add_model_arguments(made)
+    add_decoding_arguments(made)
+    try:
+        run(made.parse(sys.argv[1:]))
+    except InputError as error:
+        print(f"step_times.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """A table with a column for each method."""
+    set_threads(arguments.threads)
+    lm = load(
+        arguments.model,
+        lookahead=arguments.lookahead,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        pack=arguments.pack,
+        compile=arguments.compile,
+    )
+    seconds: defaultdict[str, float] = defaultdict(float)
+    model = "_call_compiled" if arguments.compile else "_call_model"
+    watched = {**PARTS, "model": (Target, model, ())}
+    for name, (kind, method, _) in watched.items():
+        setattr(kind, method, timed(getattr(kind, method), name, seconds))
+    columns = []
+    for method in arguments.method:
+        lm.generate(PROMPT, max_new_tokens=16, method=method)  # compiles, measures costs
+        seconds.clear()
+        stats = lm.generate(PROMPT, max_new_tokens=arguments.max_new_tokens, method=method)[0].stats
+        own = {part: seconds[part] - sum(seconds[p] for p in held(part)) for part in watched}
+        columns.append({part: 1e3 * took / stats.passes for part, took in own.items()})
+        columns[-1]["tokens a pass"] = stats.tokens_per_pass
+    print(f"| ms a step ({lm.target.engine}) | {' | '.join(arguments.method)} |")
+    print("| --- |" + " ---: |" * len(columns))
+    labels = {"step": "rest of the step", "pass": "rest of the pass: rows, masks, cache"}
+    for part in ("model", *PARTS, "tokens a pass"):
+        cells = (f"{column[part]:.2f}" for column in columns)
+        print(f"| {labels.get(part, part)} | {' | '.join(cells)} |")
+
+
+def held(part: str) -> tuple[str, ...]:
+    """Parts that lie in another one."""
+    return PARTS[part][2] if part in PARTS else ()
+
+
+def timed(function: Any, name: str, seconds: defaultdict[str, float]) -> Any:
+    """The function with a stopwatch around it."""
+
+    @functools.wraps(function)
+    def watched(*given: Any, **named: Any) -> Any:
+        begun = time.perf_counter()
+        try:
+            return function(*given, **named)
+        finally:
+            seconds[name] += time.perf_counter() - begun
+
+    return watched
+
+
+if __name__ == "__main__":
+    sys.exit(main())
