@@ -36,7 +36,7 @@ def test_no_placeholder_is_left() -> None:
 def test_the_readme_has_what_is_run_here() -> None:
     """Catches a change of the README's form that leaves nothing to test."""
     assert len(SNIPPETS) == 2
-    assert len(COMMANDS) == 4
+    assert len(COMMANDS) == 5
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=["python", "transformers"])
