@@ -13,7 +13,7 @@ WIDE = Limits(1000)
 # Costs of two machines: where rows are all but free, and where each costs as much as the first.
 FLAT = CostCurve((1, 41), (1.0, 1.4), (1, 4), (0.02, 0.02), 0.001)
 STEEP = CostCurve((1, 11), (1.0, 11.0), (1, 4), (0.5, 0.5), 0.5)
-DRAFT = Chain((5, 6, 7, 8), sureness=0.8)
+DRAFT = Chain((5, 6, 7, 8))
 COPIED = Chain(tuple(range(12)), "lookup", 16)
 PRIOR = (0.7, 0.5, 0.4, 0.3)
 
@@ -66,7 +66,7 @@ def test_rows_that_cost_much_are_not_computed() -> None:
     """Catches plain decoding left out of the choice."""
     chooser = AutoPlan(STEEP, (0.2, 0.2)).begin()
     assert chooser.choose([], WIDE).plan == Plan(0, (0,))
-    assert chooser.choose([Chain((1, 2), sureness=0.3)], WIDE) == Choice(None, Plan(0, (0,)))
+    assert chooser.choose([Chain((1, 2))], WIDE) == Choice(None, Plan(0, (0,)))
 
 
 def test_rows_that_cost_little_are_used() -> None:
@@ -85,9 +85,7 @@ def test_a_source_that_fails_is_left_and_tried_again() -> None:
     chooser = AutoPlan(FLAT, PRIOR).begin()
     used = []
     for _ in range(1500):
-        choice = chooser.choose(
-            [Chain((5,) * 4, sureness=0.6), Chain((1,) * 12, "lookup", 3)], WIDE
-        )
+        choice = chooser.choose([Chain((5,) * 4), Chain((1,) * 12, "lookup", 3)], WIDE)
         used.append(None if choice.chain is None else choice.chain.source)
         chooser.learn(choice, min(1, choice.plan.candidates) if used[-1] == "look-ahead" else 0)
     assert used[0] == "lookup"
@@ -105,7 +103,7 @@ def test_passes_without_gain_come_to_plain_decoding() -> None:
         choice = chooser.choose([] if chain is None else [chain], WIDE)
         chooser.learn(choice, 0)
         length = choice.plan.groups[0]
-        chain = Chain((1,) * length, sureness=0.6) if length else None
+        chain = Chain((1,) * length) if length else None
         rows.append(choice.plan.rows)
     assert rows[0] > 1
     assert sum(rows[500:]) / 1000 < 1.1

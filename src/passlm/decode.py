@@ -98,7 +98,6 @@ class Row:
         tokens: settled ids, prompt included; the last one is the root.
         drafted: draft tokens behind it, from a look-ahead group.
         q: the distributions they were drawn from, `[M, V]`, where the judge needs them.
-        sureness: the probability of the first drafted row's likeliest token.
         choice: what the pass under way verifies and computes.
     """
 
@@ -109,7 +108,6 @@ class Row:
     tokens: list[int]
     drafted: list[int] = field(default_factory=list)
     q: Tensor | None = None
-    sureness: float = 0.0
     choice: Choice = field(default=Choice(None, Plan(0, (0,))))
 
     def __post_init__(self) -> None:
@@ -117,7 +115,6 @@ class Row:
         self._chooser: Chooser = (
             asked.begin() if isinstance(asked, Adaptive) else FixedChooser(asked)
         )
-        self._adapts = isinstance(asked, Adaptive)
         self._lookup = PromptLookup() if self._chooser.lookup else None
 
     @property
@@ -138,9 +135,7 @@ class Row:
 
     def _chains(self) -> list[Chain]:
         """The candidates at hand, one chain of each source."""
-        chains = []
-        if self.drafted:
-            chains.append(Chain(tuple(self.drafted), sureness=self.sureness))
+        chains = [Chain(tuple(self.drafted))] if self.drafted else []
         if self._lookup is not None:
             found, evidence = self._lookup.find(self.tokens, self._chooser.lookup)
             if found:
@@ -194,8 +189,6 @@ class Row:
                 tokens, logits = sampler.shortlist(start, history[-1])
             elif sampler is not None:
                 logits = sampler.logits(start, history[-1])
-            if start == 0 and self._adapts:
-                self.sureness = float(logits[0].float().softmax(-1).max())
             drawn, q = self._drawn(distribution(logits, history), tokens, group.shape[1])
             self.drafted += drawn
             drawn_from.append(q)

@@ -100,15 +100,11 @@ class Chain:
         tokens: their ids, at least one.
         source: drawn from a look-ahead group, or copied from earlier in the text.
         evidence: of a copied one, how many tokens before it agree with the text's last ones.
-        sureness: of a drawn one, the probability of the first row's likeliest token. It is known
-            before anything is drawn: a plan that followed from what was drawn would bend the
-            distribution under the rejection judge.
     """
 
     tokens: tuple[int, ...]
     source: Source = "look-ahead"
     evidence: int = 0
-    sureness: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -33,22 +33,6 @@ _LOOKUP_PRIOR = (
 )
 
 
-# Drafted chains by the probability of their first row's likeliest token: limits of six levels, how
-# often each is met, how often the first candidate is then accepted, and the later ones in parts of
-# their mean: SmolLM2-135M-Instruct with `best`, greedy, 1,815 chains on 96 of the same prompts.
-_SURE = (0.2, 0.35, 0.5, 0.7, 0.9)
-_SHARES = (0.12, 0.20, 0.19, 0.20, 0.16, 0.13)
-_FIRST = (0.22, 0.37, 0.57, 0.75, 0.86, 0.96)
-_LATER = (0.80, 0.85, 0.95, 1.00, 1.15, 1.10)
-_SUREST = 0.98
-
-
-def _of_level(prior: Sequence[float], level: int) -> list[float]:
-    """Chances of a drafted chain's candidates, from the card's figures and its first row."""
-    later = [min(_SUREST, chance * _LATER[level]) for chance in prior[1:]]
-    return [_FIRST[level], *later] if prior else []
-
-
 @dataclass(frozen=True)
 class CostCurve:
     """Seconds of one pass, judging and drafting included, on one machine.
@@ -157,8 +141,7 @@ class AutoPlan:
     Attributes:
         curve: costs of a pass, for the batch's size.
         prior: chance of each look-ahead candidate once those before it are accepted, from the
-            files' card; empty where nothing may be hung on real rows. What a draft's own first row
-            says comes on top.
+            files' card; empty where nothing may be hung on real rows.
         lookup: whether chains found in the text are candidates.
     """
 
@@ -200,11 +183,9 @@ class AutoChooser:
 
     def __init__(self, settings: AutoPlan) -> None:
         self._settings = settings
-        levels = (_of_level(settings.prior, level) for level in range(1 + len(_SURE)))
-        self._ahead = Acceptance([chance for level in levels for chance in level])
+        self._ahead = Acceptance(settings.prior)
         self._copied = Acceptance(_LOOKUP_PRIOR)
         self._offered: dict[int, float] = {0: 1.0}  # how often lookup chains of which evidence
-        self._drafted = dict(enumerate(_SHARES))  # how often drafted chains of which sureness
         self._seconds = _PRIOR_WEIGHT * settings.curve.of(1)
         self._tokens = settings.first_rate * self._seconds
         self._worth = [0.0] * (1 + len(settings.prior))  # of a group of so many rows, in tokens
@@ -232,15 +213,10 @@ class AutoChooser:
         value, plan = self._weigh(_NOTHING)
         evidence = 0
         for chain in chains:
-            level = self._level(chain)
-            worth, its_plan = self._weigh((chain.source, len(chain.tokens), level))
+            worth, its_plan = self._weigh((chain.source, len(chain.tokens), chain.evidence))
             if worth > value:
                 best, value, plan = chain, worth, its_plan
-            if chain.source == "lookup":
-                evidence = level
-            else:
-                self._fade(self._drafted)
-                self._drafted[level] += 1
+            evidence = max(evidence, chain.evidence)
         self._fade(self._offered)
         self._offered[evidence] = self._offered.get(evidence, 0.0) + 1
         return Choice(best, plan).within(limits)
@@ -252,25 +228,11 @@ class AutoChooser:
             acceptance.forget()
         if chain is not None:
             counts = self._ahead if chain.source == "look-ahead" else self._copied
-            level = self._level(chain)
             for place in range(min(accepted + 1, plan.candidates)):
-                counts.count(self._place(chain.source, level, place), place < accepted)
+                counts.count(_level(chain.source, chain.evidence, place), place < accepted)
         self._tokens = self._tokens * _MEMORY + 1 + accepted
         cost = self._settings.cost(1 + plan.candidates, sum(plan.groups), plan.groups[accepted])
         self._seconds = self._seconds * _MEMORY + cost
-
-    @staticmethod
-    def _level(chain: Chain) -> int:
-        """What tells good chains of a source from bad ones."""
-        if chain.source == "lookup":
-            return chain.evidence
-        return bisect_right(_SURE, chain.sureness)
-
-    def _place(self, source: str, level: int, place: int) -> int:
-        """Where a candidate is counted: by agreeing text once reached, or by level and place."""
-        if source == "lookup":
-            return min(level + place, LONGEST_MATCH) - 1
-        return level * len(self._settings.prior) + place
 
     @staticmethod
     def _fade(weights: dict[int, float]) -> None:
@@ -288,22 +250,18 @@ class AutoChooser:
             if evidence
         ]
         rest = 1 - sum(share for share, _ in others)
-        drafted = sum(self._drafted.values())
         for rows in range(1, len(self._worth)):
-            worth = 0.0
-            for level, weight in self._drafted.items():
-                group = max(without, self._weigh(("look-ahead", rows, level))[0])
-                gains = [share * (max(v, group) - max(v, without)) for share, v in others]
-                worth += weight / drafted * (rest * (group - without) + sum(gains))
-            self._worth[rows] = worth
+            with_group = self._weigh(("look-ahead", rows, 0))[0]
+            gains = [share * (max(v, with_group) - max(v, without)) for share, v in others]
+            self._worth[rows] = max(0.0, rest * (with_group - without) + sum(gains))
         self._weighed.clear()
 
     def _weigh(self, key: _Key) -> tuple[float, Plan]:
         """The best plan for a chain of this kind, and what it is worth, in tokens."""
         if key not in self._weighed:
-            source, length, level = key
+            source, length, evidence = key
             counts = self._ahead if source == "look-ahead" else self._copied
-            chances = [counts[self._place(source, level, place)] for place in range(length)]
+            chances = [counts[_level(source, evidence, place)] for place in range(length)]
             self._weighed[key] = self._best(chances)
         return self._weighed[key]
 
@@ -344,5 +302,10 @@ class AutoChooser:
         return best, set(likeliest[:hung])
 
 
-_Key = tuple[str, int, int]  # source of a chain, its length, its level
+_Key = tuple[str, int, int]  # source of a chain, its length, its evidence
 _NOTHING: _Key = ("look-ahead", 0, 0)
+
+
+def _level(source: str, evidence: int, place: int) -> int:
+    """Where a candidate is counted: by place, or by how much text agrees once it is reached."""
+    return place if source == "look-ahead" else min(evidence + place, LONGEST_MATCH) - 1
