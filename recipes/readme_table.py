@@ -13,19 +13,27 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-RESULTS = ("humaneval", "steps")
+RESULTS = ("auto-compiled", "auto-eager", "humaneval")
+NAMES = {
+    "ar": "plain decoding",
+    "lookup": "prompt lookup alone",
+    "hf": "transformers' `generate`",
+    "hf-prompt-lookup": "transformers' prompt lookup",
+}
 BEGIN, END = "<!-- measured: recipes/readme_table.py -->\n", "<!-- /measured -->"
-COLUMNS = "| method | L | tokens/s | against plain | tokens/pass | accepted length | same text |"
+COLUMNS = "| prompts | method | L | tokens/s | against plain | tokens/pass | same text |"
 
 
 def table(name: str) -> str:
     """One result file as a table with a line on where it comes from."""
     results = json.loads((ROOT / "docs/results" / name / "results.json").read_text())
     runs, machine = results["runs"], results["provenance"]["machine"]
-    lines = [COLUMNS, "| --- |" + " ---: |" * 6, *map(row, runs)]
-    first = runs[0]
+    lines = [COLUMNS, "| --- | --- |" + " ---: |" * 5, *map(row, runs)]
+    settings, plain = results["settings"], [run for run in runs if run["method"] == "ar"]
+    passes = "compiled passes" if settings.get("compiled") else "eager passes"
     source = (
-        f"{first['prompts']} HumanEval prompts, {first['tokens']:,} new tokens, greedy, "
+        f"{plain[0]['prompts']} prompts of each suite, "
+        f"{sum(run['tokens'] for run in plain):,} new tokens, greedy, {passes}, "
         f"{results['settings']['dtype']}, {machine['threads']} threads of {machine['processor']}; "
         f"[report](docs/results/{name}/report.md)"
     )
@@ -39,14 +47,12 @@ def row(run: dict[str, Any]) -> str:
     if interval is not None and run["method"] != "ar":
         against += f" ({interval[0]:.2f} to {interval[1]:.2f})"
     cells = [
-        {"ar": "plain decoding", "hf": "transformers' `generate`"}.get(
-            run["method"], run["method"]
-        ),
+        run["suite"],
+        NAMES.get(run["method"], run["method"]),
         str(run["lookahead_tokens"] or ""),
         f"{run['tokens_per_second']:.1f}",
         against,
         "" if run["tokens_per_pass"] is None else f"{run['tokens_per_pass']:.2f}",
-        f"{run['accepted_length']:.2f}" if run["accepted_by_position"] else "",
         f"{100 * run['identical_to_ar']:.0f} %",
     ]
     return f"| {' | '.join(cells)} |"

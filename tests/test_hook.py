@@ -39,10 +39,11 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from passlm import custom_generate, lookahead
+from passlm.card import LookAheadError
 from passlm.decode import Decoder, PromptError, Row
 from passlm.errors import InputError
 from passlm.hook import CustomGenerate, GenerateError
-from passlm.lookahead import LookAhead, LookAheadError
+from passlm.lookahead import LookAhead
 from passlm.sampler import GroupSampler
 from passlm.supported import UnsupportedModelError
 from passlm.target import Target
@@ -371,6 +372,19 @@ def test_a_users_length_criterion_replaces_generates(
     assert same({"input_ids": PROMPT}, stopping_criteria=criteria).shape[1] == length
 
 
+def test_auto_is_the_default_and_needs_no_files(
+    llama: PreTrainedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a default that fails for models that nothing ships for, or that nobody is told of."""
+    plain = llama.generate(PROMPT, do_sample=False, max_new_tokens=40)
+    with caplog.at_level(logging.WARNING, logger="passlm.hook"):
+        written = llama.generate(
+            PROMPT, do_sample=False, max_new_tokens=40, custom_generate=custom_generate()
+        )
+    assert torch.equal(written, plain)
+    assert "drafting from the text alone" in caplog.text
+
+
 def test_the_models_context_ends_the_text(
     llama: PreTrainedModel, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -670,8 +684,9 @@ def test_lookahead_tokens_outside_the_files(llama: PreTrainedModel, rows: LookAh
 @pytest.mark.parametrize(("name", "said"), [(None, "none|no look-ahead"), ("nowhere", "nowhere")])
 def test_missing_files_are_refused(llama: PreTrainedModel, name: str | None, said: str) -> None:
     """Catches a fall-back to plain decoding."""
+    hook = custom_generate(lookahead=name, method="one-pass")
     with pytest.raises(LookAheadError, match=said):
-        llama.generate(PROMPT, max_new_tokens=4, custom_generate=custom_generate(lookahead=name))
+        llama.generate(PROMPT, max_new_tokens=4, custom_generate=hook)
 
 
 def test_rows_of_another_model_are_refused(

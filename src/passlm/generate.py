@@ -82,7 +82,8 @@ def _look_ahead(name: str | Path | None, target: Target) -> LookAhead | None:
     rows = load_for(target, name)
     if rows is None:
         _log.warning(
-            "no look-ahead files ship for this model: decoding plainly; 'passlm train' makes some"
+            "no look-ahead files ship for this model: drafting from the text alone; 'passlm train' "
+            "makes some"
         )
     return rows
 

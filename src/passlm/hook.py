@@ -70,7 +70,8 @@ def custom_generate(
 
     Args:
         lookahead: a folder, the name of shipped files, a hub id, or look-ahead rows in memory;
-            None takes what ships for the model.
+            None takes what ships for the model; where nothing does, `auto` drafts from the text
+            alone.
         method: `auto` chooses plans by what passes cost on this machine, which is measured once;
             `two-pass`, `one-pass`, or `ar` for plain decoding without look-ahead files.
         lookahead_tokens: length of the look-ahead groups, of the longest for `auto`; None takes
@@ -104,7 +105,7 @@ class CustomGenerate:
     method: str
     lookahead_tokens: int | None
     sampling: SamplingParams
-    _loaded: WeakKeyDictionary[PreTrainedModel, LookAhead] = field(
+    _loaded: WeakKeyDictionary[PreTrainedModel, LookAhead | None] = field(
         default_factory=WeakKeyDictionary, init=False, repr=False
     )
 
@@ -156,12 +157,17 @@ class CustomGenerate:
             self._loaded[target.model] = self._load(target)
         return self._loaded[target.model]
 
-    def _load(self, target: Target) -> LookAhead:
+    def _load(self, target: Target) -> LookAhead | None:
         if isinstance(self.lookahead, LookAhead):
             self.lookahead.check(target)
             return self.lookahead
         rows = load_for(target, self.lookahead)
-        if rows is None:
+        if rows is None and self.method == "auto" and self.lookahead_tokens is None:
+            _log.warning(
+                "no look-ahead files ship for this model: drafting from the text alone; 'passlm "
+                "train' makes some"
+            )
+        elif rows is None:
             raise LookAheadError(
                 "no look-ahead files ship for this model: name some as lookahead=..., train some "
                 "with 'passlm train', or take method='ar'"
