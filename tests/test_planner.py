@@ -136,6 +136,18 @@ def _value(
     return sum(reached) + worth - chooser.rate * cost
 
 
+def test_a_batch_turns_drafting_down() -> None:
+    """Catches a text of a batch that makes the pass longer for all and pays for itself alone."""
+    curve = CostCurve((1, 11), (1.0, 1.5), (1, 4), (0.05, 0.05), 0.01)
+    rows = [
+        AutoPlan(curve, PRIOR, batch=batch).begin().choose([DRAFT, COPIED], WIDE).plan.rows
+        for batch in (1, 8, 64)
+    ]
+    assert rows == sorted(rows, reverse=True)
+    assert rows[0] > 12
+    assert rows[2] == 1
+
+
 def test_the_same_text_gives_the_same_plans() -> None:
     """Catches plans that follow a clock: with a seed, rejection would not repeat its text."""
 

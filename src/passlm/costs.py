@@ -165,7 +165,7 @@ class Costs:
             lookup: whether chains copied from the text are candidates.
         """
         prior = () if self.look_ahead is None else self.look_ahead.card.prior[:longest]
-        return AutoPlan(self.curve(batch, context), prior, lookup)
+        return AutoPlan(self.curve(batch, context), prior, lookup, batch)
 
     def _kept_or_measured(self, batch: int, context: int, anew: bool) -> CostCurve:
         key = {**self._identity(), "batch": batch, "context": context}

@@ -143,16 +143,23 @@ class AutoPlan:
         prior: chance of each look-ahead candidate once those before it are accepted, from the
             files' card; empty where nothing may be hung on real rows.
         lookup: whether chains found in the text are candidates.
+        batch: texts that share a pass: one that makes it longer pays for all of them.
     """
 
     curve: CostCurve
     prior: tuple[float, ...] = ()
     lookup: bool = True
+    batch: int = 1
 
     def __post_init__(self) -> None:
         if self.prior and not self.curve.groups:
             raise ValueError("a cost curve without groups cannot say what look-ahead rows cost")
-        object.__setattr__(self, "cost", lru_cache(maxsize=4096)(self.curve.of))
+        object.__setattr__(self, "cost", lru_cache(maxsize=4096)(self._cost))
+
+    def _cost(self, real: int, look_ahead: int, drafted: int) -> float:
+        """What a text's rows cost all texts of the pass, as if the others had one row each."""
+        alone = self.curve.of(1)
+        return alone + self.batch * (self.curve.of(real, look_ahead, drafted) - alone)
 
     cost: Callable[[int, int, int], float] = field(init=False, repr=False, compare=False)
 
