@@ -129,6 +129,18 @@ def test_a_machine_without_compiler_decodes_eagerly(
     assert list((tmp_path / "made").iterdir()) == []
 
 
+def test_a_folder_that_cannot_be_written_is_no_fault(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a traceback where the user's cache folder is read-only or full."""
+    (tmp_path / "file").write_text("")
+    target = Target(roomy_llama(), compiled=tmp_path / "file" / "compiled")
+    with caplog.at_level(logging.WARNING):
+        texts(target, None, autoregressive, GREEDY, PROMPTS[:1])
+    assert target.engine == "eager"
+    assert "run eagerly" in caplog.text
+
+
 def test_a_damaged_package_is_deleted(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from small_llama import small_llama
 
-from passlm import costs
+from passlm import compiled, costs
 from passlm.costs import GROUPS, REAL_ROWS, Costs, measure
 from passlm.lookahead import LookAhead
 from passlm.planner import CostCurve
@@ -139,3 +139,18 @@ def test_the_card_gives_the_prior(folder: Path, target: Target, measured: Calls)
     assert Costs(target, rows).auto(1, 100, longest=1).prior == (0.5,)
     assert Costs(target, rows).auto(1, 100, longest=0).prior == ()
     assert Costs(target).auto(1, 100).prior == ()
+
+
+def test_costs_of_passes_that_do_not_compile_are_those_of_eager_ones(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches eager costs kept as those of compiled passes, for every later start that compiles."""
+    target = Target(small_llama(), compiled=folder / "compiled")
+
+    def refuse(_: object, path: Path) -> None:
+        raise compiled.CompileError("no compiler")
+
+    monkeypatch.setattr(compiled, "_compile", refuse)
+    Costs(target).curve(1, 20)
+    assert target.engine == "eager"
+    assert [json.loads(file.read_text())["key"]["engine"] for file in files(folder)] == ["eager"]

@@ -162,12 +162,12 @@ def _card(content: dict[str, Any]) -> Card:
         base_model=_line(content, "base_model"),
         target=Fingerprint(
             model_type=_line(target, "model_type"),
-            d_model=count(target, "d_model"),
-            vocabulary=count(target, "vocabulary"),
-            layers=count(target, "layers"),
+            d_model=whole_number(target, "d_model"),
+            vocabulary=whole_number(target, "vocabulary"),
+            layers=whole_number(target, "layers"),
             sample=_weights(target, "sample"),
         ),
-        look_ahead_tokens=count(content, "look_ahead_tokens"),
+        look_ahead_tokens=whole_number(content, "look_ahead_tokens"),
         lora=_optional_table(content, "lora"),
         sampler=_optional_table(content, "sampler"),
         training=_table(content, "training"),
@@ -183,7 +183,7 @@ def _line(content: dict[str, Any], name: str) -> str:
     return value
 
 
-def count(content: dict[str, Any], name: str) -> int:
+def whole_number(content: dict[str, Any], name: str) -> int:
     """A whole number above 0; ValueError where there is none."""
     value = content[name]
     if type(value) is not int or value < 1:  # True is an int too

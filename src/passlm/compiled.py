@@ -35,6 +35,7 @@ from passlm.provenance import environment
 MOST_ROWS = 1024  # of one pass
 _MOST_TEXTS = 256
 _MOST_SLOTS = 2**20
+_UNFINISHED = "unfinished-"  # of folders in which passes are being compiled
 _EXAMPLE = (2, 5, 256)  # texts, rows and slots to trace with: any would do
 
 _log = logging.getLogger(__name__)
@@ -279,19 +280,20 @@ def _compile(traced: _Traced, path: Path) -> None:
         CompileError: there is no compiler, or the model cannot be traced.
     """
     _log.info("compiling passes, once: it takes minutes; kept as %s", path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, staged = tempfile.mkstemp(dir=path.parent, suffix=".pt2")
-    os.close(handle)
     try:
-        with torch.no_grad(), _settings():
-            program = traced.exported()
-            torch._inductor.aoti_compile_and_package(program, package_path=staged)
-        os.replace(staged, path)
-    except Exception as error:  # whatever torch, transformers or the compiler raise
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # A folder of its own: what a killed process leaves is no package, and told by its name.
+        with (
+            tempfile.TemporaryDirectory(dir=path.parent, prefix=_UNFINISHED) as folder,
+            torch.no_grad(),
+            _settings(),
+        ):
+            staged = Path(folder) / path.name
+            torch._inductor.aoti_compile_and_package(traced.exported(), package_path=str(staged))
+            os.replace(staged, path)
+    except Exception as error:  # whatever torch, transformers, the compiler or the disk raise
         _log.debug("compiling failed", exc_info=True)
         raise CompileError(_first_line(error)) from error
-    finally:
-        Path(staged).unlink(missing_ok=True)
 
 
 @contextmanager

@@ -169,12 +169,13 @@ class Costs:
 
     def _kept_or_measured(self, batch: int, context: int, anew: bool) -> CostCurve:
         key = {**self._identity(), "batch": batch, "context": context}
-        path = _place(key)
-        kept = None if anew else _read(path, key)
+        kept = None if anew else _read(_place(key), key)
         if kept is not None:
             return kept
         _log.info("measuring what passes cost on this machine, once: it takes some seconds")
         curve = measure(self.target, self.rows, batch, context)
+        key["engine"] = self.target.engine  # passes may have turned out not to compile here
+        path = _place(key)
         content = {"key": key, "curve": asdict(curve), "provenance": provenance([])}
         try:
             write_atomically(path, json.dumps(content, indent=1) + "\n")

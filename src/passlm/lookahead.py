@@ -18,7 +18,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from passlm.card import Card, Fingerprint, LookAheadError, count, first_line, read_card
+from passlm.card import Card, Fingerprint, LookAheadError, first_line, read_card, whole_number
 from passlm.lora import GatedLora, LoraError, groups_of
 from passlm.params import ParameterError
 from passlm.provenance import write_together
@@ -277,13 +277,13 @@ def _sampler(card: Card, tensors: Mapping[str, Tensor]) -> SamplerHead | None:
     if card.sampler is None:
         return None
     hidden_in, token_in, out = (tensors[f"sampler.{name}"] for name in SamplerHead.NAMES)
-    width, d_model = count(dict(card.sampler), "width"), card.target.d_model
+    width, d_model = whole_number(dict(card.sampler), "width"), card.target.d_model
     if sum(name.startswith("sampler.") for name in tensors) != len(SamplerHead.NAMES):
         raise ValueError("the sampler head has other tensors")
     shapes = [tuple(t.shape) for t in (hidden_in, token_in, out)]
     if shapes != [(width, d_model), (width, d_model), (d_model, width)]:
         raise ValueError(f"the sampler head is not of width {width}")
-    return SamplerHead(hidden_in, token_in, out, count(dict(card.sampler), "shortlist"))
+    return SamplerHead(hidden_in, token_in, out, whole_number(dict(card.sampler), "shortlist"))
 
 
 def shipped(target: Target) -> dict[str, Path]:

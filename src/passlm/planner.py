@@ -238,7 +238,9 @@ class AutoChooser:
             for place in range(min(accepted + 1, plan.candidates)):
                 counts.count(_level(chain.source, chain.evidence, place), place < accepted)
         self._tokens = self._tokens * _MEMORY + 1 + accepted
-        cost = self._settings.cost(1 + plan.candidates, sum(plan.groups), plan.groups[accepted])
+        # What the pass took at least, whoever of the batch made it so long.
+        rows = 1 + plan.candidates, sum(plan.groups), plan.groups[accepted]
+        cost = self._settings.curve.of(*rows)
         self._seconds = self._seconds * _MEMORY + cost
 
     @staticmethod

@@ -92,9 +92,9 @@ def _notes(runs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _engine(settings: Mapping[str, Any]) -> str:
     if settings.get("compiled"):
-        return "our methods run compiled passes; hf... are transformers as it is"
+        return "our methods run compiled passes; those of hf are transformers as it is"
     if settings["packed_weights"]:
-        return "our methods compute with packed weights; hf... are transformers as it is"
+        return "our methods compute with packed weights; those of hf are transformers as it is"
     return "all methods compute with the model's plain weights"
 
 
