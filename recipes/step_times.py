@@ -15,7 +15,8 @@ from passlm.decode import Decoder, Row
 from passlm.errors import InputError
 from passlm.generate import load, set_threads
 from passlm.params import METHODS
-from passlm.target import PassOutput, Target
+from passlm.passes import PassOutput
+from passlm.target import Target
 
 # Each part, and those of the list that it holds.
 PARTS: dict[str, tuple[type, str, tuple[str, ...]]] = {

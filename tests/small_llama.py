@@ -28,7 +28,8 @@ from transformers import (
 from passlm.decode import Decoder, Request, Row
 from passlm.lookahead import LookAhead
 from passlm.outputs import Step
-from passlm.target import LookAheadRows, Target
+from passlm.passes import LookAheadRows
+from passlm.target import Target
 from passlm.train.config import TrainConfig
 from passlm.train.data import Document, TokenWindows
 from passlm.train.loop import Trainer

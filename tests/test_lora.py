@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from passlm.lora import PROBE_ROWS, GatedLora, LoraError, RowSplit, groups_of
 from passlm.packing import can_pack
+from passlm.passes import LookAheadRows, PassRow
 from passlm.plan import Plan
-from passlm.target import LookAheadRows, PassRow, Target
+from passlm.target import Target
 
 EVERY = ARCHITECTURES | MORE_ARCHITECTURES
 ROWS = 4

@@ -29,9 +29,10 @@ from tiny import (
 
 from passlm.decode import Decoder, PromptError, Request, Row
 from passlm.params import Draft, Judge, SamplingParams
+from passlm.passes import LookAheadRows, PassRow
 from passlm.plan import OnePass, Plan, Strategy, TwoPass, strategy
 from passlm.planner import AutoPlan, CostCurve
-from passlm.target import LookAheadRows, PassRow, Target
+from passlm.target import Target
 
 LONGEST = 6
 DRAFTING = ("two-pass", "one-pass")

@@ -19,9 +19,9 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from passlm.decode import Decoder, Request
 from passlm.judge import draw
 from passlm.params import Judge, SamplingParams
+from passlm.passes import LookAheadRows
 from passlm.plan import OnePass, Strategy, TwoPass
 from passlm.sampling import Noise, Purpose, TokenDistribution, processors
-from passlm.target import LookAheadRows
 
 V = 50
 EOS = (7, 11)

@@ -17,16 +17,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from passlm.cache import BLOCK
 from passlm.decode import Decoder, PromptError, Request
+from passlm.masks import visibility, within_window
 from passlm.params import SamplingParams
+from passlm.passes import LookAheadRows, PassRow
 from passlm.plan import OnePass, Plan
 from passlm.supported import UnsupportedModelError, check_supported
-from passlm.target import (
-    LookAheadRows,
-    PassRow,
-    Target,
-    visibility,
-    within_window,
-)
+from passlm.target import Target
 
 CPU = torch.device("cpu")
 SOME = ("llama", "llama-eager", "mistral", "gemma2", "gemma3", "gpt2")

@@ -36,8 +36,9 @@ from torch import Tensor
 from passlm.decode import Decoder, Request
 from passlm.outputs import Stats
 from passlm.params import SamplingParams
+from passlm.passes import Hung, LookAheadRows
 from passlm.plan import OnePass, Plan, Strategy, TwoPass
-from passlm.target import Hung, LookAheadRows, Target
+from passlm.target import Target
 from passlm.train import loop
 from passlm.train.config import ConfigError, Loss, TrainConfig
 from passlm.train.loop import (

@@ -21,9 +21,10 @@ from passlm.decode import Decoder, Request, Row
 from passlm.lookahead import Card, LookAhead, fingerprint
 from passlm.outputs import Step
 from passlm.params import SamplingParams
+from passlm.passes import LookAheadRows
 from passlm.plan import Strategy, autoregressive
 from passlm.sampler import SamplerHead
-from passlm.target import LookAheadRows, Target
+from passlm.target import Target
 
 VOCABULARY = 64
 CONTEXT = 256

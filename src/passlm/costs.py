@@ -24,10 +24,11 @@ from passlm.decode import Decoder, Request
 from passlm.gguf_copy import cache_folder
 from passlm.lookahead import LookAhead, fingerprint
 from passlm.params import SamplingParams
+from passlm.passes import LookAheadRows
 from passlm.plan import Chain, Choice, Chooser, Limits, Plan
 from passlm.planner import AutoPlan, CostCurve
 from passlm.provenance import environment, provenance, write_atomically
-from passlm.target import LookAheadRows, Target
+from passlm.target import Target
 
 REAL_ROWS = (1, 2, 3, 5, 9, 13)
 GROUPS = (1, 2, 3, 4, 6, 8)

@@ -18,6 +18,7 @@ from passlm.errors import InputError
 from passlm.lookup import PromptLookup
 from passlm.outputs import FinishReason, Step
 from passlm.params import Draft, Judge, SamplingParams
+from passlm.passes import LookAheadRows, PassOutput, PassRow
 from passlm.plan import (
     Adaptive,
     Chain,
@@ -32,7 +33,7 @@ from passlm.plan import (
 from passlm.sampler import GroupSampler
 from passlm.sampling import Noise, Purpose, TokenDistribution, processors
 from passlm.stopping import cut_block
-from passlm.target import LookAheadRows, PassOutput, PassRow, Target
+from passlm.target import Target
 
 
 class PromptError(InputError):

@@ -21,9 +21,10 @@ from torch.distributed.tensor import DTensor
 from passlm.card import Card, Fingerprint, LookAheadError, first_line, read_card, whole_number
 from passlm.lora import GatedLora, LoraError, groups_of
 from passlm.params import ParameterError
+from passlm.passes import LookAheadRows
 from passlm.provenance import write_together
 from passlm.sampler import SamplerHead
-from passlm.target import LookAheadRows, Target
+from passlm.target import Target
 
 # Group lengths where none is asked for, the fastest measured; see docs/log.md.
 _WEAK_DRAFTS = {"one-pass": 1, "two-pass": 1}

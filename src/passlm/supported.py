@@ -1,4 +1,4 @@
-"""Which models can be decoded by plans, and why others cannot.
+"""Which models can be decoded by plans, why others cannot, and what their configurations say.
 
 Looks at a model and changes nothing; using it is left to `target.py`.
 """
@@ -92,3 +92,32 @@ def _reason_by_positions(config: Any) -> str | None:
 def attention(model: PreTrainedModel) -> str:
     """The attention implementation that a model was loaded with."""
     return str(model.config.get_text_config()._attn_implementation)
+
+
+def window_of(config: Any) -> int | None:
+    """Positions that a row of sliding layers sees, itself included; None without such layers."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and "sliding_attention" not in kinds:
+        return None
+    window = getattr(config, "sliding_window", None)
+    return int(window) if window else None
+
+
+def longrope_switch(config: Any) -> int | None:
+    """The number of positions up to which longrope's frequencies are the short ones."""
+    ropes = getattr(config, "rope_parameters", None) or {}
+    every = [ropes] if "rope_type" in ropes else [r for r in ropes.values() if isinstance(r, dict)]
+    switches = [
+        int(rope["original_max_position_embeddings"])
+        for rope in every
+        if rope.get("rope_type") == "longrope"
+    ]
+    return min(switches, default=None)
+
+
+def layer_kinds(config: Any, window: int | None) -> tuple[str, ...]:
+    """The kinds of attention that its layers have, each once."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        return tuple(dict.fromkeys(kinds))
+    return ("sliding_attention",) if window else ("full_attention",)

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -26,110 +24,23 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from passlm.cache import RowCache, as_prefix
 from passlm.compiled import CompiledPasses, CompileError, Shapes
 from passlm.lora import PROBE_ROWS, AppliedLora, RowSplit
+from passlm.masks import visibility, within_window
 from passlm.packing import PackedLinears, can_pack
+from passlm.passes import Hung, LookAheadRows, PassOutput, PassRow
 from passlm.plan import Layout, Plan
-from passlm.sampler import Embeddings, SamplerHead
-from passlm.supported import UnsupportedModelError, attention, check_supported
+from passlm.sampler import Embeddings
+from passlm.supported import (
+    UnsupportedModelError,
+    attention,
+    check_supported,
+    layer_kinds,
+    longrope_switch,
+    window_of,
+)
 
 PREFILL_CHUNK = 512  # prompt tokens a pass: bounds the memory of activations and masks
 
-_FEW_ROWS = 16  # up to so many, the output layer's time is that of reading its weights
-
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class PassRow:
-    """What one batch row computes in a pass: its real tokens, root first, and its plan."""
-
-    tokens: Sequence[int]
-    plan: Plan
-
-    def __post_init__(self) -> None:
-        if len(self.tokens) != 1 + self.plan.candidates:
-            raise ValueError(
-                f"{len(self.tokens)} tokens for a plan of {self.plan.candidates} candidates: "
-                "expected the root and each candidate"
-            )
-
-
-@dataclass(frozen=True)
-class LookAheadRows:
-    """What look-ahead rows are made of, in the target's type and place.
-
-    Attributes:
-        inputs: input embeddings `LA_1..LA_L`, `[L, d_model]`.
-        lora: updates of the target's layers for these rows.
-        sampler: the head that weighs their guesses again.
-    """
-
-    inputs: Tensor
-    lora: AppliedLora | None = None
-    sampler: SamplerHead | None = None
-
-
-@dataclass
-class PassOutput:
-    """What a pass gave. Row `b` has meaning up to its own plan's length, real rows first.
-
-    Attributes:
-        whole: logits of all rows, `[B, Q, V]`, where `Q` is the longest plan; None where they are
-            made when asked for.
-        hidden: what the target's output layer is given, `[B, Q, d_model]`; None where nothing
-            asks for it.
-        head: the output layer.
-    """
-
-    whole: Tensor | None
-    hidden: Tensor | None = None
-    head: Callable[[Tensor], Tensor] | None = None
-
-    @property
-    def logits(self) -> Tensor:
-        """Logits of all rows, `[B, Q, V]`."""
-        if self.whole is not None:
-            return self.whole
-        assert self.head is not None, "neither logits nor what makes them"
-        assert self.hidden is not None, "neither logits nor what they are made of"
-        return self.head(self.hidden)
-
-    def of(self, places: Sequence[tuple[int, slice]]) -> list[Tensor]:
-        """Logits of some rows of some texts, `[rows, V]` each, made all at once.
-
-        Args:
-            places: number of the text in the batch, and its rows.
-        """
-        if not places:
-            return []
-        if self.head is not None and self.hidden is not None and self.whole is None:
-            if self.hidden.shape[:2].numel() > _FEW_ROWS:
-                return self._made(self.head, [self.hidden[text, rows] for text, rows in places])
-            self.whole = self.head(self.hidden)
-        logits = self.logits
-        return [logits[text, rows] for text, rows in places]
-
-    @staticmethod
-    def _made(head: Callable[[Tensor], Tensor], parts: list[Tensor]) -> list[Tensor]:
-        ends = list(accumulate(map(len, parts)))[:-1]
-        made = torch.tensor_split(head(torch.cat(parts)), ends)
-        return list(made)
-
-
-@dataclass(frozen=True)
-class Hung:
-    """What look-ahead rows of known texts gave, before the target's output layer.
-
-    Attributes:
-        hidden: of the look-ahead rows, `[B, R, d_model]`, with gradients.
-        text_hidden: of the texts' own rows, `[B, S, d_model]`, without.
-        depth: `j` of each look-ahead row, `[B, R]`.
-        position: of each look-ahead row, `[B, R]`; it predicts the token at `position + 1`.
-    """
-
-    hidden: Tensor
-    text_hidden: Tensor
-    depth: Tensor
-    position: Tensor
 
 
 class Target:
@@ -152,8 +63,8 @@ class Target:
         self.model = model
         self.config = model.config.get_text_config()
         check_supported(model)
-        self._window = _window(self.config)
-        self._kinds = _layer_kinds(self.config, self._window)
+        self._window = window_of(self.config)
+        self._kinds = layer_kinds(self.config, self._window)
         self._additive = attention(model) == "eager"
         self._compiled = None if compiled is None else self._compilable(compiled)
         self._packed: PackedLinears | None = None
@@ -195,7 +106,7 @@ class Target:
         Longrope turns all keys differently from one position on, also those in the cache: up to
         there the model is decoded.
         """
-        limit = _longrope_switch(self.config)
+        limit = longrope_switch(self.config)
         if limit is None:
             limit = getattr(self.config, "max_position_embeddings", None)
         return int(limit) if limit else None
@@ -439,13 +350,8 @@ class Target:
         rows: Sequence[PassRow],
         look_ahead: LookAheadRows | None,
     ) -> PassOutput:
-        layouts = [row.plan.layout() for row in rows]
-        longest = max(len(layout.offset) for layout in layouts)
-        cache.begin(longest, self.device)
+        layouts, longest, lengths, positions = self._laid_out(cache, rows)
         cache.filled = cache.capacity  # the graph sees whole blocks; masks close what is empty
-        offsets = _padded([layout.offset for layout in layouts], longest)
-        lengths = torch.tensor(cache.lengths)
-        positions = lengths[:, None] + offsets
         gate = None
         if look_ahead is not None:
             gate = _padded([layout.look_ahead for layout in layouts], longest) > 0
@@ -457,7 +363,7 @@ class Target:
             self._inputs(rows, longest, look_ahead),
             positions,
             self._by_kind(full, cache, positions),
-            lengths[:, None] + torch.arange(longest),
+            lengths + torch.arange(longest),
             gate,
             None if look_ahead is None else look_ahead.lora,
             cache.slots(compiled.shapes.layers, self.model.dtype),
@@ -482,11 +388,7 @@ class Target:
         look_ahead: LookAheadRows | None,
         last_logits_only: bool,
     ) -> PassOutput:
-        layouts = [row.plan.layout() for row in rows]
-        longest = max(len(layout.offset) for layout in layouts)
-        cache.begin(longest, self.device)
-        offsets = _padded([layout.offset for layout in layouts], longest).to(self.device)
-        lengths = torch.tensor(cache.lengths, device=self.device)
+        layouts, longest, _, positions = self._laid_out(cache, rows)
         options: dict[str, Any] = {}
         if last_logits_only and self._takes_logits_to_keep:
             options["logits_to_keep"] = 1
@@ -501,13 +403,24 @@ class Target:
                 hidden = stack.enter_context(self._head_kept())
             output = self._call_model(
                 inputs_embeds=self._inputs(rows, longest, look_ahead),
-                position_ids=lengths[:, None] + offsets,
-                attention_mask=self._masks(cache, layouts, longest, lengths[:, None] + offsets),
+                position_ids=positions,
+                attention_mask=self._masks(cache, layouts, longest, positions),
                 past_key_values=cache,
                 use_cache=True,
                 **options,
             )
         return PassOutput(output.logits, hidden[0] if hidden else None)
+
+    def _laid_out(
+        self, cache: RowCache, rows: Sequence[PassRow]
+    ) -> tuple[list[Layout], int, Tensor, Tensor]:
+        """Layouts, the longest one's rows, settled lengths `[B, 1]` and positions `[B, Q]`."""
+        layouts = [row.plan.layout() for row in rows]
+        longest = max(len(layout.offset) for layout in layouts)
+        cache.begin(longest, self.device)
+        offsets = _padded([layout.offset for layout in layouts], longest).to(self.device)
+        lengths = torch.tensor(cache.lengths, device=self.device)[:, None]
+        return layouts, longest, lengths, lengths + offsets
 
     def _call_model(self, **inputs: Any) -> Any:
         """The model's own forward, alone: what a stopwatch is put around."""
@@ -564,55 +477,6 @@ class Target:
         )
 
 
-def visibility(
-    lengths: Sequence[int],
-    visible: Sequence[Tensor],
-    device: torch.device,
-    slots: int | None = None,
-) -> Tensor:
-    """Which cache slot each row of a pass may see.
-
-    Args:
-        lengths: settled slots of each batch row; the pass's own rows follow them.
-        visible: `[Q_b, Q_b]` of each batch row's layout.
-        device: where the result is wanted.
-        slots: how many there are, `S`; None for those in use, `max(lengths) + Q`.
-
-    Returns:
-        `[B, Q, S]` bool. Rows that only fill up a batch see themselves alone, so
-        that no row of the softmax is empty.
-    """
-    rows = max(len(own) for own in visible)
-    slots = max(lengths) + rows if slots is None else slots
-    seen = torch.zeros(len(lengths), rows, slots, dtype=torch.bool)
-    filler = torch.eye(rows, dtype=torch.bool)
-    for index, (length, own) in enumerate(zip(lengths, visible, strict=True)):
-        used = len(own)
-        seen[index, :used, :length] = True
-        seen[index, :used, length : length + used] = own
-        if used < rows:
-            seen[index, used:, length : length + rows] = filler[used:]
-    return seen.to(device)
-
-
-def within_window(lengths: Sequence[int], positions: Tensor, filled: int, window: int) -> Tensor:
-    """Which slots lie inside each row's sliding window, by position.
-
-    Args:
-        lengths: settled slots of each batch row; slot `s` below it holds position `s`.
-        positions: position of each row of the pass, `[B, Q]`.
-        filled: number of slots, `S`.
-        window: how many positions a row sees, itself included.
-
-    Returns:
-        `[B, Q, S]` bool.
-    """
-    slots = torch.arange(filled, device=positions.device).repeat(len(lengths), 1)
-    for index, length in enumerate(lengths):
-        slots[index, length : length + positions.shape[1]] = positions[index]
-    return positions[:, :, None] - slots[:, None, :] < window
-
-
 class _Given(nn.Module):
     """In the place of a model's body: gives the hidden states it was made with."""
 
@@ -646,30 +510,3 @@ def _padded(rows: Sequence[Tensor], length: int) -> Tensor:
     for index, row in enumerate(rows):
         padded[index, : len(row)] = row
     return padded
-
-
-def _window(config: Any) -> int | None:
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None and "sliding_attention" not in kinds:
-        return None
-    window = getattr(config, "sliding_window", None)
-    return int(window) if window else None
-
-
-def _longrope_switch(config: Any) -> int | None:
-    """The number of positions up to which longrope's frequencies are the short ones."""
-    ropes = getattr(config, "rope_parameters", None) or {}
-    every = [ropes] if "rope_type" in ropes else [r for r in ropes.values() if isinstance(r, dict)]
-    switches = [
-        int(rope["original_max_position_embeddings"])
-        for rope in every
-        if rope.get("rope_type") == "longrope"
-    ]
-    return min(switches, default=None)
-
-
-def _layer_kinds(config: Any, window: int | None) -> tuple[str, ...]:
-    kinds = getattr(config, "layer_types", None)
-    if kinds:
-        return tuple(dict.fromkeys(kinds))
-    return ("sliding_attention",) if window else ("full_attention",)

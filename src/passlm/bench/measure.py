@@ -16,8 +16,9 @@ import torch
 
 from passlm.bench.methods import BASELINE, Method, Record
 from passlm.outputs import Stats
+from passlm.passes import PassRow
 from passlm.plan import Plan
-from passlm.target import PassRow, Target
+from passlm.target import Target
 
 RESAMPLES = 2000
 COVERAGE = 0.95

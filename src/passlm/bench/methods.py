@@ -25,8 +25,9 @@ from passlm.generate import Generator, Options
 from passlm.lookahead import LookAhead
 from passlm.outputs import Stats
 from passlm.params import SamplingParams, StopParams
+from passlm.passes import LookAheadRows
 from passlm.plan import Adaptive, Strategy, strategy
-from passlm.target import LookAheadRows, Target
+from passlm.target import Target
 
 BASELINE = "ar"
 METHODS = (

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from passlm.errors import InputError
 from passlm.lookahead import LookAhead
+from passlm.passes import Hung, LookAheadRows
 from passlm.plan import Layout, Plan, make_layout
 from passlm.provenance import write_atomically
 from passlm.supported import UnsupportedModelError
-from passlm.target import Hung, LookAheadRows, Target
+from passlm.target import Target
 from passlm.train.config import TrainConfig
 from passlm.train.data import TokenWindows
 from passlm.train.loss import Guess, Part, accepted_lengths, parts, row_losses

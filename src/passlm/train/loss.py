@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from passlm.passes import Hung
 from passlm.sampler import Embeddings, SamplerHead, weighed
-from passlm.target import Hung, Target
+from passlm.target import Target
 from passlm.train.config import Loss
 
 PART_NUMBERS = 2**23  # logits held at once: 32 MiB in float32

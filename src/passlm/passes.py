@@ -1,0 +1,113 @@
+"""What a pass is given and what it gives.
+
+Running it is left to `target.py`, what is done with logits to `decode.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from passlm.lora import AppliedLora
+from passlm.plan import Plan
+from passlm.sampler import SamplerHead
+
+_FEW_ROWS = 16  # up to so many, the output layer's time is that of reading its weights
+
+
+@dataclass(frozen=True)
+class PassRow:
+    """What one batch row computes in a pass: its real tokens, root first, and its plan."""
+
+    tokens: Sequence[int]
+    plan: Plan
+
+    def __post_init__(self) -> None:
+        if len(self.tokens) != 1 + self.plan.candidates:
+            raise ValueError(
+                f"{len(self.tokens)} tokens for a plan of {self.plan.candidates} candidates: "
+                "expected the root and each candidate"
+            )
+
+
+@dataclass(frozen=True)
+class LookAheadRows:
+    """What look-ahead rows are made of, in the target's type and place.
+
+    Attributes:
+        inputs: input embeddings `LA_1..LA_L`, `[L, d_model]`.
+        lora: updates of the target's layers for these rows.
+        sampler: the head that weighs their guesses again.
+    """
+
+    inputs: Tensor
+    lora: AppliedLora | None = None
+    sampler: SamplerHead | None = None
+
+
+@dataclass
+class PassOutput:
+    """What a pass gave. Row `b` has meaning up to its own plan's length, real rows first.
+
+    Attributes:
+        whole: logits of all rows, `[B, Q, V]`, where `Q` is the longest plan; None where they are
+            made when asked for.
+        hidden: what the target's output layer is given, `[B, Q, d_model]`; None where nothing
+            asks for it.
+        head: the output layer.
+    """
+
+    whole: Tensor | None
+    hidden: Tensor | None = None
+    head: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def logits(self) -> Tensor:
+        """Logits of all rows, `[B, Q, V]`."""
+        if self.whole is not None:
+            return self.whole
+        assert self.head is not None, "neither logits nor what makes them"
+        assert self.hidden is not None, "neither logits nor what they are made of"
+        return self.head(self.hidden)
+
+    def of(self, places: Sequence[tuple[int, slice]]) -> list[Tensor]:
+        """Logits of some rows of some texts, `[rows, V]` each, made all at once.
+
+        Args:
+            places: number of the text in the batch, and its rows.
+        """
+        if not places:
+            return []
+        if self.head is not None and self.hidden is not None and self.whole is None:
+            if self.hidden.shape[:2].numel() > _FEW_ROWS:
+                return self._made(self.head, [self.hidden[text, rows] for text, rows in places])
+            self.whole = self.head(self.hidden)
+        logits = self.logits
+        return [logits[text, rows] for text, rows in places]
+
+    @staticmethod
+    def _made(head: Callable[[Tensor], Tensor], parts: list[Tensor]) -> list[Tensor]:
+        ends = list(accumulate(map(len, parts)))[:-1]
+        made = torch.tensor_split(head(torch.cat(parts)), ends)
+        return list(made)
+
+
+@dataclass(frozen=True)
+class Hung:
+    """What look-ahead rows of known texts gave, before the target's output layer.
+
+    Attributes:
+        hidden: of the look-ahead rows, `[B, R, d_model]`, with gradients.
+        text_hidden: of the texts' own rows, `[B, S, d_model]`, without.
+        depth: `j` of each look-ahead row, `[B, R]`.
+        position: of each look-ahead row, `[B, R]`; it predicts the token at `position + 1`.
+    """
+
+    hidden: Tensor
+    text_hidden: Tensor
+    depth: Tensor
+    position: Tensor
