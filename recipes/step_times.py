@@ -10,10 +10,9 @@ from collections import defaultdict
 from typing import Any
 
 from passlm.cli import Parser
-from passlm.cli.common import add_decoding_arguments, add_model_arguments
+from passlm.cli.common import add_decoding_arguments, add_model_arguments, loaded
 from passlm.decode import Decoder, Row
 from passlm.errors import InputError
-from passlm.generate import load, set_threads
 from passlm.params import METHODS
 from passlm.passes import PassOutput
 from passlm.target import Target
@@ -47,15 +46,7 @@ def main() -> int:
 
 def run(arguments: argparse.Namespace) -> None:
     """A table with a column for each method."""
-    set_threads(arguments.threads)
-    lm = load(
-        arguments.model,
-        lookahead=arguments.lookahead,
-        dtype=arguments.dtype,
-        device=arguments.device,
-        pack=arguments.pack,
-        compile=arguments.compile,
-    )
+    lm = loaded(arguments)
     seconds: defaultdict[str, float] = defaultdict(float)
     model = "_call_compiled" if arguments.compile else "_call_model"
     watched = {**PARTS, "model": (Target, model, ())}

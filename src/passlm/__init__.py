@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from passlm.lookahead import LookAhead, push_to_hub
     from passlm.outputs import Chunk, Output, Stats
     from passlm.params import SamplingParams, StopParams
+    from passlm.quantize import quantized
 
 __version__ = "0.1.0"
 
@@ -29,6 +30,7 @@ _HOMES = {
     "custom_generate": "passlm.hook",
     "load": "passlm.generate",
     "push_to_hub": "passlm.lookahead",
+    "quantized": "passlm.quantize",
 }
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "custom_generate",
     "load",
     "push_to_hub",
+    "quantized",
 ]
 
 

@@ -28,6 +28,7 @@ from passlm.passes import LookAheadRows
 from passlm.plan import Chain, Choice, Chooser, Limits, Plan
 from passlm.planner import AutoPlan, CostCurve
 from passlm.provenance import environment, provenance, write_atomically
+from passlm.quantize import Int8Linear
 from passlm.target import Target
 
 REAL_ROWS = (1, 2, 3, 5, 9, 13)
@@ -225,11 +226,15 @@ def _near(wanted: int, known: Sequence[int]) -> int:
 
 def weight_bytes(target: Target) -> int:
     """Bytes of weights that a pass reads: of the input embeddings only a row for each token."""
-    weights = {id(p): p for p in target.model.parameters()}
     model: Any = target.model
-    own = model.get_input_embeddings().weight
-    tied = getattr(model.get_output_embeddings(), "weight", None) is own
-    return sum(p.nbytes for key, p in weights.items() if tied or key != id(own))
+    read = {id(p): p.nbytes for p in model.parameters()}
+    table, output = model.get_input_embeddings().weight, model.get_output_embeddings()
+    if output.weight is not table or isinstance(output, Int8Linear):
+        del read[id(table)]
+    for layer in model.modules():
+        if isinstance(layer, Int8Linear):
+            read |= {id(layer): layer.nbytes, id(layer.weight): 0}  # what it keeps is not read
+    return sum(read.values())
 
 
 def read_bandwidth(device: torch.device, size: int = 2**30, rounds: int = 5) -> float:

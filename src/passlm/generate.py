@@ -27,6 +27,7 @@ from passlm.models import DEFAULT_MODEL, load_model
 from passlm.outputs import Chunk, FinishReason, Output, Stats, Step
 from passlm.params import METHODS, ParameterError, SamplingParams, StopParams
 from passlm.plan import Adaptive, Strategy, strategy
+from passlm.quantize import quantized
 from passlm.stopping import StopStrings
 from passlm.target import Target
 
@@ -47,6 +48,7 @@ def load(
     device: str = "cpu",
     pack: bool = True,
     compile: bool = False,
+    quantize: str | None = None,
 ) -> Generator:
     """Load a model and the look-ahead files for it.
 
@@ -60,14 +62,18 @@ def load(
         compile: on a CPU, run passes that are compiled once, which takes minutes and a C++
             compiler, and kept in the user's cache folder. Where that fails, a warning says so and
             passes run eagerly.
+        quantize: `"int8"` rounds the linear layers of a model on a CPU and decodes the rounded
+            model, losslessly with respect to it; see `quantized`. None takes the model as it is.
 
     Raises:
         ModelError: the model cannot be found or loaded.
+        QuantizeError: it cannot be rounded here.
         UnsupportedModelError: it cannot be decoded by plans.
         LookAheadError: the files are missing, damaged or made for another model.
     """
     loaded = load_model(model, dtype=dtype, device=device)
-    target = Target(loaded.model, pack=pack, compiled=compiled_folder() if compile else None)
+    decoded = loaded.model if quantize is None else quantized(loaded.model, quantize)
+    target = Target(decoded, pack=pack, compiled=compiled_folder() if compile else None)
     return Generator(target, loaded.tokenizer, _look_ahead(lookahead, target))
 
 

@@ -18,11 +18,21 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from passlm.card import Card, Fingerprint, LookAheadError, first_line, read_card, whole_number
+from passlm.card import (
+    SAMPLES,
+    Card,
+    Fingerprint,
+    LookAheadError,
+    first_line,
+    read_card,
+    spread,
+    whole_number,
+)
 from passlm.lora import GatedLora, LoraError, groups_of
 from passlm.params import ParameterError
 from passlm.passes import LookAheadRows
 from passlm.provenance import write_together
+from passlm.quantize import Int8Linear, matrices
 from passlm.sampler import SamplerHead
 from passlm.target import Target
 
@@ -33,7 +43,6 @@ DEFAULT_SHIPPED = "best"
 CARD_FILE = "lookahead.json"
 TENSORS_FILE = "lookahead.safetensors"
 SHIPPED = Path(__file__).parent / "shipped"
-_SAMPLES = 64  # weights kept to tell two targets of one shape apart
 _STORED_AS = {"embeddings": torch.float32}  # few numbers; the others in bfloat16
 
 _log = logging.getLogger(__name__)
@@ -41,11 +50,8 @@ _log = logging.getLogger(__name__)
 
 def fingerprint(target: Target) -> Fingerprint:
     """The fingerprint of a loaded target."""
-    weights = [p for p in target.model.parameters() if p.ndim == 2]
-    sampled = [
-        _spread(weights[0], _SAMPLES // 2),
-        _spread(weights[len(weights) // 2], _SAMPLES // 2),
-    ]
+    weights = matrices(target.model)
+    sampled = [_sample(weights[0]), _sample(weights[len(weights) // 2])]
     return Fingerprint(
         model_type=str(target.config.model_type),
         d_model=target.d_model,
@@ -55,11 +61,11 @@ def fingerprint(target: Target) -> Fingerprint:
     )
 
 
-def _spread(weight: Tensor, count: int) -> Tensor:
+def _sample(weight: Tensor | Int8Linear) -> Tensor:
+    if isinstance(weight, Int8Linear):
+        return weight.sample
     whole = weight.full_tensor() if isinstance(weight, DTensor) else weight  # of sharded layers
-    flat = whole.detach().reshape(-1)
-    places = torch.linspace(0, flat.numel() - 1, count, dtype=torch.float64).long()
-    return flat[places.to(flat.device)].float().cpu()
+    return spread(whole, SAMPLES // 2)
 
 
 class LookAhead(nn.Module):

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import chain
 from typing import Any
 
 import torch
@@ -192,7 +193,7 @@ class AppliedLora:
             if traced:
                 shared = _Traced(down.detach().clone(), [up.detach().clone() for up in mine])
             elif dtype is not None:
-                shared = shared.copied(next(layers[group[0]].parameters()).device, dtype)
+                shared = shared.copied(_device(layers[group[0]]), dtype)
             self._updates += [(layers[name], _Update(shared, at)) for at, name in enumerate(group)]
 
     def traced(self) -> AppliedLora:
@@ -328,6 +329,11 @@ def features(layer: nn.Module) -> tuple[int, int] | None:
     if not all(isinstance(size, int) for size in sizes):
         return None
     return int(sizes[0]), int(sizes[1])  # type: ignore[arg-type]
+
+
+def _device(layer: nn.Module) -> torch.device:
+    held = chain(layer.parameters(), layer.buffers())  # quantised weights are no parameters
+    return next(held).device
 
 
 def _checked_size(model: nn.Module, name: str, rank: int) -> tuple[int, int]:

@@ -21,10 +21,8 @@ _ROWS = 4  # what the layout is chosen for; measured good from 1 row to 25
 
 def can_pack(model: nn.Module) -> bool:
     """Whether packing pays: bfloat16 weights on a CPU whose oneDNN computes in it."""
-    weight = next(model.parameters())
     return (
-        weight.device.type == "cpu"
-        and weight.dtype == torch.bfloat16
+        any(_packable(module) for module in model.modules())
         and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
         and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     )

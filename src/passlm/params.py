@@ -17,6 +17,7 @@ from passlm.errors import InputError
 Judge = Literal["coupled", "rejection"]
 Draft = Literal["sampled", "greedy"]
 METHODS = ("auto", "ar", "two-pass", "one-pass")
+QUANTIZED = ("int8",)  # what weights may be rounded to
 Processor = Callable[[Any, Any], Any]  # a transformers LogitsProcessor: (ids [1, T], scores [1, V])
 _COLDEST = 1e-6  # logits divided by much less overflow float32
 

@@ -28,6 +28,7 @@ from passlm.masks import visibility, within_window
 from passlm.packing import PackedLinears, can_pack
 from passlm.passes import Hung, LookAheadRows, PassOutput, PassRow
 from passlm.plan import Layout, Plan
+from passlm.quantize import is_quantized
 from passlm.sampler import Embeddings
 from passlm.supported import (
     UnsupportedModelError,
@@ -66,6 +67,7 @@ class Target:
         self._window = window_of(self.config)
         self._kinds = layer_kinds(self.config, self._window)
         self._additive = attention(model) == "eager"
+        self._quantized = is_quantized(model)
         self._compiled = None if compiled is None else self._compilable(compiled)
         self._packed: PackedLinears | None = None
         if pack and can_pack(model):
@@ -85,9 +87,10 @@ class Target:
     @property
     def engine(self) -> str:
         """How passes are computed: what makes their costs comparable."""
+        passes = "eager" if self._packed is None else "eager, packed"
         if self._compiled is not None:
-            return "compiled"
-        return "eager" if self._packed is None else "eager, packed"
+            passes = "compiled"
+        return f"{passes}, int8" if self._quantized else passes
 
     @property
     def d_model(self) -> int:

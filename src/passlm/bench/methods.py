@@ -27,6 +27,7 @@ from passlm.outputs import Stats
 from passlm.params import SamplingParams, StopParams
 from passlm.passes import LookAheadRows
 from passlm.plan import Adaptive, Strategy, strategy
+from passlm.quantize import quantized
 from passlm.target import Target
 
 BASELINE = "ar"
@@ -75,6 +76,7 @@ class Method:
         sampling: how tokens are drawn; the seed is given with each prompt.
         lookahead_tokens: length of the look-ahead groups, `L`; 0 without.
         decode: what does it.
+        other_weights: it decodes another model than the baseline, since that one's is rounded.
     """
 
     name: str
@@ -82,19 +84,17 @@ class Method:
     sampling: SamplingParams
     lookahead_tokens: int
     decode: Decode
+    other_weights: bool = False
 
     def __call__(self, prompt: Sequence[int], seed: int, max_new_tokens: int) -> Record:
         """Decode one prompt."""
         return self.decode(prompt, replace(self.sampling, seed=seed), max_new_tokens)
 
     @property
-    def engine(self) -> str | None:
-        """How its passes are computed, see `Target.engine`; None for methods that are not ours."""
-        return self.decode.target.engine if isinstance(self.decode, PlanDecoding) else None
-
-    @property
     def repeats_plain(self) -> bool:
         """Whether its tokens must equal plain decoding's with the same seed, up to rounding."""
+        if self.other_weights:
+            return False
         if self.sampling.temperature == 0 or self.name == BASELINE:
             return True
         return self.plan is not None and self.sampling.judge == "coupled"
@@ -159,7 +159,7 @@ class PlanDecoding:
 
 @dataclass(frozen=True)
 class TransformersGenerate:
-    """Transformers' own `generate` on the same model object, with the same settings."""
+    """Transformers' own `generate` with the same settings, on the model as it was loaded."""
 
     model: PreTrainedModel
     eos: frozenset[int]
@@ -242,30 +242,42 @@ def build(
     base_model: str,
     pack: bool = False,
     compiled: Path | None = None,
+    quantize: str | None = None,
 ) -> list[Method]:
     """The methods, one for each temperature and number of look-ahead tokens.
 
     Args:
-        lm: model and look-ahead files; all methods share the model object.
+        lm: model and look-ahead files.
         asked: which methods.
         base_model: the model's name.
         pack: whether our methods compute with packed weights, see `Target`.
         compiled: where our methods find compiled passes, see `Target`; None to compute eagerly.
+        quantize: what our methods' weights are rounded to, see `quantized`; None takes the model
+            itself, as transformers' methods always do.
 
     Raises:
         MethodError: an unknown method, or a model without a token for `fixed-token`.
         InputError: a drafting method without look-ahead files, or with too few rows.
     """
     check_names(asked.names)
-    target = TimedTarget(lm.target.model, pack, compiled)
+    model = lm.target.model
+    target = TimedTarget(model if quantize is None else quantized(model, quantize), pack, compiled)
     made = []
     for temperature in asked.temperatures:
         sampling = replace(asked.sampling, temperature=temperature)
         for name in asked.names:
             for tokens in (0,) if name in _ONCE_PER_TEMPERATURE else asked.lookahead_tokens:
                 decode, plan = _decoding(name, tokens, lm, target, asked.stopping, base_model)
-                made.append(Method(name, plan, sampling, tokens, decode))
+                other = plan is None and quantize is not None
+                made.append(Method(name, plan, sampling, tokens, decode, other))
     return made
+
+
+def baseline_target(methods: Sequence[Method]) -> Target:
+    """What plain decoding among the methods runs on, as all of ours do."""
+    decode = next(method.decode for method in methods if method.name == BASELINE)
+    assert isinstance(decode, PlanDecoding), "plain decoding is ours"
+    return decode.target
 
 
 def _decoding(
@@ -279,7 +291,7 @@ def _decoding(
     """What decodes, and its plan in words."""
     if name in ("hf", "hf-prompt-lookup"):
         count = None if name == "hf" else LOOKUP_TOKENS
-        return TransformersGenerate(target.model, lm.eos, stopping.ignore_eos, count), None
+        return TransformersGenerate(lm.target.model, lm.eos, stopping.ignore_eos, count), None
     if name in ("auto", "lookup"):
         return _adaptive(name, lm, target, stopping), name
     rows: LookAhead | None = None

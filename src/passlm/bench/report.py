@@ -91,10 +91,15 @@ def _notes(runs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _engine(settings: Mapping[str, Any]) -> str:
+    ours = []
     if settings.get("compiled"):
-        return "our methods run compiled passes; those of hf are transformers as it is"
-    if settings["packed_weights"]:
-        return "our methods compute with packed weights; those of hf are transformers as it is"
+        ours.append("run compiled passes")
+    elif settings["packed_weights"]:
+        ours.append("compute with packed weights")
+    if settings.get("quantize"):
+        ours.append(f"compute with weights rounded to {settings['quantize']}, so another model")
+    if ours:
+        return f"our methods {' and '.join(ours)}; those of hf are transformers as it is"
     return "all methods compute with the model's plain weights"
 
 

@@ -19,6 +19,7 @@ from passlm.cli.common import (
     add_fields,
     add_json_argument,
     add_model_arguments,
+    loaded,
     print_json,
     progress_bar,
     taken,
@@ -103,21 +104,20 @@ def run(arguments: argparse.Namespace) -> None:
     given = [] if arguments.prompts is None else load_prompts(arguments.prompts, arguments.limit)
     asked = _asked(arguments)
     from passlm.bench.methods import build
-    from passlm.generate import compiled_folder, load, set_threads
+    from passlm.generate import compiled_folder
 
-    set_threads(arguments.threads)
     drafts = any(name in NEED_LOOKAHEAD for name in asked.names)
     if not drafts and arguments.lookahead not in (None, "none"):
         _log.warning("--lookahead is not used: none of the methods drafts with such files")
-    lm = load(
-        arguments.model,
+    lm = loaded(
+        arguments,
         lookahead=arguments.lookahead if drafts else "none",
-        dtype=arguments.dtype,
-        device=arguments.device,
-        pack=False,  # the methods' own target packs: one copy is enough
+        pack=False,  # the methods' own target packs, compiles and rounds: one copy is enough
+        compile=False,
+        quantize=None,
     )
     compiled = compiled_folder() if arguments.compile else None
-    methods = build(lm, asked, arguments.model, arguments.pack, compiled)
+    methods = build(lm, asked, arguments.model, arguments.pack, compiled, arguments.quantize)
     bench = _Bench(arguments, lm, methods)
     suites = bench.suites(given)
     with _opened(arguments) as out:
@@ -270,8 +270,10 @@ class _Bench:
     def measure(self, suites: list[list[Prompt]], out: TextIO | None) -> None:
         """Run every suite; results and report are written after each."""
         from passlm.bench.measure import interleave, prompt_record, summarize, warm_up
+        from passlm.bench.methods import baseline_target
 
         length, seed = self.arguments.max_new_tokens, self.arguments.seed
+        target = baseline_target(self.methods)
         total = sum(map(len, suites)) * len(self.methods)
         with progress_bar() as bar:
             progress = bar.add_task("warm-up", total=total)
@@ -285,17 +287,18 @@ class _Bench:
                         out.write(json.dumps(prompt_record(prompt, sample)) + "\n")
                         out.flush()
                     bar.update(progress, advance=1, description=f"{prompt.suite} {prompt.name}")
-                runs = summarize(prompts, samples, self.methods, self.lm.target, seed)
+                runs = summarize(prompts, samples, self.methods, target, seed)
                 self._keep(runs, complete=number == len(suites))
 
     def _keep(self, runs: list[dict[str, Any]], complete: bool) -> None:
+        from passlm.bench.methods import baseline_target
         from passlm.provenance import write_atomically
 
         self.results["runs"] += runs
         self.results["complete"] = complete
         self.results["peak_memory_bytes"] = _peak_memory()
-        engines = {method.engine for method in self.methods} - {None}
-        self.results["settings"]["compiled"] = engines == {"compiled"}
+        engine = baseline_target(self.methods).engine  # passes may have turned out not to compile
+        self.results["settings"]["compiled"] = engine.startswith("compiled")
         folder: Path | None = self.arguments.out
         if folder is not None:
             write_atomically(folder / RESULTS, json.dumps(self.results, indent=1) + "\n")
@@ -329,6 +332,7 @@ def _settings(arguments: argparse.Namespace, lm: Generator) -> dict[str, Any]:
         "device": str(lm.target.device),
         "packed_weights": arguments.pack and can_pack(lm.target.model),
         "compiled": arguments.compile,  # until passes turn out not to compile here
+        "quantize": arguments.quantize,
         "lookahead": lookahead,
         "limit": arguments.limit,
         "seed": arguments.seed,

@@ -12,9 +12,12 @@ from dataclasses import MISSING, Field, fields
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from passlm.models import DEFAULT_MODEL, DTYPES
+from passlm.params import QUANTIZED
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+
+    from passlm.generate import Generator
 
 T = TypeVar("T")
 
@@ -32,7 +35,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, dtype: str = "bfloat16"
 
 
 def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--lookahead`, `--no-pack`."""
+    """`--lookahead`, `--no-pack`, `--compile`, `--quantize`."""
     parser.add_argument(
         "--lookahead",
         metavar="NAME",
@@ -49,6 +52,25 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="run compiled passes (CPU); made once, which takes minutes, and kept",
     )
+    parser.add_argument(
+        "--quantize",
+        choices=QUANTIZED,
+        help="round the linear layers: another model, faster on a CPU; best with --compile",
+    )
+
+
+def loaded(arguments: argparse.Namespace, **given: Any) -> Generator:
+    """The model and look-ahead files that the flags name.
+
+    Args:
+        arguments: with the flags of `add_model_arguments` and `add_decoding_arguments`.
+        **given: arguments of `passlm.load` that come first.
+    """
+    from passlm.generate import load, set_threads  # seconds
+
+    set_threads(arguments.threads)
+    names = ("lookahead", "dtype", "device", "pack", "compile", "quantize")
+    return load(arguments.model, **{name: getattr(arguments, name) for name in names} | given)
 
 
 def add_json_argument(parser: argparse.ArgumentParser) -> None:

@@ -14,6 +14,7 @@ from passlm.cli.common import (
     add_fields,
     add_json_argument,
     add_model_arguments,
+    loaded,
     print_json,
     taken,
 )
@@ -65,18 +66,9 @@ def run(arguments: argparse.Namespace) -> None:
     stopping = taken(StopParams, arguments)
     if arguments.method == "ar" and arguments.lookahead not in (None, "none"):
         raise InputError("--method ar drafts nothing: leave --lookahead out")
-    from passlm.generate import Options, load, set_threads  # after the cheap checks: seconds
+    from passlm.generate import Options  # after the cheap checks: seconds
 
-    set_threads(arguments.threads)
-    lookahead = "none" if arguments.method == "ar" else arguments.lookahead
-    lm = load(
-        arguments.model,
-        lookahead=lookahead,
-        dtype=arguments.dtype,
-        device=arguments.device,
-        pack=arguments.pack,
-        compile=arguments.compile,
-    )
+    lm = loaded(arguments, lookahead="none" if arguments.method == "ar" else arguments.lookahead)
     given = {k: getattr(arguments, k) for k in ("method", "lookahead_tokens")}
     options = Options.checked(
         lm.look_ahead, sampling, stopping, **{k: v for k, v in given.items() if v is not None}

@@ -12,6 +12,7 @@ from passlm.cli.common import (
     add_decoding_arguments,
     add_json_argument,
     add_model_arguments,
+    loaded,
     print_json,
 )
 from passlm.errors import InputError
@@ -46,17 +47,8 @@ def run(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name) < 1:
             raise InputError(f"--{name} is {getattr(arguments, name)}: it must be 1 or more")
     from passlm.costs import read_bandwidth, weight_bytes
-    from passlm.generate import load, set_threads
 
-    set_threads(arguments.threads)
-    lm = load(
-        arguments.model,
-        lookahead=arguments.lookahead,
-        dtype=arguments.dtype,
-        device=arguments.device,
-        pack=arguments.pack,
-        compile=arguments.compile,
-    )
+    lm = loaded(arguments)
     weights, bandwidth = weight_bytes(lm.target), read_bandwidth(lm.target.device)
     ceiling = bandwidth / weights
     print(
