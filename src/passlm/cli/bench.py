@@ -8,11 +8,12 @@ import difflib
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from passlm.bench.compare import RESULTS, compare, load_results
 from passlm.bench.tasks import SUITES, Task, TaskError, load_prompts, load_suite
 from passlm.cli.common import (
     add_decoding_arguments,
@@ -28,11 +29,11 @@ from passlm.errors import InputError
 from passlm.params import SamplingParams, StopParams
 
 if TYPE_CHECKING:
-    from passlm.bench.measure import Prompt
+    from passlm.bench.measure import Further, Prompt
     from passlm.bench.methods import Asked, Method
     from passlm.generate import Generator
 
-RESULTS, REPORT, PROMPTS = "results.json", "report.md", "prompts.jsonl"
+REPORT, PAGE, PROMPTS = "report.md", "report.html", "prompts.jsonl"
 DEFAULT_METHODS = "ar,fixed-token,two-pass,one-pass,auto,lookup,hf,hf-prompt-lookup"
 NEED_LOOKAHEAD = ("auto", "two-pass", "one-pass")
 # Given as lists, with each prompt, or as token ids and objects.
@@ -46,7 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     parser.add_argument("--suite", type=_listed(str), default=(), help=f"any of {','.join(SUITES)}")
     parser.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="JSONL with a prompt or messages on each line"
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="JSONL with a prompt, messages or turns on each line",
     )
     parser.add_argument(
         "--methods",
@@ -76,6 +80,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, metavar="DIR", help=f"write {RESULTS}, {REPORT} and {PROMPTS} there"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the results in DIR")
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        type=Path,
+        metavar=("A", "B"),
+        help="run nothing: say what changed beyond noise between two folders of results",
+    )
     add_json_argument(parser)
 
 
@@ -100,6 +111,9 @@ def run(arguments: argparse.Namespace) -> None:
         InputError: a suite, method, parameter, the model or the folder cannot be used, or no
             prompt is left.
     """
+    if arguments.compare is not None:
+        sys.stdout.write(_compared(*arguments.compare))
+        return
     _check(arguments)
     given = [] if arguments.prompts is None else load_prompts(arguments.prompts, arguments.limit)
     asked = _asked(arguments)
@@ -125,6 +139,11 @@ def run(arguments: argparse.Namespace) -> None:
     sys.stdout.write(bench.report())
     if arguments.json:
         print_json(bench.results)
+
+
+def _compared(a: Path, b: Path) -> str:
+    """Two results side by side, as Markdown."""
+    return compare(load_results(a), load_results(b), (str(a), str(b)))
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -257,7 +276,8 @@ class _Bench:
         for task in tasks:
             ids = tuple(self.lm.encode(task.prompt if task.prompt else list(task.messages or ())))
             if context is None or len(ids) + self.arguments.max_new_tokens <= context:
-                fitting.append(Prompt(task.suite, task.name, ids))
+                further = _further(self.lm, task, self.arguments.max_new_tokens)
+                fitting.append(Prompt(task.suite, task.name, ids, further))
                 continue
             skipped = {"suite": task.suite, "prompt": task.name, "tokens": len(ids)}
             self.results["skipped"].append(skipped)
@@ -309,6 +329,26 @@ class _Bench:
         from passlm.bench.report import markdown
 
         return markdown(self.results)
+
+
+def _further(lm: Generator, task: Task, new_tokens: int) -> Further | None:
+    """The turns of a chat behind its first: each asked once those before it are answered."""
+    if not task.turns:
+        return None
+    tokenizer: Any = lm.tokenizer
+
+    def ids(answers: Sequence[Sequence[int]]) -> tuple[int, ...] | None:
+        if len(answers) > len(task.turns):
+            return None
+        messages = list(task.messages or ())
+        for answer, turn in zip(answers, task.turns, strict=False):
+            said = tokenizer.decode(answer, skip_special_tokens=True)
+            messages.append({"role": "assistant", "content": said})
+            messages.append({"role": "user", "content": turn})
+        asked, context = tuple(lm.encode(messages)), lm.target.context
+        return asked if context is None or len(asked) + new_tokens <= context else None
+
+    return ids
 
 
 def _settings(arguments: argparse.Namespace, lm: Generator) -> dict[str, Any]:
