@@ -6,8 +6,11 @@ from itertools import product
 
 import pytest
 
-from passlm.plan import Chain, Choice, Limits, Plan
+from passlm.decode import Request, Row, agreed_rows
+from passlm.params import SamplingParams
+from passlm.plan import Adaptive, Chain, Choice, Limits, Plan, Strategy, autoregressive
 from passlm.planner import Acceptance, AutoChooser, AutoPlan, CostCurve, expected_length
+from passlm.sampling import Noise
 
 WIDE = Limits(1000)
 # Costs of two machines: where rows are all but free, and where each costs as much as the first.
@@ -136,16 +139,44 @@ def _value(
     return sum(reached) + worth - chooser.rate * cost
 
 
-def test_a_batch_turns_drafting_down() -> None:
-    """Catches a text of a batch that makes the pass longer for all and pays for itself alone."""
-    curve = CostCurve((1, 11), (1.0, 1.5), (1, 4), (0.05, 0.05), 0.01)
-    rows = [
-        AutoPlan(curve, PRIOR, batch=batch).begin().choose([DRAFT, COPIED], WIDE).plan.rows
-        for batch in (1, 8, 64)
-    ]
-    assert rows == sorted(rows, reverse=True)
-    assert rows[0] > 12
-    assert rows[2] == 1
+@pytest.mark.parametrize("rows", [1, 2, 5, 9])
+def test_rows_that_a_pass_has_anyway_are_used(rows: int) -> None:
+    """Catches a text that computes more than was agreed, and one that pays for rows that its batch
+    has paid for."""
+    chooser = AutoPlan(STEEP, PRIOR).begin()
+    assert chooser.choose([COPIED], WIDE).plan.rows < 9
+    plan = chooser.choose([COPIED], Limits(1000, rows=rows)).plan
+    assert plan.rows <= rows
+    assert plan.candidates == rows - 1
+
+
+def test_texts_agree_on_what_is_best_for_all() -> None:
+    """Catches a batch slowed by the only text that has something to verify, and one that never
+    drafts because no text alone is worth it."""
+    settings = AutoPlan(CostCurve((1, 5, 9), (1.0, 2.0, 3.0)))
+    sure, none = [COPIED], list[Chain]()
+
+    def agreed(chains: list[list[Chain]], strategy: Adaptive | Strategy = settings) -> int | None:
+        request = Request.of([1], SamplingParams(), 100, strategy)
+        return agreed_rows([Row(request, 100, "length", Noise(0), [1]) for _ in chains], chains)
+
+    assert agreed([sure] * 4) == 9
+    assert agreed([sure] * 3 + [none]) == 9
+    assert agreed([sure] + [none] * 15) == 1
+    assert agreed([none] * 4) == 1
+    assert agreed([sure]) is None
+    assert agreed([sure, sure], autoregressive) is None
+
+
+def test_what_a_pass_took_counts_for_every_text_of_it() -> None:
+    """Catches a text that believes its passes to be short because it used none of their rows."""
+    curve = CostCurve((1, 5), (1.0, 2.0))
+    alone, together = AutoPlan(curve).begin(), AutoPlan(curve).begin()
+    for _ in range(100):
+        alone.learn(alone.choose([], WIDE), 0)
+        together.learn(together.choose([], Limits(1000, rows=5)), 0)
+    assert alone.rate == pytest.approx(1.0, rel=0.05)
+    assert together.rate == pytest.approx(0.5, rel=0.05)
 
 
 def test_the_same_text_gives_the_same_plans() -> None:

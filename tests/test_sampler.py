@@ -228,7 +228,9 @@ def test_drafts_of_decoding_are_the_heads(plan: Any, judge: Judge, llama: Target
             alone = Decoder(llama, rows)
             request = replace(row.request, prompt=row.tokens[:-1], strategy=TwoPass(length))
             again = alone.join(replace(request, max_new_tokens=length + 2))
-            output = llama.run(alone._cache, [again.choose_plan(llama.context)], rows)
+            output = llama.run(
+                alone._cache, [again.choose_plan(again.chains(), llama.context)], rows
+            )
             again.tokens = list(row.tokens)
             alone._draft([again], [Step((0,), 0, 0)], output)
             assert again.drafted == row.drafted

@@ -29,6 +29,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, StaticLayer
 
+import passlm.lora
+import passlm.quantize
 from passlm.lora import AppliedLora, RowSplit
 from passlm.provenance import environment
 from passlm.quantize import is_quantized
@@ -37,6 +39,7 @@ MOST_ROWS = 1024  # of one pass
 _MOST_TEXTS = 256
 _MOST_SLOTS = 2**20
 _UNFINISHED = "unfinished-"  # of folders in which passes are being compiled
+_TRACED = (__file__, passlm.lora.__file__, passlm.quantize.__file__)  # what a package is made by
 _EXAMPLE = (2, 5, 256)  # texts, rows and slots to trace with: any would do
 
 _log = logging.getLogger(__name__)
@@ -213,6 +216,7 @@ class CompiledPasses:
             "config": self._model.config.to_json_string(),
             "shapes": repr(self.shapes),
             "lora": None if lora is None else _digest(lora.tensors),
+            "traced": [hashlib.sha256(Path(m).read_bytes()).hexdigest() for m in _TRACED],
             "environment": environment(),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

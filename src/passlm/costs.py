@@ -46,12 +46,16 @@ class _Script:
     """Gives every row the plan that is to be timed; candidates are any token."""
 
     lookup = 0
+    sizes = ()
 
     def __init__(self) -> None:
         self.plan = Plan(0, (0,))
 
     def begin(self) -> Chooser:
         return self
+
+    def worth(self, chains: Sequence[Chain], rows: int) -> float:
+        return 0.0
 
     def choose(self, chains: Sequence[Chain], limits: Limits) -> Choice:
         count = self.plan.candidates
@@ -167,7 +171,7 @@ class Costs:
             lookup: whether chains copied from the text are candidates.
         """
         prior = () if self.look_ahead is None else self.look_ahead.card.prior[:longest]
-        return AutoPlan(self.curve(batch, context), prior, lookup, batch)
+        return AutoPlan(self.curve(batch, context), prior, lookup)
 
     def _kept_or_measured(self, batch: int, context: int, anew: bool) -> CostCurve:
         key = {**self._identity(), "batch": batch, "context": context}

@@ -128,13 +128,31 @@ class Row:
         """What the pass under way computes."""
         return self.choice.plan
 
-    def choose_plan(self, context: int | None) -> PassRow:
-        """The next pass: candidates and groups that could still be of use."""
+    @property
+    def chooser(self) -> Chooser | None:
+        """What agrees with other texts on a pass; None where plans are fixed or make the text.
+
+        A text that is sampled under the rejection judge follows its plans: they may not depend on
+        what else is in the batch.
+        """
+        follows = self.request.judge == "rejection" and not self.request.distribution.greedy
+        return self._chooser if self._chooser.sizes and not follows else None
+
+    def choose_plan(
+        self, chains: Sequence[Chain], context: int | None, rows: int | None = None
+    ) -> PassRow:
+        """The next pass: candidates and groups that could still be of use.
+
+        Args:
+            chains: what `chains` gave.
+            context: positions that the model has; None without a limit.
+            rows: rows that the pass has anyway, see `Limits`.
+        """
         span = None if context is None else context - len(self.tokens)
-        self.choice = self._chooser.choose(self._chains(), Limits(self.room, span))
+        self.choice = self._chooser.choose(chains, Limits(self.room, span, rows))
         return PassRow([self.tokens[-1], *self.candidates], self.plan)
 
-    def _chains(self) -> list[Chain]:
+    def chains(self) -> list[Chain]:
         """The candidates at hand, one chain of each source."""
         chains = [Chain(tuple(self.drafted))] if self.drafted else []
         if self._lookup is not None:
@@ -274,7 +292,12 @@ class Decoder:
             What each row settled, in the batch's order.
         """
         rows = list(self.rows)
-        passes = [row.choose_plan(self.target.context) for row in rows]
+        chains = [row.chains() for row in rows]
+        agreed, context = agreed_rows(rows, chains), self.target.context
+        passes = [
+            row.choose_plan(own, context, agreed if row.chooser else None)
+            for row, own in zip(rows, chains, strict=True)
+        ]
         output = self.target.run(self._cache, passes, self.look_ahead)
         real = [(index, slice(0, 1 + row.plan.candidates)) for index, row in enumerate(rows)]
         judged = zip(rows, output.of(real), strict=True)
@@ -330,3 +353,19 @@ class Decoder:
         if left < request.max_new_tokens:
             return left, "context"
         return request.max_new_tokens, "length"
+
+
+def agreed_rows(rows: Sequence[Row], chains: Sequence[Sequence[Chain]]) -> int | None:
+    """The rows for each text that are worth most to all texts of the batch; None to a text alone.
+
+    A pass is as long as its longest text makes it, so what one text does not use is lost.
+    """
+    pairs = zip(rows, chains, strict=True)
+    choosing = [(row.chooser, own) for row, own in pairs if row.chooser is not None]
+    if len(rows) < 2 or not choosing:
+        return None
+
+    def worth(size: int) -> float:
+        return sum(chooser.worth(own, size) for chooser, own in choosing)
+
+    return max(choosing[0][0].sizes, key=worth)

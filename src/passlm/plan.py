@@ -114,10 +114,12 @@ class Limits:
     Attributes:
         room: tokens that may still be written.
         span: positions behind the root that the model's context has; None without a limit.
+        rows: rows that the pass has for each text of its batch, used or not; None for a text alone.
     """
 
     room: int
     span: int | None = None
+    rows: int | None = None
 
     @property
     def candidates(self) -> int:
@@ -166,6 +168,15 @@ class Chooser(Protocol):
         """How many tokens copied from earlier in the text it can use; 0 for none."""
         ...
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Numbers of rows among which the texts of a batch agree; none where plans are fixed."""
+        ...
+
+    def worth(self, chains: Sequence[Chain], rows: int) -> float:
+        """What a pass of so many rows for each text would be worth to this one, in tokens."""
+        ...
+
     def choose(self, chains: Sequence[Chain], limits: Limits) -> Choice:
         """The next pass, given the chains at hand: none, one, or one of each source."""
         ...
@@ -194,6 +205,11 @@ class FixedChooser:
 
     strategy: Strategy
     lookup: int = 0
+    sizes: tuple[int, ...] = ()
+
+    def worth(self, chains: Sequence[Chain], rows: int) -> float:
+        """Nothing to choose."""
+        return 0.0
 
     def choose(self, chains: Sequence[Chain], limits: Limits) -> Choice:
         """See `Chooser`."""

@@ -143,25 +143,29 @@ class AutoPlan:
         prior: chance of each look-ahead candidate once those before it are accepted, from the
             files' card; empty where nothing may be hung on real rows.
         lookup: whether chains found in the text are candidates.
-        batch: texts that share a pass: one that makes it longer pays for all of them.
     """
 
     curve: CostCurve
     prior: tuple[float, ...] = ()
     lookup: bool = True
-    batch: int = 1
 
     def __post_init__(self) -> None:
         if self.prior and not self.curve.groups:
             raise ValueError("a cost curve without groups cannot say what look-ahead rows cost")
         object.__setattr__(self, "cost", lru_cache(maxsize=4096)(self._cost))
 
-    def _cost(self, real: int, look_ahead: int, drafted: int) -> float:
-        """What a text's rows cost all texts of the pass, as if the others had one row each."""
-        alone = self.curve.of(1)
-        return alone + self.batch * (self.curve.of(real, look_ahead, drafted) - alone)
+    def _cost(self, real: int, look_ahead: int, drafted: int, rows: int | None) -> float:
+        """Seconds of a pass that has so many rows for each text; infinite for more than it has."""
+        used = real + look_ahead
+        if rows is None or used == rows:
+            return self.curve.of(real, look_ahead, drafted)
+        if used > rows:
+            return math.inf
+        return self.curve.of(rows - look_ahead, look_ahead, drafted)
 
-    cost: Callable[[int, int, int], float] = field(init=False, repr=False, compare=False)
+    cost: Callable[[int, int, int, int | None], float] = field(
+        init=False, repr=False, compare=False
+    )
 
     @property
     def first_rate(self) -> float:
@@ -196,8 +200,9 @@ class AutoChooser:
         self._seconds = _PRIOR_WEIGHT * settings.curve.of(1)
         self._tokens = settings.first_rate * self._seconds
         self._worth = [0.0] * (1 + len(settings.prior))  # of a group of so many rows, in tokens
-        self._weighed: dict[_Key, tuple[float, Plan]] = {}
+        self._weighed: dict[tuple[_Key, int | None], tuple[float, Plan]] = {}
         self._passes = 0
+        self._rows: int | None = None  # of the last pass, where it was agreed with other texts
         for _ in range(_FIRST_ROUNDS):
             self._weigh_anew()
 
@@ -207,26 +212,40 @@ class AutoChooser:
         return LONGEST_LOOKUP if self._settings.lookup else 0
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """Numbers of rows whose cost was measured."""
+        return self._settings.curve.rows
+
+    @property
     def rate(self) -> float:
         """Tokens a second over the last passes, by the cost curve."""
         return self._tokens / self._seconds
+
+    def worth(self, chains: Sequence[Chain], rows: int) -> float:
+        """What a pass of so many rows for each text would be worth to this one, in tokens."""
+        return self._preferred(chains, rows)[0]
 
     def choose(self, chains: Sequence[Chain], limits: Limits) -> Choice:
         """The chain to verify and the plan of the pass; see `plan.Chooser`."""
         self._passes += 1
         if self._passes % _PASSES_A_LOOK == 0:
             self._weigh_anew()
-        best: Chain | None = None
-        value, plan = self._weigh(_NOTHING)
-        evidence = 0
-        for chain in chains:
-            worth, its_plan = self._weigh((chain.source, len(chain.tokens), chain.evidence))
-            if worth > value:
-                best, value, plan = chain, worth, its_plan
-            evidence = max(evidence, chain.evidence)
+        self._rows = limits.rows
+        evidence = max((chain.evidence for chain in chains), default=0)
         self._fade(self._offered)
         self._offered[evidence] = self._offered.get(evidence, 0.0) + 1
-        return Choice(best, plan).within(limits)
+        return self._preferred(chains, limits.rows)[1].within(limits)
+
+    def _preferred(self, chains: Sequence[Chain], rows: int | None) -> tuple[float, Choice]:
+        """The best of the chains, or none, and what it is worth."""
+        value, plan = self._weigh(_NOTHING, rows)
+        best = Choice(None, plan)
+        for chain in chains:
+            key = chain.source, len(chain.tokens), chain.evidence
+            worth, its_plan = self._weigh(key, rows)
+            if worth > value:
+                value, best = worth, Choice(chain if its_plan.candidates else None, its_plan)
+        return value, best
 
     def learn(self, choice: Choice, accepted: int) -> None:
         """Count what a pass accepted of the chain that it verified."""
@@ -238,9 +257,10 @@ class AutoChooser:
             for place in range(min(accepted + 1, plan.candidates)):
                 counts.count(_level(chain.source, chain.evidence, place), place < accepted)
         self._tokens = self._tokens * _MEMORY + 1 + accepted
-        # What the pass took at least, whoever of the batch made it so long.
-        rows = 1 + plan.candidates, sum(plan.groups), plan.groups[accepted]
-        cost = self._settings.curve.of(*rows)
+        rows = None if self._rows is None else max(self._rows, plan.rows)
+        cost = self._settings.cost(
+            1 + plan.candidates, sum(plan.groups), plan.groups[accepted], rows
+        )
         self._seconds = self._seconds * _MEMORY + cost
 
     @staticmethod
@@ -252,59 +272,72 @@ class AutoChooser:
         """Let plans follow the counts, and the worth of groups those plans."""
         self._weighed.clear()
         total = sum(self._offered.values())
-        without = self._weigh(_NOTHING)[0]
+        pass_rows = self._rows
+        without = self._weigh(_NOTHING, pass_rows)[0]
         others = [
-            (weight / total, self._weigh(("lookup", LONGEST_LOOKUP, evidence))[0])
+            (weight / total, self._weigh(("lookup", LONGEST_LOOKUP, evidence), pass_rows)[0])
             for evidence, weight in self._offered.items()
             if evidence
         ]
         rest = 1 - sum(share for share, _ in others)
         for rows in range(1, len(self._worth)):
-            with_group = self._weigh(("look-ahead", rows, 0))[0]
+            with_group = self._weigh(("look-ahead", rows, 0), pass_rows)[0]
             gains = [share * (max(v, with_group) - max(v, without)) for share, v in others]
             self._worth[rows] = max(0.0, rest * (with_group - without) + sum(gains))
         self._weighed.clear()
 
-    def _weigh(self, key: _Key) -> tuple[float, Plan]:
+    def _weigh(self, key: _Key, rows: int | None) -> tuple[float, Plan]:
         """The best plan for a chain of this kind, and what it is worth, in tokens."""
-        if key not in self._weighed:
+        if (key, rows) not in self._weighed:
             source, length, evidence = key
             counts = self._ahead if source == "look-ahead" else self._copied
             chances = [counts[_level(source, evidence, place)] for place in range(length)]
-            self._weighed[key] = self._best(chances)
-        return self._weighed[key]
+            self._weighed[key, rows] = self._best(chances, rows)
+        return self._weighed[key, rows]
 
-    def _best(self, chances: Sequence[float]) -> tuple[float, Plan]:
-        """The best plan that verifies a chain of these chances, or some of it."""
+    def _best(self, chances: Sequence[float], pass_rows: int | None = None) -> tuple[float, Plan]:
+        """The best plan that verifies a chain of these chances, or some of it.
+
+        Args:
+            chances: of each candidate, once those before it are accepted.
+            pass_rows: rows that the pass has for each text, used or not; None for a text alone.
+        """
         rate, cost = self.rate, self._settings.cost
         best, chosen = -math.inf, Plan(0, (0,))
         reached, tokens = 1.0, 1.0
         ends: list[float] = []  # chance that a real row is the last one accepted
-        for candidates in range(1 + len(chances)):
+        longest = len(chances) if pass_rows is None else min(len(chances), pass_rows - 1)
+        for candidates in range(1 + longest):
             if candidates:
                 ends.append(reached * (1 - chances[candidates - 1]))
                 reached *= chances[candidates - 1]
                 tokens += reached
             here = [*ends, reached]
-            value = tokens - rate * cost(1 + candidates, 0, 0)
+            value = tokens - rate * cost(1 + candidates, 0, 0, pass_rows)
             if value > best:
                 best, chosen = value, Plan(candidates, (0,) * (1 + candidates))
             likeliest = sorted(range(1 + candidates), key=here.__getitem__, reverse=True)
             for rows in range(1, len(self._worth)):
-                value, hung = self._groups(tokens, rows, here, likeliest)
+                value, hung = self._groups(tokens, rows, here, likeliest, pass_rows)
                 if value > best:
                     groups = [rows if at in hung else 0 for at in range(1 + candidates)]
                     best, chosen = value, Plan(candidates, tuple(groups))
         return best, chosen
 
     def _groups(
-        self, tokens: float, rows: int, ends: Sequence[float], likeliest: Sequence[int]
+        self,
+        tokens: float,
+        rows: int,
+        ends: Sequence[float],
+        likeliest: Sequence[int],
+        pass_rows: int | None,
     ) -> tuple[float, set[int]]:
         """The real rows that should have a group of `rows`, and the worth of the pass then."""
         best, hung = -math.inf, 0
         for count, at in enumerate(likeliest, start=1):
             tokens += ends[at] * self._worth[rows]
-            value = tokens - self.rate * self._settings.cost(len(ends), count * rows, rows)
+            price = self._settings.cost(len(ends), count * rows, rows, pass_rows)
+            value = tokens - self.rate * price
             if value <= best:
                 break  # less likely rows pay even less
             best, hung = value, count
