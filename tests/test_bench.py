@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -440,6 +441,9 @@ def test_json_is_the_last_line_and_ar_is_added(
         (("--lookahead-tokens", "0"), "0"),
         (("--lookahead", "none"), "look-ahead files"),
         (("--limit", "0"), "limit is 0"),
+        (("--repeats", "0"), "repeats is 0"),
+        (("--run-generated-code",), "suite humaneval: name it"),
+        (("--compare", "nowhere", "either"), "nowhere"),
         (("--suite", "code", "--prompts", "code.jsonl"), "rename"),
         (("--overwrite",), "--out"),
         (("--prompts", "nowhere.jsonl"), "nowhere.jsonl"),
@@ -588,3 +592,56 @@ def test_what_a_text_was_paid_with(lm: Generator) -> None:
             assert record.rows is None
         elif record.stats is not None and record.rows is not None:
             assert record.rows == record.stats.passes if method.name == "ar" else record.rows > 12
+
+
+# Repeats, and programs that are run
+
+
+def test_repeats_are_runs_of_their_own_and_no_prompts(lm: Generator) -> None:
+    """Catches repeats with one seed, speeds that count them as prompts, and a spread that mixes
+    the two."""
+    calls: list[Any] = []
+    methods = [stub("ar", 4, 1.0, calls), stub("two-pass", 8)]
+    samples = list(interleave(prompts(2), methods, 4, 10, repeats=3))
+    assert len(samples) == 12
+    assert sorted(seed for _, _, seed in calls) == [10, 11, 12, 13, 14, 15]
+    fast, slow = (
+        [replace(s, record=replace(s.record, seconds=1.0 + s.repeat)) for s in samples],
+        [replace(s, record=replace(s.record, seconds=1.0 + s.prompt)) for s in samples],
+    )
+    within = summarize(prompts(2), fast, methods, lm.target, 0)[0]
+    between = summarize(prompts(2), slow, methods, lm.target, 0)[0]
+    assert (within["prompts"], within["repeats"], within["tokens"]) == (2, 3, 24)
+    assert within["speed_spread"]["prompts"] == pytest.approx(0)
+    assert within["speed_spread"]["repeats"] > 0.5
+    assert between["speed_spread"]["repeats"] == pytest.approx(0)
+    assert between["speed_spread"]["prompts"] > 0.4
+
+
+def test_generated_code_is_scored_by_method(
+    lm: Generator, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    """Catches programs of one method scored as another's, cut at the wrong place, or run without
+    being asked for."""
+    from passlm.bench import humaneval
+    from passlm.cli import bench
+
+    ran: list[tuple[str, str]] = []
+
+    def score(problems: Any, completions: dict[str, list[str]], **_: Any) -> dict[str, Any]:
+        ran.extend((name, text) for name, texts in completions.items() for text in texts)
+        return {"pass_at_k": {}, "samples": 1, "problems": len(problems)}
+
+    problem = humaneval.Problem("p0", "def f():\n", "f", "")
+    monkeypatch.setattr(humaneval, "load_problems", lambda: [problem])
+    monkeypatch.setattr(humaneval, "score", score)
+    methods = [stub("ar", 2), stub("two-pass", 3)]
+    samples = list(interleave(prompts(1), methods, 4, 0, repeats=2))
+    runs: list[dict[str, Any]] = [{}, {}]
+    made = bench._Bench.__new__(bench._Bench)
+    made.lm, made.methods = lm, methods
+    made.arguments = argparse.Namespace(seed=0)
+    made._score(runs, samples, prompts(1))
+    texts = [lm.tokenizer.decode(range(count), skip_special_tokens=True) for count in (2, 2, 3, 3)]
+    assert ran == [("p0", text) for text in texts]
+    assert all(run["quality"]["problems"] == 1 for run in runs)

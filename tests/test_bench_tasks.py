@@ -268,7 +268,7 @@ def test_file_lost_from_a_package_names_the_cure(
     suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches an installation that is not whole ending all suites with a traceback."""
-    monkeypatch.setattr(tasks._Package, "folder", lambda *_: tmp_path)
+    monkeypatch.setattr(tasks.Package, "folder", lambda *_: tmp_path)
     with pytest.raises(TaskError, match=f"'{suite}'.* has lost its file .*--force-reinstall"):
         fresh(suite)
 

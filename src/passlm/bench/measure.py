@@ -49,11 +49,12 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Sample:
-    """What one method did with the prompt of that number."""
+    """What one method did with the prompt of that number, the first time or again."""
 
     prompt: int
     method: Method
     record: Record
+    repeat: int = 0
 
 
 def warm_up(prompt: Prompt, methods: Sequence[Method], max_new_tokens: int) -> None:
@@ -63,9 +64,13 @@ def warm_up(prompt: Prompt, methods: Sequence[Method], max_new_tokens: int) -> N
 
 
 def interleave(
-    prompts: Sequence[Prompt], methods: Sequence[Method], max_new_tokens: int, seed: int
+    prompts: Sequence[Prompt],
+    methods: Sequence[Method],
+    max_new_tokens: int,
+    seed: int,
+    repeats: int = 1,
 ) -> Iterator[Sample]:
-    """Every method on the first prompt, in random order, then on the next.
+    """Every method on the first prompt, in random order, that again, then on the next.
 
     Args:
         prompts: of one suite.
@@ -73,11 +78,15 @@ def interleave(
         max_new_tokens: of each run.
         seed: of the order; of the draws as well, with the prompt's number added, so that methods
             share the noise of a prompt and prompts do not.
+        repeats: how often each prompt is run; sampled texts differ then.
     """
     order = random.Random(seed)
     for number, prompt in enumerate(prompts):
-        for method in order.sample(list(methods), len(methods)):
-            yield Sample(number, method, converse(prompt, method, seed + number, max_new_tokens))
+        for repeat in range(repeats):
+            own_seed = seed + number + repeat * len(prompts)
+            for method in order.sample(list(methods), len(methods)):
+                record = converse(prompt, method, own_seed, max_new_tokens)
+                yield Sample(number, method, record, repeat)
 
 
 def converse(prompt: Prompt, method: Method, seed: int, max_new_tokens: int) -> Record:
@@ -94,6 +103,7 @@ def prompt_record(prompt: Prompt, sample: Sample) -> dict[str, Any]:
     return {
         "suite": prompt.suite,
         "name": prompt.name,
+        "repeat": sample.repeat,
         "prompt_tokens": len(prompt.ids),
         **_identity(sample.method),
         "tokens": len(sample.record.tokens),
@@ -119,26 +129,28 @@ def summarize(
     Runs the target again at first differences from plain decoding, so nothing may be timed beside.
 
     Args:
-        prompts: of one suite, all of them run by every method.
+        prompts: of one suite, all of them run by every method, equally often.
         samples: what `interleave` gave.
         methods: among them plain decoding at every temperature.
         target: the model.
         seed: of the bootstrap.
     """
     records: dict[int, list[Record]] = {id(method): [] for method in methods}
-    for sample in sorted(samples, key=lambda sample: sample.prompt):
+    for sample in sorted(samples, key=lambda sample: (sample.prompt, sample.repeat)):
         records[id(sample.method)].append(sample.record)
     plain = {m.sampling.temperature: records[id(m)] for m in methods if m.name == BASELINE}
     runs = []
     for method in methods:
         own, expected = records[id(method)], plain[method.sampling.temperature]
-        compared = zip(prompts, own, expected, strict=True) if method.repeats_plain else None
+        repeats = len(own) // len(prompts)
+        asked = [prompt for prompt in prompts for _ in range(repeats)]
+        compared = zip(asked, own, expected, strict=True) if method.repeats_plain else None
         runs.append(
             {
                 "suite": prompts[0].suite,
                 **_identity(method),
-                **_counts(own),
-                **_speed(own, expected, seed),
+                **_counts(own, repeats),
+                **_speed(own, expected, repeats, seed),
                 **_agreement(compared, target),
             }
         )
@@ -157,21 +169,22 @@ def _identity(method: Method) -> dict[str, Any]:
     }
 
 
-def _counts(records: Sequence[Record]) -> dict[str, Any]:
+def _counts(records: Sequence[Record], repeats: int) -> dict[str, Any]:
     """Sums over the prompts; what only our methods count is null for others."""
     seconds = sum(record.seconds for record in records)
     tokens = sum(len(record.tokens) for record in records)
     parts = [record.stats for record in records if record.stats is not None]
     stats = Stats.total(parts) if parts else None
     return {
-        "prompts": len(records),
+        "prompts": len(records) // repeats,
+        "repeats": repeats,
         "tokens": tokens,
         "passes": stats and stats.passes,
         "seconds": seconds,
         "prefill_seconds": stats and stats.prefill_seconds,
         "decode_seconds": stats and stats.decode_seconds,
         "tokens_per_second": tokens / seconds,
-        "speed_spread": {"prompts": _spread(records), "repeats": None},
+        "speed_spread": _spread(records, repeats),
         "first_token_seconds": _median([record.first_token_seconds for record in records]),
         "rows_per_token": _rows_per_token(records),
         "tokens_per_pass": stats and stats.tokens_per_pass,
@@ -181,10 +194,15 @@ def _counts(records: Sequence[Record]) -> dict[str, Any]:
     }
 
 
-def _spread(records: Sequence[Record]) -> float | None:
-    """Coefficient of variation of the speed between prompts; None for a single one."""
-    rates = [len(record.tokens) / record.seconds for record in records]
-    return float(np.std(rates, ddof=1) / np.mean(rates)) if len(rates) > 1 else None
+def _spread(records: Sequence[Record], repeats: int) -> dict[str, float | None]:
+    """Coefficients of variation of the speed between prompts, and between repeats of one (mean)."""
+    rates = np.array([len(r.tokens) / r.seconds for r in records]).reshape(-1, repeats)
+    between = within = None
+    if len(rates) > 1:
+        between = float(rates.mean(1).std(ddof=1) / rates.mean())
+    if repeats > 1:
+        within = float((rates.std(1, ddof=1) / rates.mean(1)).mean())
+    return {"prompts": between, "repeats": within}
 
 
 def _median(seconds: Sequence[float | None]) -> float | None:
@@ -222,9 +240,15 @@ def _outside_forward(records: Sequence[Record], stats: Stats | None) -> float | 
     return 1 - sum(forward) / stats.decode_seconds
 
 
-def _speed(records: Sequence[Record], baseline: Sequence[Record], seed: int) -> dict[str, Any]:
-    tokens = np.array([[len(record.tokens) for record in part] for part in (records, baseline)])
-    seconds = np.array([[record.seconds for record in part] for part in (records, baseline)])
+def _speed(
+    records: Sequence[Record], baseline: Sequence[Record], repeats: int, seed: int
+) -> dict[str, Any]:
+    tokens, seconds = (
+        np.array([[part(record) for record in run] for run in (records, baseline)])
+        .reshape(2, -1, repeats)
+        .sum(2)  # what a prompt's repeats have in common is no evidence twice
+        for part in (lambda record: len(record.tokens), lambda record: record.seconds)
+    )
     return {
         "speedup_vs_ar": float(_ratio(tokens.sum(1), seconds.sum(1))),
         "speedup_interval": speedup_interval(tokens, seconds, seed),

@@ -78,6 +78,7 @@ def _notes(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     if first["temperature"] > 0:
         judges = {f"judge {r['judge']}, draft {r['draft']}" for r in runs if r["judge"]}
         lines += sorted(judges)
+    lines += [_quality(run) for run in runs if run.get("quality")]
     for run in runs:
         margins = [difference["margin"] for difference in run["differences"] or ()]
         if margins and run["temperature"] == 0:  # sampled, noise decides beside the logits
@@ -88,6 +89,21 @@ def _notes(runs: Sequence[Mapping[str, Any]]) -> list[str]:
                 f"{max(margins):.3g} at most"
             )
     return ["\n".join(f"- {line}" for line in lines)]
+
+
+def _quality(run: Mapping[str, Any]) -> str:
+    """pass@k, with how many problems it comes from."""
+    quality = run["quality"]
+    steps = f", L {run['lookahead_tokens']}" if run["lookahead_tokens"] else ""
+    figures = []
+    for k, found in quality["pass_at_k"].items():
+        interval = found["interval"]
+        spread = f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
+        figures.append(f"pass@{k} {found['value']:.3f}{spread}")
+    return (
+        f"{run['method']}{steps}: {', '.join(figures)}; {quality['samples']} programs for "
+        f"{quality['problems']} problems"
+    )
 
 
 def _engine(settings: Mapping[str, Any]) -> str:

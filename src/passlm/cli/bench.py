@@ -29,7 +29,7 @@ from passlm.errors import InputError
 from passlm.params import SamplingParams, StopParams
 
 if TYPE_CHECKING:
-    from passlm.bench.measure import Further, Prompt
+    from passlm.bench.measure import Further, Prompt, Sample
     from passlm.bench.methods import Asked, Method
     from passlm.generate import Generator
 
@@ -69,6 +69,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="list of look-ahead steps; default 4",
     )
     parser.add_argument("--limit", type=int, metavar="N", help="prompts of each suite; default all")
+    parser.add_argument(
+        "--repeats", type=int, default=1, metavar="N", help="runs of each prompt; default 1"
+    )
+    parser.add_argument(
+        "--run-generated-code",
+        action="store_true",
+        help="run what is written for humaneval, confined, and report pass@1, with 10 or more "
+        "sampled --repeats pass@10",
+    )
     parser.add_argument(
         "--seed", type=int, default=0, help="of the order and of all draws; default 0"
     )
@@ -162,6 +171,14 @@ def _check(arguments: argparse.Namespace) -> None:
         )
     if arguments.limit is not None and arguments.limit < 1:
         raise InputError(f"limit is {arguments.limit}: it must be 1 or more")
+    if arguments.repeats < 1:
+        raise InputError(f"repeats is {arguments.repeats}: it must be 1 or more")
+    if arguments.run_generated_code:
+        if "humaneval" not in arguments.suite:
+            raise InputError("--run-generated-code is for the suite humaneval: name it")
+        from passlm.bench.humaneval import check_sandbox
+
+        check_sandbox()  # before anything is measured
     if not 0 <= arguments.seed < 2**64:
         raise InputError(f"seed is {arguments.seed}: it must lie between 0 and 2**64 - 1")
     _check_folder(arguments.out, arguments.overwrite)
@@ -294,13 +311,14 @@ class _Bench:
 
         length, seed = self.arguments.max_new_tokens, self.arguments.seed
         target = baseline_target(self.methods)
-        total = sum(map(len, suites)) * len(self.methods)
+        repeats = self.arguments.repeats
+        total = sum(map(len, suites)) * len(self.methods) * repeats
         with progress_bar() as bar:
             progress = bar.add_task("warm-up", total=total)
             warm_up(suites[0][0], self.methods, length)
             for number, prompts in enumerate(suites, start=1):
                 samples = []
-                for sample in interleave(prompts, self.methods, length, seed):
+                for sample in interleave(prompts, self.methods, length, seed, repeats):
                     samples.append(sample)
                     prompt = prompts[sample.prompt]
                     if out is not None:
@@ -308,7 +326,28 @@ class _Bench:
                         out.flush()
                     bar.update(progress, advance=1, description=f"{prompt.suite} {prompt.name}")
                 runs = summarize(prompts, samples, self.methods, target, seed)
+                if self.arguments.run_generated_code and prompts[0].suite == "humaneval":
+                    self._score(runs, samples, prompts)
                 self._keep(runs, complete=number == len(suites))
+
+    def _score(
+        self, runs: list[dict[str, Any]], samples: list[Sample], prompts: list[Prompt]
+    ) -> None:
+        """Add to each method's entry how many of its programs do what they should."""
+        from passlm.bench.humaneval import completion_body, load_problems, score
+
+        tokenizer: Any = self.lm.tokenizer
+        problems = {problem.task_id: problem for problem in load_problems()}
+        mine = [problems[prompt.name] for prompt in prompts]
+        for run, method in zip(runs, self.methods, strict=True):
+            completions: dict[str, list[str]] = {problem.task_id: [] for problem in mine}
+            for sample in samples:
+                if sample.method is method:
+                    problem = mine[sample.prompt]
+                    text = tokenizer.decode(sample.record.tokens, skip_special_tokens=True)
+                    body = completion_body(problem.prompt, text)
+                    completions[problem.task_id].append(body)
+            run["quality"] = score(mine, completions, seed=self.arguments.seed)
 
     def _keep(self, runs: list[dict[str, Any]], complete: bool) -> None:
         from passlm.bench.methods import baseline_target
