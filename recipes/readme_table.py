@@ -13,7 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-RESULTS = ("auto-compiled", "auto-eager", "humaneval")
+RESULTS = ("int8-compiled", "auto-compiled", "auto-eager", "humaneval")
 NAMES = {
     "ar": "plain decoding",
     "lookup": "prompt lookup alone",
@@ -31,10 +31,13 @@ def table(name: str) -> str:
     lines = [COLUMNS, "| --- | --- |" + " ---: |" * 5, *map(row, runs)]
     settings, plain = results["settings"], [run for run in runs if run["method"] == "ar"]
     passes = "compiled passes" if settings.get("compiled") else "eager passes"
+    weights = settings["dtype"]
+    if settings.get("quantize"):
+        weights = f"ours {settings['quantize']}, transformers' {weights}"
     source = (
         f"{plain[0]['prompts']} prompts of each suite, "
         f"{sum(run['tokens'] for run in plain):,} new tokens, greedy, {passes}, "
-        f"{results['settings']['dtype']}, {machine['threads']} threads of {machine['processor']}; "
+        f"{weights}, {machine['threads']} threads of {machine['processor']}; "
         f"[report](docs/results/{name}/report.md)"
     )
     return "\n".join([*lines, "", source, ""])
@@ -53,7 +56,7 @@ def row(run: dict[str, Any]) -> str:
         f"{run['tokens_per_second']:.1f}",
         against,
         "" if run["tokens_per_pass"] is None else f"{run['tokens_per_pass']:.2f}",
-        f"{100 * run['identical_to_ar']:.0f} %",
+        "" if run["identical_to_ar"] is None else f"{100 * run['identical_to_ar']:.0f} %",
     ]
     return f"| {' | '.join(cells)} |"
 

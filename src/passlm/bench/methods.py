@@ -30,6 +30,7 @@ from passlm.outputs import Stats
 from passlm.params import SamplingParams, StopParams
 from passlm.passes import LookAheadRows, PassOutput, PassRow
 from passlm.plan import Adaptive, Strategy, strategy
+from passlm.planner import CostCurve
 from passlm.quantize import quantized
 from passlm.target import Target
 
@@ -62,6 +63,8 @@ class Record:
             for methods that are not ours.
         turns: of a chat, for each turn behind the first, its ids and how many new ids lie before
             its answer.
+        positions: of each new id, where it stood among the candidates, 0 for one that was drawn;
+            none for methods that are not ours.
     """
 
     tokens: tuple[int, ...]
@@ -71,6 +74,7 @@ class Record:
     first_token_seconds: float | None = None
     rows: int | None = None
     turns: tuple[tuple[tuple[int, ...], int], ...] = ()
+    positions: tuple[int, ...] = ()
 
     @property
     def answers(self) -> list[tuple[int, ...]]:
@@ -96,6 +100,7 @@ class Record:
             self.first_token_seconds,
             _sum(self.rows, later.rows),
             (*self.turns, (tuple(prompt), len(self.tokens))),
+            self.positions + later.positions,
         )
 
 
@@ -186,6 +191,7 @@ class PlanDecoding:
     look_ahead: LookAheadRows | None
     eos: frozenset[int]
     ignore_eos: bool
+    costs: Costs | None = None
 
     def __call__(
         self, prompt: Sequence[int], sampling: SamplingParams, max_new_tokens: int
@@ -193,6 +199,7 @@ class PlanDecoding:
         """See `Decode`."""
         stats = Stats(prompt_tokens=len(prompt))
         tokens: list[int] = []
+        positions: list[int] = []
         plans = self.plans(len(prompt) + max_new_tokens // 2)  # may measure what passes cost
         begun = time.perf_counter()
         decoder = Decoder(self.target, self.look_ahead)
@@ -203,13 +210,23 @@ class PlanDecoding:
         while decoder.rows:
             for _, step in decoder.step():
                 tokens += step.tokens
+                positions += range(1, 1 + step.accepted)
+                positions += [0] * (len(step.tokens) - step.accepted)
                 stats.count(step)
             first = first or time.perf_counter() - begun
         ended = time.perf_counter()
         stats.prefill_seconds, stats.decode_seconds = prefilled - begun, ended - prefilled
         forward = self.target.seconds - in_forward if self.target.can_time else None
         rows = self.target.rows - rows
-        return Record(tuple(tokens), ended - begun, stats, forward, first, rows)
+        return Record(
+            tuple(tokens),
+            ended - begun,
+            stats,
+            forward,
+            first,
+            rows,
+            positions=tuple(positions),
+        )
 
 
 class _FirstToken(BaseStreamer):
@@ -358,6 +375,15 @@ def baseline_target(methods: Sequence[Method]) -> Target:
     return decode.target
 
 
+def cost_curve(methods: Sequence[Method], context: int) -> CostCurve | None:
+    """What passes cost, as `auto` knows it; None without that method."""
+    for method in methods:
+        if method.name == "auto" and isinstance(method.decode, PlanDecoding):
+            costs = method.decode.costs
+            return None if costs is None else costs.curve(1, context)
+    return None
+
+
 def _decoding(
     name: str,
     tokens: int,
@@ -392,7 +418,7 @@ def _adaptive(name: str, lm: Generator, target: TimedTarget, stopping: StopParam
     rows = None if look_ahead is None else look_ahead.rows(target)
     costs = Costs(target, look_ahead, rows)
     return PlanDecoding(
-        target, lambda context: costs.auto(1, context), rows, lm.eos, stopping.ignore_eos
+        target, lambda context: costs.auto(1, context), rows, lm.eos, stopping.ignore_eos, costs
     )
 
 

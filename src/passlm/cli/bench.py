@@ -25,6 +25,7 @@ from passlm.cli.common import (
     progress_bar,
     taken,
 )
+from passlm.detokenize import Detokenizer
 from passlm.errors import InputError
 from passlm.params import SamplingParams, StopParams
 
@@ -86,7 +87,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_fields(parser, SamplingParams, SAMPLING_ELSEWHERE)
     add_fields(parser, StopParams, STOPPING_ELSEWHERE)
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help=f"write {RESULTS}, {REPORT} and {PROMPTS} there"
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help=f"write {RESULTS}, {REPORT}, {PAGE} and {PROMPTS} there",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the results in DIR")
     parser.add_argument(
@@ -221,7 +225,7 @@ def _opened(arguments: argparse.Namespace) -> Iterator[TextIO | None]:
         return
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
-        for name in (RESULTS, REPORT):
+        for name in (RESULTS, REPORT, PAGE):
             (arguments.out / name).unlink(missing_ok=True)
         file = (arguments.out / PROMPTS).open("w", encoding="utf-8")
     except OSError as error:
@@ -246,6 +250,7 @@ class _Bench:
             "peak_memory_bytes": None,
             "missing_suites": {},
             "skipped": [],
+            "samples": [],
             "runs": [],
         }
 
@@ -328,7 +333,37 @@ class _Bench:
                 runs = summarize(prompts, samples, self.methods, target, seed)
                 if self.arguments.run_generated_code and prompts[0].suite == "humaneval":
                     self._score(runs, samples, prompts)
+                self._keep_shown(prompts, samples)
                 self._keep(runs, complete=number == len(suites))
+
+    def _keep_shown(self, prompts: list[Prompt], samples: list[Sample]) -> None:
+        """What the report shows beside figures: costs, and how one text of the suite came."""
+        from passlm.bench.methods import cost_curve
+
+        context = len(prompts[0].ids) + self.arguments.max_new_tokens // 2
+        curve = cost_curve(self.methods, context)
+        if curve is not None:
+            self.results["cost_curve"] = asdict(curve)
+        drafting = [s for s in samples if s.prompt == 0 and any(s.record.positions)]
+        drafting.sort(key=lambda sample: sample.method.name != "auto")
+        if drafting:
+            self.results["samples"].append(self._shown(prompts[0], drafting[0]))
+
+    def _shown(self, prompt: Prompt, sample: Sample) -> dict[str, Any]:
+        """One text by token, each with the place it had among the candidates."""
+        tokenizer: Any = self.lm.tokenizer
+        detokenizer = Detokenizer(tokenizer.decode, prompt.ids)
+        pieces = [{"text": tokenizer.decode(prompt.ids), "kind": "prompt", "position": 0}]
+        record = sample.record
+        for token, position in zip(record.answers[0], record.positions, strict=False):
+            text, kind = detokenizer.push(token), "accepted" if position else "drawn"
+            pieces.append({"text": text, "kind": kind, "position": position})
+        return {
+            "suite": prompt.suite,
+            "prompt": prompt.name,
+            "method": sample.method.name,
+            "pieces": pieces,
+        }
 
     def _score(
         self, runs: list[dict[str, Any]], samples: list[Sample], prompts: list[Prompt]
@@ -350,6 +385,7 @@ class _Bench:
             run["quality"] = score(mine, completions, seed=self.arguments.seed)
 
     def _keep(self, runs: list[dict[str, Any]], complete: bool) -> None:
+        from passlm.bench.html import page
         from passlm.bench.methods import baseline_target
         from passlm.provenance import write_atomically
 
@@ -362,6 +398,7 @@ class _Bench:
         if folder is not None:
             write_atomically(folder / RESULTS, json.dumps(self.results, indent=1) + "\n")
             write_atomically(folder / REPORT, self.report())
+            write_atomically(folder / PAGE, page(self.results))
 
     def report(self) -> str:
         """The results as Markdown."""
