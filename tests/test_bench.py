@@ -443,7 +443,7 @@ def test_json_is_the_last_line_and_ar_is_added(
         (("--limit", "0"), "limit is 0"),
         (("--repeats", "0"), "repeats is 0"),
         (("--run-generated-code",), "suite humaneval: name it"),
-        (("--compare", "nowhere", "either"), "nowhere"),
+        (("--compare", "a", "b"), "leave --prompts out"),
         (("--suite", "code", "--prompts", "code.jsonl"), "rename"),
         (("--overwrite",), "--out"),
         (("--prompts", "nowhere.jsonl"), "nowhere.jsonl"),
@@ -456,6 +456,12 @@ def test_wrong_usage_is_one_line_and_exit_code_2(
     assert main(arguments(folder, *more)) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if "passlm: " in line]
     assert said in errors[-1]
+
+
+def test_results_to_compare_that_are_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    """Would catch a traceback."""
+    assert main(["bench", "--compare", "nowhere", "either"]) == 2
+    assert "nowhere" in capsys.readouterr().err
 
 
 def test_no_prompts_at_all_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -233,7 +233,8 @@ def weight_bytes(target: Target) -> int:
     model: Any = target.model
     read = {id(p): p.nbytes for p in model.parameters()}
     table, output = model.get_input_embeddings().weight, model.get_output_embeddings()
-    if output.weight is not table or isinstance(output, Int8Linear):
+    tied = getattr(output, "weight", None) is table
+    if not tied or isinstance(output, Int8Linear):
         del read[id(table)]
     for layer in model.modules():
         if isinstance(layer, Int8Linear):

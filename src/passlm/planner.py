@@ -2,7 +2,7 @@
 
 `CostCurve` is what a pass takes on this machine, `Acceptance` how often candidates are accepted,
 and `AutoPlan` weighs one against the other before every pass, plain decoding among its choices.
-Measuring the curve is left to `profile.py`, where lookup chains come from to `lookup.py`.
+Measuring the curve is left to `costs.py`, where lookup chains come from to `lookup.py`.
 
 Nothing here looks at a clock: choices follow from a stored curve and from what the text itself
 accepted, so a seed gives the same text again under either judge.

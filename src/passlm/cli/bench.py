@@ -125,6 +125,9 @@ def run(arguments: argparse.Namespace) -> None:
             prompt is left.
     """
     if arguments.compare is not None:
+        for name in ("suite", "prompts", "out", "json"):
+            if getattr(arguments, name):
+                raise InputError(f"--compare runs nothing and prints Markdown: leave --{name} out")
         sys.stdout.write(_compared(*arguments.compare))
         return
     _check(arguments)
