@@ -6,7 +6,7 @@ Text, stop strings and streams are left to `generate.py`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -245,20 +245,32 @@ class Row:
         return self.noise.exponentials(start, count, purpose, size)
 
 
+Observer = Callable[[Row, Tensor, Sequence[int]], None]
+"""Sees each pass of each text before it is settled: the text as it was, with the candidates it
+verified, the logits of its real rows `[1 + M, V]`, and the tokens that settle, none of them cut."""
+
+
 class Decoder:
     """Decodes a batch of texts, a pass at a time.
 
     Args:
         target: the frozen model.
         look_ahead: look-ahead rows; None where every request's strategy does without.
+        observer: looks on; None lets nobody.
 
     Raises:
         UnsupportedModelError: the rows have a sampler head and the target's weights are not plain.
     """
 
-    def __init__(self, target: Target, look_ahead: LookAheadRows | None = None) -> None:
+    def __init__(
+        self,
+        target: Target,
+        look_ahead: LookAheadRows | None = None,
+        observer: Observer | None = None,
+    ) -> None:
         self.target = target
         self.look_ahead = look_ahead
+        self.observer = observer
         self._sampler = None if look_ahead is None else look_ahead.sampler
         self._tables = None if self._sampler is None else target.embeddings
         self.rows: list[Row] = []
@@ -309,6 +321,8 @@ class Decoder:
 
     def _settle(self, index: int, row: Row, logits: Tensor) -> Step:
         settled = row.judge(logits)
+        if self.observer is not None:
+            self.observer(row, logits, settled)
         judged, accepted = len(row.candidates), len(settled) - 1
         kept, reason = cut_block(settled, row.request.eos, row.room, row.full)
         row.tokens += settled[:kept]

@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server: `schema`, `worker`, `app` and a page."""
