@@ -259,10 +259,15 @@ def test_every_prompt_alone(llama_case: Case, method: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "sampling", [replace(PENALISED, draft="sampled"), replace(PENALISED, temperature=0.0)]
+    "sampling",
+    [
+        replace(PENALISED, draft="sampled"),
+        replace(PENALISED, temperature=0.0),
+        replace(PENALISED, repetition_penalty=1.0, presence_penalty=1.5, frequency_penalty=0.5),
+    ],
 )
 @pytest.mark.parametrize("method", DRAFTING)
-def test_repetition_penalty_sees_the_true_history(
+def test_a_penalty_sees_the_true_history(
     llama_case: Case, method: str, sampling: SamplingParams
 ) -> None:
     """Catches a processor that reads a history without the candidates before its row, or with

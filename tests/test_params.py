@@ -20,6 +20,8 @@ BAD_SAMPLING: list[tuple[str, Any]] = [
     *(("top_p", value) for value in (0, -0.5, 1.01, NAN, "0.9")),
     *(("min_p", value) for value in (-0.01, 1.5, NAN, "0.1")),
     *(("repetition_penalty", value) for value in (0, -1.0, NAN, INFINITE, "1.1")),
+    *(("presence_penalty", value) for value in (-2.1, 2.1, NAN, "1")),
+    *(("frequency_penalty", value) for value in (-3, INFINITE, None)),
     *(("logit_bias", value) for value in ({-1: 1.0}, {3: NAN}, {3: INFINITE}, {"3": 1.0})),
     *(("bad_words", value) for value in (((),), ((1,), ()), ((1, -2),))),
     *(("min_new_tokens", value) for value in (-1, 1.5)),

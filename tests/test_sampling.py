@@ -151,6 +151,8 @@ def test_temperature_zero_is_one_hot_on_the_first_of_the_best() -> None:
         (SamplingParams(), False),
         (SamplingParams(temperature=0.5, top_k=3, top_p=0.9, min_p=0.1), False),
         (SamplingParams(repetition_penalty=1.1), True),
+        (SamplingParams(presence_penalty=0.5), True),
+        (SamplingParams(frequency_penalty=-0.5), True),
         (SamplingParams(bad_words=((1, 2),)), True),
         (SamplingParams(min_new_tokens=2), True),
         (SamplingParams(processors=(Damp(),)), True),
@@ -161,6 +163,17 @@ def test_a_processor_that_may_read_the_text_is_given_it(
 ) -> None:
     """Catches a processor taken for blind: it would see an empty text."""
     assert TokenDistribution(processors(params, 0, EOS), False).reads_history is reads
+
+
+def test_written_tokens_are_penalised_by_presence_and_by_count() -> None:
+    """Catches a prompt that counts as written, a count taken once, a wrong sign, and scores that
+    are changed in place: the next row of the pass would be penalised twice."""
+    params = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25)
+    chain = processors(params, 3, EOS)
+    scores = torch.zeros(1, 6)
+    text = torch.tensor([[4, 4, 5, 1, 2, 1]])  # three of the prompt, three written
+    assert chain(text, scores).tolist() == [[0.0, -1.0, -0.75, 0.0, 0.0, 0.0]]
+    assert chain(text[:, :3], scores).tolist() == [[0.0] * 6]
 
 
 def test_rows_at_once_are_rows_one_by_one() -> None:

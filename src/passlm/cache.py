@@ -133,6 +133,17 @@ class RowCache(Cache):
             mine.is_initialized = mine.keys is not None
         self.lengths += other.lengths
 
+    def copied(self, row: int, count: int) -> RowCache:
+        """The first `count` settled slots of one batch row, as a cache of its own."""
+        copy = RowCache(len(self.row_layers))
+        copy.lengths, copy.capacity = [count], _blocks(count)
+        for mine, theirs in zip(self.row_layers, copy.row_layers, strict=True):
+            if mine.keys is not None and mine.values is not None:
+                theirs.keys = _first(mine.keys[row : row + 1], count, copy.capacity)
+                theirs.values = _first(mine.values[row : row + 1], count, copy.capacity)
+                theirs.is_initialized = True
+        return copy
+
     def keep(self, rows: Sequence[int]) -> None:
         """Keep only these batch rows, in this order, and the blocks that they fill."""
         self.lengths = [self.lengths[row] for row in rows]
@@ -182,6 +193,11 @@ def as_prefix(cache: RowCache) -> Cache:
 def _blocks(slots: int) -> int:
     """The least capacity that holds so many slots."""
     return -(-slots // BLOCK) * BLOCK
+
+
+def _first(stored: Tensor, count: int, capacity: int) -> Tensor:
+    """A copy of the first slots, with free ones behind them."""
+    return torch.nn.functional.pad(stored[:, :, :count], (0, 0, 0, capacity - count)).clone()
 
 
 def _joined(

@@ -33,7 +33,7 @@ from passlm.plan import (
 from passlm.sampler import GroupSampler
 from passlm.sampling import Noise, Purpose, TokenDistribution, processors
 from passlm.stopping import cut_block
-from passlm.target import Target
+from passlm.target import PREFILL_CHUNK, Target
 
 
 class PromptError(InputError):
@@ -245,6 +245,24 @@ class Row:
         return self.noise.exponentials(start, count, purpose, size)
 
 
+@dataclass(frozen=True)
+class Reading:
+    """A text whose prompt is being read, not yet in the batch.
+
+    Attributes:
+        row: the text.
+        cache: what is read of it.
+    """
+
+    row: Row
+    cache: RowCache
+
+    @property
+    def left(self) -> int:
+        """Tokens still to be read: all but the last, which is the first root."""
+        return len(self.row.tokens) - 1 - self.cache.lengths[0]
+
+
 Observer = Callable[[Row, Tensor, Sequence[int]], None]
 """Sees each pass of each text before it is settled: the text as it was, with the candidates it
 verified, the logits of its real rows `[1 + M, V]`, and the tokens that settle, none of them cut."""
@@ -274,6 +292,7 @@ class Decoder:
         self._sampler = None if look_ahead is None else look_ahead.sampler
         self._tables = None if self._sampler is None else target.embeddings
         self.rows: list[Row] = []
+        self.settled: list[tuple[Row, Step]] = []
         self._cache: RowCache = target.new_cache(batch=0)
 
     def join(self, request: Request) -> Row:
@@ -282,11 +301,46 @@ class Decoder:
         Raises:
             PromptError: the prompt is empty, holds unknown ids, or fills the model's context.
         """
+        reading = self.begin(request)
+        while reading.left:
+            self.read(reading, PREFILL_CHUNK)
+        return self.admit(reading)
+
+    def begin(self, request: Request, known: RowCache | None = None) -> Reading:
+        """A text that is to join once its prompt is read, which may be done bit by bit.
+
+        Args:
+            request: the text.
+            known: keys and values of the first tokens of its prompt, fewer than all; used up.
+
+        Raises:
+            PromptError: as for `join`.
+        """
         room, full = self._room(request)
         row = Row(request, room, full, Noise(request.seed), list(request.prompt))
-        self._cache.append(self.target.prefill(row.tokens[:-1]))
-        self.rows.append(row)
-        return row
+        return Reading(row, self.target.new_cache() if known is None else known)
+
+    def read(self, reading: Reading, tokens: int) -> None:
+        """Prefill up to so many further tokens of a prompt."""
+        start = reading.cache.lengths[0]
+        end = start + min(tokens, reading.left)
+        if end > start:
+            self.target.extend(reading.cache, reading.row.tokens[start:end])
+
+    def admit(self, reading: Reading) -> Row:
+        """Take a text whose prompt is read into the batch."""
+        self._cache.append(reading.cache)
+        self.rows.append(reading.row)
+        return reading.row
+
+    def copied(self, row: Row, count: int) -> RowCache:
+        """Keys and values of the first tokens of a text, at most all but its last.
+
+        Raises:
+            ValueError: the text is not in the batch.
+        """
+        index = self.rows.index(row)
+        return self._cache.copied(index, count)
 
     def leave(self, rows: Iterable[Row]) -> None:
         """Take texts out of the batch, finished or not; the others are not touched."""
@@ -300,9 +354,12 @@ class Decoder:
     def step(self) -> list[tuple[Row, Step]]:
         """One pass for every text of the batch; those that end leave it.
 
+        If it raises, all texts are still there, and `settled` says whether they are a pass ahead.
+
         Returns:
             What each row settled, in the batch's order.
         """
+        self.settled = []
         rows = list(self.rows)
         chains = [row.chains() for row in rows]
         agreed, context = agreed_rows(rows, chains), self.target.context
@@ -312,17 +369,25 @@ class Decoder:
         ]
         output = self.target.run(self._cache, passes, self.look_ahead)
         real = [(index, slice(0, 1 + row.plan.candidates)) for index, row in enumerate(rows)]
-        judged = zip(rows, output.of(real), strict=True)
-        steps = [self._settle(index, row, logits) for index, (row, logits) in enumerate(judged)]
+        judged = [
+            self._judge(row, logits) for row, logits in zip(rows, output.of(real), strict=True)
+        ]
+        steps = [
+            self._settle(index, row, tokens)
+            for index, (row, tokens) in enumerate(zip(rows, judged, strict=True))
+        ]
+        self.settled = list(zip(rows, steps, strict=True))
         self._draft(rows, steps, output)
-        ended = [row for row, step in zip(rows, steps, strict=True) if step.finish_reason]
-        self.leave(ended)
-        return list(zip(rows, steps, strict=True))
+        self.leave([row for row, step in self.settled if step.finish_reason])
+        return self.settled
 
-    def _settle(self, index: int, row: Row, logits: Tensor) -> Step:
+    def _judge(self, row: Row, logits: Tensor) -> list[int]:
         settled = row.judge(logits)
         if self.observer is not None:
             self.observer(row, logits, settled)
+        return settled
+
+    def _settle(self, index: int, row: Row, settled: list[int]) -> Step:
         judged, accepted = len(row.candidates), len(settled) - 1
         kept, reason = cut_block(settled, row.request.eos, row.room, row.full)
         row.tokens += settled[:kept]

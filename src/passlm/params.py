@@ -60,6 +60,14 @@ class SamplingParams:
     repetition_penalty: float = field(
         default=1.0, metadata={"help": "above 1 makes tokens already in the text less likely"}
     )
+    presence_penalty: float = field(
+        default=0.0,
+        metadata={"help": "taken off the logit of every token already written; -2 to 2"},
+    )
+    frequency_penalty: float = field(
+        default=0.0,
+        metadata={"help": "taken off it for each time the token was written; -2 to 2"},
+    )
     logit_bias: Mapping[int, float] = field(
         default_factory=dict, metadata={"help": "token id to a number added to its logit"}
     )
@@ -105,6 +113,12 @@ class SamplingParams:
             _is_number(self.repetition_penalty) and self.repetition_penalty > 0,
             f"repetition_penalty is {self.repetition_penalty!r}: it must be positive (1 is off)",
         )
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            _require(
+                _is_number(value) and -2 <= value <= 2,
+                f"{name} is {value!r}: it must lie between -2 and 2 (0 is off)",
+            )
         _require(
             _is_whole(self.min_new_tokens) and self.min_new_tokens >= 0,
             f"min_new_tokens is {self.min_new_tokens!r}: it must be a whole number, 0 or more",

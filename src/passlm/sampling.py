@@ -19,6 +19,7 @@ from transformers import (
     EtaLogitsWarper,
     InfNanRemoveLogitsProcessor,
     LogitNormalization,
+    LogitsProcessor,
     LogitsProcessorList,
     MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
@@ -62,7 +63,7 @@ def processors(
 
     Args:
         params: what the user asked for.
-        prompt_tokens: length of the prompt, for `min_new_tokens`.
+        prompt_tokens: length of the prompt, for what looks at new tokens alone.
         eos: end-of-sequence ids that `min_new_tokens` holds back.
     """
     chosen = LogitsProcessorList()
@@ -71,6 +72,10 @@ def processors(
         chosen.append(SequenceBiasLogitsProcessor(bias))  # type: ignore[arg-type]
     if params.repetition_penalty != 1.0:
         chosen.append(RepetitionPenaltyLogitsProcessor(float(params.repetition_penalty)))
+    if params.presence_penalty or params.frequency_penalty:
+        chosen.append(
+            WrittenTokensPenalty(prompt_tokens, params.presence_penalty, params.frequency_penalty)
+        )
     if params.bad_words:
         words = [list(word) for word in params.bad_words]
         chosen.append(NoBadWordsLogitsProcessor(words, eos_token_id=list(eos) or None))
@@ -82,6 +87,31 @@ def processors(
     if params.temperature > 0:
         chosen.extend(_warpers(params))
     return chosen
+
+
+class WrittenTokensPenalty(LogitsProcessor):
+    """Presence and frequency penalties of the OpenAI API, on the tokens written so far.
+
+    From each token's logit it takes `presence` if the token was written behind the prompt, and
+    `frequency` for each time it was. Transformers has none of its own.
+
+    Args:
+        prompt_tokens: length of the prompt, which does not count.
+        presence: -2 to 2.
+        frequency: -2 to 2.
+    """
+
+    def __init__(self, prompt_tokens: int, presence: float, frequency: float) -> None:
+        self.prompt_tokens = prompt_tokens
+        self.presence = presence
+        self.frequency = frequency
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+        """Scores `[1, V]` of the token behind `input_ids`, `[1, T]`, with what was written less."""
+        written, times = input_ids[0, self.prompt_tokens :].unique(return_counts=True)
+        taken = scores.clone()
+        taken[0, written] -= self.presence + self.frequency * times.to(scores.dtype)
+        return taken
 
 
 def _warpers(params: SamplingParams) -> LogitsProcessorList:

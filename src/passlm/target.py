@@ -137,11 +137,20 @@ class Target:
         """
         cache = self.new_cache()
         for start in range(0, len(tokens), PREFILL_CHUNK):
-            chunk = tokens[start : start + PREFILL_CHUNK]
-            causal = Plan(len(chunk) - 1, (0,) * len(chunk))
-            self._pass(cache, [PassRow(chunk, causal)], None, last_logits_only=True)
-            cache.settle(0, len(chunk))
+            self.extend(cache, tokens[start : start + PREFILL_CHUNK])
         return cache
+
+    @torch.inference_mode()
+    def extend(self, cache: RowCache, tokens: Sequence[int]) -> None:
+        """Run further tokens of a text behind those in its cache, in one pass.
+
+        Args:
+            cache: of one text.
+            tokens: token ids, at least one.
+        """
+        causal = Plan(len(tokens) - 1, (0,) * len(tokens))
+        self._pass(cache, [PassRow(tokens, causal)], None, last_logits_only=True)
+        cache.settle(0, len(tokens))
 
     @torch.inference_mode()
     def run(

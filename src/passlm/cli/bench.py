@@ -38,7 +38,10 @@ REPORT, PAGE, PROMPTS = "report.md", "report.html", "prompts.jsonl"
 DEFAULT_METHODS = "ar,fixed-token,two-pass,one-pass,auto,lookup,hf,hf-prompt-lookup"
 NEED_LOOKAHEAD = ("auto", "two-pass", "one-pass")
 # Given as lists, with each prompt, or as token ids and objects.
-SAMPLING_ELSEWHERE = ("temperature", "seed", "logit_bias", "bad_words", "processors")
+SAMPLING_ELSEWHERE = (
+    *("temperature", "seed", "logit_bias", "bad_words", "processors"),
+    *("presence_penalty", "frequency_penalty"),  # transformers' methods know none
+)
 STOPPING_ELSEWHERE = ("stop",)  # no text is decoded
 
 _log = logging.getLogger("passlm.bench")
