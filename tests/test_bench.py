@@ -19,6 +19,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from passlm.bench import methods as bench_methods
+from passlm.bench.decoding import PlanDecoding, Record, TimedTarget
 from passlm.bench.measure import (
     Prompt,
     Sample,
@@ -28,15 +29,7 @@ from passlm.bench.measure import (
     speedup_interval,
     summarize,
 )
-from passlm.bench.methods import (
-    Asked,
-    Method,
-    MethodError,
-    PlanDecoding,
-    Record,
-    TimedTarget,
-    build,
-)
+from passlm.bench.methods import Asked, Method, MethodError, build
 from passlm.bench.report import markdown
 from passlm.bench.tasks import TaskError
 from passlm.cli import bench as command
@@ -413,6 +406,44 @@ def test_timed_target_gives_the_same_logits(lm: Generator) -> None:
     timed = TimedTarget(lm.target.model, pack=False)
     assert margin(timed, [5, 6]) == margin(lm.target, [5, 6])
     assert timed.seconds > 0
+
+
+# Batches
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_batch_is_its_texts(lm: Generator, temperature: float) -> None:
+    """Catches texts of a batch mixed up, drawn with each other's noise, or counted together."""
+    names = ("ar", "two-pass", "one-pass", "auto", "lookup", "fixed-token")
+    given = [[5, 6, 7], [9, 9, 10, 11, 12], [40, 3], [8]]
+    both = replace(asked(*names, temperature=temperature), batch_sizes=(1, 4))
+    made = build(lm, both, "tiny")
+    for alone, together in zip(made[: len(names)], made[len(names) :], strict=True):
+        assert (alone.name, together.batch_size) == (together.name, 4)
+        found = together.batch(given, range(4), NEW_TOKENS)
+        expected = [alone(ids, seed, NEW_TOKENS) for seed, ids in enumerate(given)]
+        assert [record.tokens for record in found] == [record.tokens for record in expected]
+        assert {record.seconds for record in found} == {found[0].seconds}
+        for record, ids in zip(found, given, strict=True):
+            assert record.stats is not None
+            assert record.first_token_seconds is not None
+            assert (record.stats.prompt_tokens, record.stats.tokens) == (len(ids), NEW_TOKENS)
+            assert len(record.positions) == NEW_TOKENS
+            assert record.first_token_seconds < 4 * record.seconds
+            parts = record.stats.prefill_seconds + record.stats.decode_seconds
+            assert parts == pytest.approx(record.seconds)
+        if alone.name == "ar":
+            assert [record.rows for record in found] == [NEW_TOKENS] * 4
+
+
+def test_what_decodes_one_prompt_at_a_time_needs_batches_of_one() -> None:
+    """Catches other engines timed alone and called a batch, and sizes that are none."""
+    names = ("ar", "hf")
+    with pytest.raises(MethodError, match=r"^hf decode one prompt at a time: add 1 to --batch"):
+        bench_methods.check_names(names, (2, 4))
+    with pytest.raises(MethodError, match="batch size is 0"):
+        bench_methods.check_names(("ar",), (0, 1))
+    bench_methods.check_names(names, (1, 4))
 
 
 # The command

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from passlm.bench.methods import BASELINE, Method, Record
+from passlm.bench.decoding import Record
+from passlm.bench.methods import BASELINE, Method
 from passlm.outputs import Stats
 from passlm.passes import PassRow
 from passlm.plan import Plan

@@ -1,44 +1,40 @@
 """The methods that `bench` compares: each decodes one prompt, ids to ids, and is timed.
 
 All of them are timed alike: from the prompt's ids to the last new id, prefill included and no text
-decoded. Which prompts they meet, in which order, is left to `measure.py`.
+decoded. Those of ours also decode several prompts as one batch. How they do it is left to
+`decoding.py`; which prompts they meet, in which order, to `measure.py`.
 """
 
 from __future__ import annotations
 
 import difflib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import product
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from passlm.cache import RowCache
-from passlm.compiled import CompiledPasses
+from passlm.bench.decoding import Decode, PlanDecoding, Record, TimedTarget
 from passlm.costs import Costs
-from passlm.decode import Decoder, Request
 from passlm.errors import InputError
 from passlm.generate import Generator, Options
 from passlm.lookahead import LookAhead
-from passlm.outputs import Stats
 from passlm.params import SamplingParams, StopParams
-from passlm.passes import LookAheadRows, PassOutput, PassRow
-from passlm.plan import Adaptive, Strategy, strategy
+from passlm.plan import strategy
 from passlm.planner import CostCurve
 from passlm.quantize import quantized
 from passlm.target import Target
 
 BASELINE = "ar"
-METHODS = (
-    *(BASELINE, "fixed-token", "two-pass", "one-pass", "auto", "lookup"),
-    *("hf", "hf-prompt-lookup"),
-)
+# Ours decode several prompts as one batch, too.
+OURS = (BASELINE, "fixed-token", "two-pass", "one-pass", "auto", "lookup")
+METHODS = (*OURS, "hf", "hf-prompt-lookup")
 LOOKUP_TOKENS = 10  # candidates of transformers' prompt lookup
 # The others run for each number of look-ahead tokens.
 _ONCE_PER_TEMPERATURE = (BASELINE, "auto", "lookup", "hf", "hf-prompt-lookup")
@@ -46,73 +42,6 @@ _ONCE_PER_TEMPERATURE = (BASELINE, "auto", "lookup", "hf", "hf-prompt-lookup")
 
 class MethodError(InputError):
     """A method that does not exist or cannot run with this model; one line."""
-
-
-@dataclass(frozen=True)
-class Record:
-    """One prompt decoded by one method.
-
-    Attributes:
-        tokens: the new ids.
-        seconds: from the prompt's ids to the last new id, prefill included.
-        stats: counts of the passes; None for methods that are not ours.
-        forward_seconds: time of the decoding passes inside the target's forward; None where it
-            cannot be told without disturbing the run.
-        first_token_seconds: until the first new id, prefill included.
-        rows: that were computed after the prompt, for each text as many as for the longest; None
-            for methods that are not ours.
-        turns: of a chat, for each turn behind the first, its ids and how many new ids lie before
-            its answer.
-        positions: of each new id, where it stood among the candidates, 0 for one that was drawn;
-            none for methods that are not ours.
-    """
-
-    tokens: tuple[int, ...]
-    seconds: float
-    stats: Stats | None = None
-    forward_seconds: float | None = None
-    first_token_seconds: float | None = None
-    rows: int | None = None
-    turns: tuple[tuple[tuple[int, ...], int], ...] = ()
-    positions: tuple[int, ...] = ()
-
-    @property
-    def answers(self) -> list[tuple[int, ...]]:
-        """The new ids of each turn."""
-        starts = [0, *(start for _, start in self.turns), len(self.tokens)]
-        return [self.tokens[start:end] for start, end in pairwise(starts)]
-
-    def then(self, prompt: Sequence[int], later: Record) -> Record:
-        """This and a further turn of the chat as one record.
-
-        Args:
-            prompt: ids of the further turn, those of this one included.
-            later: what was made of it.
-        """
-        stats = None
-        if self.stats is not None and later.stats is not None:
-            stats = Stats.total([self.stats, later.stats])
-        return Record(
-            self.tokens + later.tokens,
-            self.seconds + later.seconds,
-            stats,
-            _sum(self.forward_seconds, later.forward_seconds),
-            self.first_token_seconds,
-            _sum(self.rows, later.rows),
-            (*self.turns, (tuple(prompt), len(self.tokens))),
-            self.positions + later.positions,
-        )
-
-
-N = TypeVar("N", int, float)
-
-
-def _sum(a: N | None, b: N | None) -> N | None:
-    return None if a is None or b is None else a + b
-
-
-Decode = Callable[[Sequence[int], SamplingParams, int], Record]
-"""Decodes one prompt: its ids, how to draw, and at most how many new tokens."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +55,7 @@ class Method:
         lookahead_tokens: length of the look-ahead groups, `L`; 0 without.
         decode: what does it.
         other_weights: it decodes another model than the baseline, since that one's is rounded.
+        batch_size: prompts that are decoded as one batch.
     """
 
     name: str
@@ -134,10 +64,21 @@ class Method:
     lookahead_tokens: int
     decode: Decode
     other_weights: bool = False
+    batch_size: int = 1
 
     def __call__(self, prompt: Sequence[int], seed: int, max_new_tokens: int) -> Record:
         """Decode one prompt."""
         return self.decode(prompt, replace(self.sampling, seed=seed), max_new_tokens)
+
+    def batch(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], max_new_tokens: int
+    ) -> list[Record]:
+        """Decode as many prompts as `batch_size` says as one batch, each with its own seed."""
+        if self.batch_size == 1:
+            return [self(prompts[0], seeds[0], max_new_tokens)]
+        assert isinstance(self.decode, PlanDecoding), "only our methods decode batches"
+        sampling = [replace(self.sampling, seed=seed) for seed in seeds]
+        return self.decode.batch(prompts, sampling, max_new_tokens)
 
     @property
     def repeats_plain(self) -> bool:
@@ -147,86 +88,6 @@ class Method:
         if self.sampling.temperature == 0 or self.name == BASELINE:
             return True
         return self.plan is not None and self.sampling.judge == "coupled"
-
-
-class TimedTarget(Target):
-    """A target that adds up the `seconds` spent in the model's own forward, and the `rows`."""
-
-    def __init__(self, model: PreTrainedModel, pack: bool, compiled: Path | None = None) -> None:
-        super().__init__(model, pack, compiled)
-        self.seconds = 0.0
-        self.rows = 0
-
-    def run(
-        self, cache: RowCache, rows: Sequence[PassRow], look_ahead: LookAheadRows | None
-    ) -> PassOutput:
-        """See `Target`."""
-        self.rows += len(rows) * max(row.plan.rows for row in rows)
-        return super().run(cache, rows, look_ahead)
-
-    @property
-    def can_time(self) -> bool:
-        """Whether a pass is over when `run` returns; elsewhere waiting for it would slow it."""
-        return self.device.type == "cpu"
-
-    def _call_model(self, **inputs: Any) -> Any:
-        begun = time.perf_counter()
-        output = super()._call_model(**inputs)
-        self.seconds += time.perf_counter() - begun
-        return output
-
-    def _call_compiled(self, compiled: CompiledPasses, *inputs: Any) -> Tensor:
-        begun = time.perf_counter()
-        output = super()._call_compiled(compiled, *inputs)
-        self.seconds += time.perf_counter() - begun
-        return output
-
-
-@dataclass(frozen=True)
-class PlanDecoding:
-    """Decoding by plans: every method of ours."""
-
-    target: TimedTarget
-    plans: Callable[[int], Strategy | Adaptive]  # given how many tokens a text has half-way
-    look_ahead: LookAheadRows | None
-    eos: frozenset[int]
-    ignore_eos: bool
-    costs: Costs | None = None
-
-    def __call__(
-        self, prompt: Sequence[int], sampling: SamplingParams, max_new_tokens: int
-    ) -> Record:
-        """See `Decode`."""
-        stats = Stats(prompt_tokens=len(prompt))
-        tokens: list[int] = []
-        positions: list[int] = []
-        plans = self.plans(len(prompt) + max_new_tokens // 2)  # may measure what passes cost
-        begun = time.perf_counter()
-        decoder = Decoder(self.target, self.look_ahead)
-        decoder.join(Request.of(prompt, sampling, max_new_tokens, plans, self.eos, self.ignore_eos))
-        in_forward, rows = self.target.seconds, self.target.rows
-        prefilled = time.perf_counter()
-        first = None
-        while decoder.rows:
-            for _, step in decoder.step():
-                tokens += step.tokens
-                positions += range(1, 1 + step.accepted)
-                positions += [0] * (len(step.tokens) - step.accepted)
-                stats.count(step)
-            first = first or time.perf_counter() - begun
-        ended = time.perf_counter()
-        stats.prefill_seconds, stats.decode_seconds = prefilled - begun, ended - prefilled
-        forward = self.target.seconds - in_forward if self.target.can_time else None
-        rows = self.target.rows - rows
-        return Record(
-            tuple(tokens),
-            ended - begun,
-            stats,
-            forward,
-            first,
-            rows,
-            positions=tuple(positions),
-        )
 
 
 class _FirstToken(BaseStreamer):
@@ -299,17 +160,25 @@ class TransformersGenerate:
         return options
 
 
-def check_names(names: Sequence[str]) -> None:
-    """Make sure that the methods exist.
+def check_names(names: Sequence[str], batch_sizes: Sequence[int] = (1,)) -> None:
+    """Make sure that the methods exist and each can run at one of the batch sizes.
 
     Raises:
-        MethodError: one does not; names the nearest.
+        MethodError: one does not, and names the nearest; or cannot.
     """
     for name in names:
         if name not in METHODS:
             near = difflib.get_close_matches(name, METHODS, 1)
             hint = f"did you mean {near[0]!r}?" if near else "give one of them"
             raise MethodError(f"there is no method {name!r} ({', '.join(METHODS)}): {hint}")
+    if min(batch_sizes) < 1:
+        raise MethodError(f"batch size is {min(batch_sizes)}: it must be 1 or more")
+    alone = [name for name in names if name not in OURS]
+    if alone and 1 not in batch_sizes:
+        raise MethodError(
+            f"{', '.join(alone)} decode one prompt at a time: add 1 to --batch-size, or name "
+            "--methods without them"
+        )
 
 
 @dataclass(frozen=True)
@@ -322,6 +191,7 @@ class Asked:
         lookahead_tokens: each drafting method runs with each.
         sampling: everything about drawing but temperature and seed.
         stopping: when texts end; stop strings are not looked at.
+        batch_sizes: our methods run at each, the others at 1.
     """
 
     names: tuple[str, ...]
@@ -329,6 +199,16 @@ class Asked:
     lookahead_tokens: tuple[int, ...]
     sampling: SamplingParams
     stopping: StopParams
+    batch_sizes: tuple[int, ...] = (1,)
+
+    @property
+    def variants(self) -> list[tuple[str, int]]:
+        """Names, each with its numbers of look-ahead tokens; 0 where it has none."""
+        return [
+            (name, tokens)
+            for name in self.names
+            for tokens in ((0,) if name in _ONCE_PER_TEMPERATURE else self.lookahead_tokens)
+        ]
 
 
 def build(
@@ -339,7 +219,7 @@ def build(
     compiled: Path | None = None,
     quantize: str | None = None,
 ) -> list[Method]:
-    """The methods, one for each temperature and number of look-ahead tokens.
+    """The methods, one for each batch size, temperature and number of look-ahead tokens.
 
     Args:
         lm: model and look-ahead files.
@@ -354,18 +234,19 @@ def build(
         MethodError: an unknown method, or a model without a token for `fixed-token`.
         InputError: a drafting method without look-ahead files, or with too few rows.
     """
-    check_names(asked.names)
+    check_names(asked.names, asked.batch_sizes)
     model = lm.target.model
     target = TimedTarget(model if quantize is None else quantized(model, quantize), pack, compiled)
     made = []
-    for temperature in asked.temperatures:
-        sampling = replace(asked.sampling, temperature=temperature)
-        for name in asked.names:
-            for tokens in (0,) if name in _ONCE_PER_TEMPERATURE else asked.lookahead_tokens:
-                decode, plan = _decoding(name, tokens, lm, target, asked.stopping, base_model)
-                other = plan is None and quantize is not None
-                made.append(Method(name, plan, sampling, tokens, decode, other))
-    return made
+    for name, tokens in asked.variants:
+        decode, plan = _decoding(name, tokens, lm, target, asked.stopping, base_model)
+        other = plan is None and quantize is not None
+        made.append(Method(name, plan, asked.sampling, tokens, decode, other))
+    return [
+        replace(one, sampling=replace(one.sampling, temperature=temperature), batch_size=size)
+        for size, temperature, one in product(asked.batch_sizes, asked.temperatures, made)
+        if size == 1 or one.name in OURS
+    ]
 
 
 def baseline_target(methods: Sequence[Method]) -> Target:
@@ -380,7 +261,7 @@ def cost_curve(methods: Sequence[Method], context: int) -> CostCurve | None:
     for method in methods:
         if method.name == "auto" and isinstance(method.decode, PlanDecoding):
             costs = method.decode.costs
-            return None if costs is None else costs.curve(1, context)
+            return None if costs is None else costs.curve(method.batch_size, context)
     return None
 
 
@@ -408,7 +289,7 @@ def _decoding(
         Options.checked(rows, SamplingParams(), stopping, name, tokens)
     inputs = None if rows is None else rows.rows(target)
     fixed = strategy(kind, tokens)
-    decode = PlanDecoding(target, lambda _: fixed, inputs, lm.eos, stopping.ignore_eos)
+    decode = PlanDecoding(target, lambda *_: fixed, inputs, lm.eos, stopping.ignore_eos)
     return decode, kind if kind == BASELINE else f"{kind}({tokens})"
 
 
@@ -417,9 +298,7 @@ def _adaptive(name: str, lm: Generator, target: TimedTarget, stopping: StopParam
     look_ahead = lm.look_ahead if name == "auto" else None
     rows = None if look_ahead is None else look_ahead.rows(target)
     costs = Costs(target, look_ahead, rows)
-    return PlanDecoding(
-        target, lambda context: costs.auto(1, context), rows, lm.eos, stopping.ignore_eos, costs
-    )
+    return PlanDecoding(target, costs.auto, rows, lm.eos, stopping.ignore_eos, costs)
 
 
 def _fixed_rows(lm: Generator, target: Target, tokens: int, base_model: str) -> LookAhead:
