@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from passlm.cache import RowCache
 from passlm.decode import Decoder, Request
 from passlm.gguf_copy import cache_folder
 from passlm.lookahead import LookAhead, fingerprint
@@ -37,6 +38,7 @@ _WIDE = (4, 2)  # candidates, and rows of a group on each: tells what more group
 ROUNDS = 6
 CONTEXTS = (128, 512, 2048, 8192)  # a curve is measured behind so many tokens
 _MARGIN = 80  # tokens that one round of measuring may need behind them
+_STAGGER = 3  # tokens by which the texts of a batch differ in length
 _BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 _log = logging.getLogger(__name__)
@@ -90,8 +92,10 @@ def measure(
     wide = Plan(_WIDE[0], (min(_WIDE[1], longest),) * (1 + _WIDE[0])) if groups else None
     plans += [wide] if wide else []
     seconds: dict[Plan, list[float]] = {plan: [] for plan in plans}
+    prompt = [1 + place % (target.vocabulary - 1) for place in range(context)]
+    read = target.prefill(prompt[:-1])
     for _ in range(1 + rounds):
-        for plan, took in _one_round(target, rows, plans, batch, context):
+        for plan, took in _one_round(target, rows, plans, batch, prompt, read):
             seconds[plan].append(took)
     medians = {plan: median(took[1:]) for plan, took in seconds.items() if len(took) > 1}
     real = {
@@ -110,14 +114,30 @@ def measure(
 
 
 def _one_round(
-    target: Target, rows: LookAheadRows | None, plans: Sequence[Plan], batch: int, context: int
+    target: Target,
+    rows: LookAheadRows | None,
+    plans: Sequence[Plan],
+    batch: int,
+    prompt: Sequence[int],
+    read: RowCache,
 ) -> list[tuple[Plan, float]]:
+    """Each plan once; the texts differ in length, as those of a batch do.
+
+    Args:
+        target: the model.
+        rows: its look-ahead rows.
+        plans: to time.
+        batch: texts decoded at a time.
+        prompt: what they follow, or its beginning.
+        read: keys and values of all of it but the last token.
+    """
     script, order = _Script(), random.Random(0).sample(plans, len(plans))
     needed = sum(1 + plan.candidates for plan in plans) + max(plan.rows for plan in plans)
     decoder = Decoder(target, rows)
-    prompt = [1 + place % (target.vocabulary - 1) for place in range(context)]
-    for _ in range(batch):
-        decoder.join(Request.of(prompt, SamplingParams(), needed, script))
+    for text in range(batch):
+        count = max(1, len(prompt) - _STAGGER * text)
+        request = Request.of(prompt[:count], SamplingParams(), needed, script)
+        decoder.admit(decoder.begin(request, read.copied(0, count - 1)))
     taken = []
     for plan in order:
         if len(decoder.rows) < batch:  # the model's context is full
@@ -198,6 +218,7 @@ class Costs:
             "dtype": str(self.target.dtype),
             "device": str(self.target.device),
             "environment": environment(),
+            "stagger": _STAGGER,
             "look_ahead": card and [card.look_ahead_tokens, card.lora, card.sampler],
         }
 

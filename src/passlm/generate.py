@@ -186,6 +186,11 @@ class Generator:
         target: the frozen model.
         tokenizer: the model's own.
         look_ahead: rows trained for it; None decodes plainly.
+
+    Attributes:
+        rows: what decoding takes of the look-ahead files; None without.
+        costs: what passes cost here.
+        eos: ids that end a text.
     """
 
     def __init__(
@@ -197,8 +202,8 @@ class Generator:
         self.target = target
         self.tokenizer = tokenizer
         self.look_ahead = look_ahead
-        self._rows = None if look_ahead is None else look_ahead.rows(target)
-        self.costs = Costs(target, look_ahead, self._rows)
+        self.rows = None if look_ahead is None else look_ahead.rows(target)
+        self.costs = Costs(target, look_ahead, self.rows)
         self.eos = _eos_ids(target, tokenizer)
 
     def stream(self, prompt: Prompt, **options: Any) -> Iterator[Chunk]:
@@ -280,15 +285,15 @@ class Generator:
     ) -> Iterator[tuple[int, Chunk]]:
         """Decode a batch, giving each pass's chunk of each prompt; counts go into `stats`."""
         plans = self._plans(options, prompts)
-        decoder = Decoder(self.target, self._rows)
-        texts: dict[Row, _Text] = {}
+        decoder = Decoder(self.target, self.rows)
+        texts: dict[Row, StreamedText] = {}
         for index, (prompt, counts) in enumerate(zip(prompts, stats, strict=True)):
             begun = time.perf_counter()
             row = decoder.join(self._request(prompt, options, plans))
             counts.prompt_tokens = len(prompt)
             counts.prefill_seconds = time.perf_counter() - begun
             detokenizer = Detokenizer(self.decode, prompt)
-            texts[row] = _Text(index, detokenizer, StopStrings(options.stopping.stop))
+            texts[row] = StreamedText(index, detokenizer, StopStrings(options.stopping.stop))
         seconds = 0.0  # of passes alone: whoever reads the stream takes time of their own
         while decoder.rows:
             begun = time.perf_counter()
@@ -323,8 +328,15 @@ class Generator:
 
 
 @dataclass
-class _Text:
-    """One text on its way from ids to what is shown."""
+class StreamedText:
+    """One text on its way from ids to what is shown.
+
+    Attributes:
+        index: which of the texts asked for.
+        detokenizer: its ids to text.
+        stops: where its text ends.
+        kept: the last pass's step, as far as it belongs to the text.
+    """
 
     index: int
     detokenizer: Detokenizer

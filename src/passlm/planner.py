@@ -206,6 +206,16 @@ class AutoChooser:
         for _ in range(_FIRST_ROUNDS):
             self._weigh_anew()
 
+    def reprice(self, settings: AutoPlan) -> None:
+        """Go on with other costs, since the batch has another size: what was counted is kept.
+
+        Args:
+            settings: with as long a prior as before.
+        """
+        self._seconds *= settings.curve.of(1) / self._settings.curve.of(1)
+        self._settings = settings
+        self._weigh_anew()
+
     @property
     def lookup(self) -> int:
         """How many tokens of a lookup chain are of use; 0 for none."""

@@ -106,9 +106,9 @@ class WrittenTokensPenalty(LogitsProcessor):
         self.presence = presence
         self.frequency = frequency
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores `[1, V]` of the token behind `input_ids`, `[1, T]`, with what was written less."""
-        written, times = input_ids[0, self.prompt_tokens :].unique(return_counts=True)
+        written, times = torch.unique(input_ids[0, self.prompt_tokens :], return_counts=True)
         taken = scores.clone()
         taken[0, written] -= self.presence + self.frequency * times.to(scores.dtype)
         return taken

@@ -5,6 +5,7 @@ Plain records, so that neither side needs the other. Who runs what when is left 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -12,6 +13,8 @@ from typing import Literal
 from passlm.errors import InputError
 from passlm.generate import Options
 from passlm.outputs import Stats
+
+FAULT = "the server met a fault while writing this text"
 
 EndReason = Literal["eos", "stop", "length", "context", "time", "cancelled"]
 
@@ -30,6 +33,9 @@ class QueueFullError(InputError):
 
 class ClosedError(InputError):
     """The server is going down and takes nothing any more."""
+
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,13 @@ class Job:
     stats: Stats = field(default_factory=Stats)
     reused: int = 0
     """Tokens of the prompt whose keys and values were still at hand."""
+
+    def tell(self, event: Event) -> None:
+        """Hand an event to whoever asked; their faults are theirs."""
+        try:
+            self.deliver(self.index, event)
+        except Exception:
+            _log.exception("an event could not be handed over")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,301 @@
+"""Which texts run when: the batch, who joins it next, what is remembered, and faults kept apart.
+
+Single-threaded: `worker.py` puts a thread around it. Between two steps of the batch one chunk of
+one prompt is read, so that a long prompt stops nobody for long.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+
+from torch import Tensor
+
+from passlm.cache import RowCache
+from passlm.decode import Decoder, Reading, Row
+from passlm.generate import Generator
+from passlm.outputs import Step
+from passlm.planner import AutoPlan
+from passlm.serve.jobs import FAULT, EndReason, Failed, Job, WorkerSettings
+from passlm.serve.prefixes import SHORTEST, Prefixes, shared
+from passlm.serve.texts import ServedText
+
+CONTEXT = 128  # tokens behind which the costs of plans are measured
+_SECONDS_A_TEXT = 5.0  # believed before any text is over
+_MEMORY = 0.9  # what the mean keeps of its weight when one more text is over
+
+_log = logging.getLogger(__name__)
+
+
+class RememberingDecoder(Decoder):
+    """Keeps the keys and values of texts that leave."""
+
+    prefixes: Prefixes | None = None
+
+    def leave(self, rows: Iterable[Row]) -> None:
+        """See `Decoder`."""
+        leaving = list(rows)
+        for row in leaving:
+            known = row.tokens[:-1]
+            if self.prefixes is not None and len(known) >= SHORTEST:
+                self.prefixes.remember(known, self.copied(row, len(known)))
+        super().leave(leaving)
+
+
+class Scheduler:
+    """The texts under way and those that wait, first come, first served.
+
+    Args:
+        lm: model, tokenizer and look-ahead rows.
+        settings: limits; `max_cache` of 0 takes room for a full batch.
+
+    Attributes:
+        max_context: tokens that a text may have.
+        max_cache: tokens that may be held of all texts.
+        passes: run so far.
+        pass_seconds: spent in them.
+        faults: met so far.
+        seconds_a_text: a text takes in the batch, the mean of the last ones.
+    """
+
+    def __init__(self, lm: Generator, settings: WorkerSettings) -> None:
+        self.lm = lm
+        self.settings = settings
+        context = lm.target.context
+        self.max_context = min(settings.max_context, context or settings.max_context)
+        self.max_cache = settings.max_cache or settings.max_batch * self.max_context
+        self.passes = 0
+        self.pass_seconds = 0.0
+        self.faults = 0
+        self.seconds_a_text = _SECONDS_A_TEXT
+        self._waiting: deque[ServedText] = deque()
+        self._reading: tuple[ServedText, Reading] | None = None
+        self._running: dict[Row, ServedText] = {}
+        self._prefixes = Prefixes()
+        self._decoder = self._new_decoder()
+        self._plans = lru_cache(maxsize=None)(self._new_plans)
+
+    @property
+    def running(self) -> int:
+        """Texts in the batch."""
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        """Texts not begun, or whose prompt is being read."""
+        return len(self._waiting) + (self._reading is not None)
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self._running or self.waiting)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens whose keys and values are held."""
+        running = sum(len(row.tokens) for row in list(self._running))
+        return running + self._prefixes.tokens
+
+    def warm(self) -> None:
+        """Do once what the first requests would wait for: compile, measure what passes cost."""
+        method = "ar" if self.lm.rows is None else "two-pass"
+        self.lm.generate([[0]], method=method, max_new_tokens=4, ignore_eos=True)
+        for texts in range(1, 1 + self.settings.max_batch):
+            self._plans(texts, None)
+
+    def add(self, job: Job) -> None:
+        """Let a text wait for its turn."""
+        seconds = self.settings.max_seconds
+        try:
+            text = ServedText(job, self.lm, self._plans, self.max_context, seconds)
+        except Exception:
+            self.faults += 1
+            _log.exception("a request cannot be taken on")
+            job.tell(Failed(FAULT))
+            return
+        self._waiting.append(text)
+
+    def cancel(self, job: Job) -> None:
+        """End a text wherever it is; one that is over already stays as it is."""
+        self._end([text for text in self._texts() if text.job is job], "cancelled")
+
+    def cancel_all(self) -> None:
+        """End all texts."""
+        self._end(self._texts(), "cancelled")
+
+    def tick(self) -> None:
+        """Let the next text begin, read a bit of its prompt, and run a step for all others."""
+        idle = [text for text in self._texts() if text.row is None]
+        self._end([text for text in idle if text.late], "time")
+        self._begin_next()
+        self._read()
+        self._step()
+
+    def fail_all(self) -> None:
+        """After a fault that nobody can be blamed for: end all texts and begin anew."""
+        texts = self._texts()
+        self._waiting.clear()
+        self._reading = None
+        self._running.clear()
+        self._prefixes = Prefixes()
+        self._decoder = self._new_decoder()
+        for text in texts:
+            text.fail()
+
+    def _texts(self) -> list[ServedText]:
+        reading = [] if self._reading is None else [self._reading[0]]
+        return [*self._running.values(), *reading, *self._waiting]
+
+    def _end(self, texts: Sequence[ServedText], reason: EndReason) -> None:
+        for text in texts:
+            if text.row is not None:
+                self._leave(text.row)
+            elif self._reading is not None and self._reading[0] is text:
+                self._reading = None
+            else:
+                self._waiting.remove(text)
+            text.end(reason)
+
+    def _begin_next(self) -> None:
+        """The first of the queue, where there is a place and room for it; nobody overtakes it."""
+        if self._reading is not None or not self._waiting:
+            return
+        text = self._waiting[0]
+        reserved = sum(other.reserved for other in self._running.values())
+        if self.running >= self.settings.max_batch or reserved + text.reserved > self.max_cache:
+            return
+        self._waiting.popleft()
+        self._prefixes.shrink(self.max_cache - reserved - text.reserved)
+        try:
+            known = self._known(text)
+            text.job.reused = 0 if known is None else known.lengths[0]
+            self._reading = text, self._decoder.begin(text.request, known)
+        except Exception:
+            self._fault(text)
+
+    def _known(self, text: ServedText) -> RowCache | None:
+        """Keys and values of the prompt's first tokens, from the batch or from what is over."""
+        prompt = text.prompt[:-1]
+        count, remembered = self._prefixes.find(prompt)
+        counts = {
+            row: min(shared(row.tokens, prompt), len(row.tokens) - 1) for row in self._running
+        }
+        row = max(counts, key=counts.__getitem__, default=None)
+        if row is not None and counts[row] > max(count, SHORTEST - 1):
+            return self._decoder.copied(row, counts[row])
+        if remembered is None or count < SHORTEST:
+            return None
+        return remembered.copied(0, count)
+
+    def _read(self) -> None:
+        if self._reading is None:
+            return
+        text, reading = self._reading
+        begun = time.perf_counter()
+        try:
+            self._decoder.read(reading, self.settings.prefill_chunk)
+            text.job.stats.prefill_seconds += time.perf_counter() - begun
+            if reading.left:
+                return
+            self._reading = None
+            text.row = self._decoder.admit(reading)
+            self._running[text.row] = text
+            text.begun = time.monotonic()
+            self._resize()
+        except Exception:
+            self._reading = None
+            self._fault(text)
+
+    def _resize(self) -> None:
+        for text in self._running.values():
+            if text.plans is not None:
+                text.plans.resize(self.running)
+
+    def _step(self) -> None:
+        if not self._running:
+            return
+        begun = time.perf_counter()
+        try:
+            settled = self._decoder.step()
+        except Exception:
+            self.faults += 1
+            _log.exception("a step failed: the texts of the batch are taken apart")
+            settled = self._after_fault()
+        seconds = time.perf_counter() - begun
+        self.passes += 1
+        self.pass_seconds += seconds
+        for row, step in settled:
+            self._tell(row, step, seconds)
+
+    def _tell(self, row: Row, step: Step, seconds: float) -> None:
+        text = self._running[row]
+        try:
+            piece = text.push(step, seconds)
+        except Exception:
+            self._leave(row)
+            self._fault(text)
+            return
+        if piece.finish_reason is not None:
+            self._leave(row)
+        text.job.tell(piece)
+
+    def _leave(self, row: Row) -> None:
+        """Take a text out of the batch; it may have left the decoder on its own."""
+        took = time.monotonic() - self._running.pop(row).begun
+        self.seconds_a_text = _MEMORY * self.seconds_a_text + (1 - _MEMORY) * took
+        self._decoder.leave([row] if row in self._decoder.rows else [])
+        self._resize()
+
+    def _fault(self, text: ServedText) -> None:
+        self.faults += 1
+        _log.exception("a text failed; the others go on")
+        text.fail()
+
+    def _after_fault(self) -> list[tuple[Row, Step]]:
+        """Where a step failed: what it settled all the same, or what each text settles alone.
+
+        A text that fails alone as well is ended, and the others go on without it.
+        """
+        broken = self._decoder
+        self._decoder = self._new_decoder()
+        ahead = dict(broken.settled)
+        settled = []
+        for row in list(ahead) or broken.rows:
+            row.drafted, row.q = [], None
+            try:
+                step, cache = self._taken_apart(broken, row, ahead.get(row))
+                if cache is not None:
+                    self._decoder.admit(Reading(row, cache))
+                settled.append((row, step))
+            except Exception:
+                self._fault(self._running.pop(row))
+        self._resize()
+        return settled
+
+    def _taken_apart(
+        self, broken: Decoder, row: Row, step: Step | None
+    ) -> tuple[Step, RowCache | None]:
+        """What a text of a failed step settled, or settles alone, and its cache if it goes on."""
+        if step is not None and step.finish_reason:
+            return step, None
+        cache = broken.copied(row, len(row.tokens) - 1)
+        if step is not None:
+            return step, cache
+        alone = Decoder(self.lm.target, self.lm.rows, self._observe)
+        alone.admit(Reading(row, cache))
+        ((_, step),) = alone.step()
+        return step, None if step.finish_reason else alone.copied(row, len(row.tokens) - 1)
+
+    def _observe(self, row: Row, logits: Tensor, settled: Sequence[int]) -> None:
+        self._running[row].observe(logits, settled)
+
+    def _new_decoder(self) -> RememberingDecoder:
+        decoder = RememberingDecoder(self.lm.target, self.lm.rows, self._observe)
+        decoder.prefixes = self._prefixes
+        return decoder
+
+    def _new_plans(self, texts: int, longest: int | None) -> AutoPlan:
+        return self.lm.costs.auto(texts, min(CONTEXT, self.max_context), longest)

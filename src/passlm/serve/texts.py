@@ -1,0 +1,179 @@
+"""One text of the server: from what was asked to the pieces that are told.
+
+Holds what belongs to a single text: its request, its plans, its characters, its counts. When it
+runs, and beside which others, is left to `scheduler.py`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import cast
+
+from torch import Tensor
+
+from passlm.decode import Request, Row
+from passlm.detokenize import Detokenizer
+from passlm.generate import Generator, StreamedText
+from passlm.outputs import Step
+from passlm.plan import Adaptive, Strategy, strategy
+from passlm.planner import AutoChooser, AutoPlan
+from passlm.serve.jobs import FAULT, EndReason, Failed, Job, Piece, Token
+from passlm.stopping import StopStrings
+
+
+class BatchPlans:
+    """Plans of one text that follow the number of texts beside it.
+
+    Args:
+        plans: what passes cost and promise in a batch of so many texts.
+        follows: whether the text may; one that follows its plans must not depend on neighbours.
+    """
+
+    def __init__(self, plans: Callable[[int], AutoPlan], follows: bool) -> None:
+        self._plans = plans
+        self._follows = follows
+        self._settings = plans(1)
+        self._chooser = AutoChooser(self._settings)
+
+    def begin(self) -> AutoChooser:
+        """See `plan.Adaptive`; there is one text."""
+        return self._chooser
+
+    def resize(self, texts: int) -> None:
+        """The batch has so many texts now."""
+        settings = self._plans(texts)
+        if self._follows and settings is not self._settings:
+            self._settings = settings
+            self._chooser.reprice(settings)
+
+
+Logprobs = list[tuple[float, tuple[tuple[int, float], ...]]]
+
+
+class ServedText:
+    """A text from admission to its last piece.
+
+    Args:
+        job: what was asked, and whom to tell.
+        lm: model and tokenizer.
+        plans: for `auto`, by the batch's size and the longest group asked for.
+        room: tokens that the text may have in all.
+        seconds: that it may take in all.
+
+    Attributes:
+        begun: when it was taken on, then when it joined the batch, by the monotonic clock.
+        row: its place in the batch; None before it has one.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        lm: Generator,
+        plans: Callable[[int, int], AutoPlan],
+        room: int,
+        seconds: float,
+    ) -> None:
+        self.job = job
+        self.prompt = job.ask.prompt
+        self.begun = time.monotonic()
+        self.deadline = self.begun + seconds
+        asked = job.ask.options.stopping.max_new_tokens
+        self.new_tokens = min(asked, room - len(self.prompt))
+        self._cut = self.new_tokens < asked
+        self.plans = self._batch_plans(plans)
+        self.request = self._request(lm)
+        self.row: Row | None = None
+        self._stream = StreamedText(
+            job.index,
+            Detokenizer(lm.decode, self.prompt),
+            StopStrings(job.ask.options.stopping.stop),
+        )
+        self._logprobs: Logprobs = []
+        job.stats.prompt_tokens = len(self.prompt)
+
+    @property
+    def reserved(self) -> int:
+        """Tokens that it may come to."""
+        return len(self.prompt) + self.new_tokens
+
+    @property
+    def late(self) -> bool:
+        """Whether its time is over."""
+        return time.monotonic() > self.deadline
+
+    def _batch_plans(self, plans: Callable[[int, int], AutoPlan]) -> BatchPlans | None:
+        options = self.job.ask.options
+        if options.method != "auto":
+            return None
+        sampling, longest = options.sampling, options.lookahead_tokens
+        free = sampling.judge == "coupled" or sampling.temperature == 0
+        return BatchPlans(lambda texts: plans(texts, longest), free)
+
+    def _request(self, lm: Generator) -> Request:
+        options = self.job.ask.options
+        chosen: Strategy | Adaptive | None = self.plans
+        if chosen is None:
+            chosen = strategy(options.method, options.lookahead_tokens)
+        return Request.of(
+            self.prompt,
+            options.sampling,
+            self.new_tokens,
+            chosen,
+            lm.eos,
+            options.stopping.ignore_eos,
+        )
+
+    def observe(self, logits: Tensor, settled: Sequence[int]) -> None:
+        """Note the log-probabilities of what a pass settles, where they were asked for.
+
+        Args:
+            logits: of its real rows, `[1 + M, V]`.
+            settled: ids, as many as rows or fewer.
+        """
+        self._logprobs = []
+        if self.job.ask.logprobs is None:
+            return
+        logprobs = logits[: len(settled)].float().log_softmax(-1)
+        likeliest = logprobs.topk(self.job.ask.logprobs, dim=-1)
+        for row, token in enumerate(settled):
+            best = zip(likeliest.indices[row].tolist(), likeliest.values[row].tolist(), strict=True)
+            self._logprobs.append((float(logprobs[row, token]), tuple(best)))
+
+    def push(self, step: Step, seconds: float) -> Piece:
+        """What a pass adds to the text.
+
+        Args:
+            step: what it settled.
+            seconds: that it took.
+        """
+        if step.finish_reason is None and self.late:
+            step = replace(step, finish_reason="length")
+            reason: EndReason | None = "time"
+        elif step.finish_reason == "length" and self._cut:
+            reason = "context"
+        else:
+            reason = cast("EndReason | None", step.finish_reason)
+        chunk = self._stream.push(step)
+        if chunk.finish_reason in ("eos", "stop"):
+            reason = chunk.finish_reason
+        self.job.stats.count(self._stream.kept)
+        self.job.stats.decode_seconds += seconds
+        return Piece(tuple(self._tokens(chunk.texts, chunk.tokens, chunk.accepted)), reason)
+
+    def _tokens(self, texts: Sequence[str], ids: Sequence[int], accepted: int) -> list[Token]:
+        tokens = []
+        for place, (token, text) in enumerate(zip(ids, texts, strict=True)):
+            position = place + 1 if place < accepted else 0
+            logprob, top = self._logprobs[place] if self._logprobs else (None, ())
+            tokens.append(Token(token, text, position, logprob, top))
+        return tokens
+
+    def end(self, reason: EndReason) -> None:
+        """Say that the text is over without another token."""
+        self.job.tell(Piece((), reason))
+
+    def fail(self) -> None:
+        """Say that a fault of ours ended it."""
+        self.job.tell(Failed(FAULT))

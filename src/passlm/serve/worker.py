@@ -1,0 +1,178 @@
+"""The one thread that owns the model; others hand it texts and take them back.
+
+Everything public here may be called from any thread. What the thread does with the texts is left
+to `scheduler.py`, requests and answers of the network to `app.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+from passlm.decode import PromptError
+from passlm.generate import Generator
+from passlm.serve.jobs import Ask, ClosedError, Deliver, Job, QueueFullError, State, WorkerSettings
+from passlm.serve.scheduler import Scheduler
+
+_log = logging.getLogger(__name__)
+
+
+class Worker:
+    """Decodes texts that join and leave while others run.
+
+    Args:
+        lm: model, tokenizer and look-ahead rows; nothing else may use them any more.
+        settings: how much it takes on.
+    """
+
+    def __init__(self, lm: Generator, settings: WorkerSettings) -> None:
+        self.lm = lm
+        self.settings = settings
+        self._scheduler = Scheduler(lm, settings)
+        self._changed = threading.Condition()
+        self._inbox: list[Job] = []
+        self._cancelled: list[Job] = []
+        self._ready = False
+        self._deadline: float | None = None  # of the texts under way, once nothing more is taken
+        self._finished = True
+        self._thread = threading.Thread(target=self._run, name="passlm-worker", daemon=True)
+
+    @property
+    def max_context(self) -> int:
+        """Tokens that a text may have, prompt and answer."""
+        return self._scheduler.max_context
+
+    def start(self) -> None:
+        """Begin: the thread gets ready first, see `State.ready`, and takes texts meanwhile."""
+        self._thread.start()
+
+    def submit(self, asks: Sequence[Ask], deliver: Deliver) -> list[Job]:
+        """Take on the texts of one request, all or none.
+
+        Args:
+            asks: the texts.
+            deliver: takes their events, see `Deliver`.
+
+        Raises:
+            PromptError: a prompt is empty, holds unknown ids, or is too long to be answered.
+            QueueFullError: too many wait already.
+            ClosedError: the worker is going down, or down.
+        """
+        jobs = [Job(ask, index, deliver) for index, ask in enumerate(asks)]
+        for ask in asks:
+            self._check(ask)
+        with self._changed:
+            if self._deadline is not None or not self._thread.is_alive():
+                raise ClosedError("the server is shutting down: try another one")
+            self._check_queue(len(jobs))
+            self._inbox += jobs
+            self._changed.notify()
+        return jobs
+
+    def cancel(self, jobs: Iterable[Job]) -> None:
+        """End texts before their next step; those that are over stay as they are."""
+        with self._changed:
+            self._cancelled += jobs
+            self._changed.notify()
+
+    def state(self) -> State:
+        """How busy it is."""
+        own = self._scheduler
+        with self._changed:
+            waiting = len(self._inbox) + own.waiting
+        return State(
+            ready=self._ready and self._deadline is None and self._thread.is_alive(),
+            running=own.running,
+            waiting=waiting,
+            cached_tokens=own.cached_tokens,
+            max_cache=own.max_cache,
+            passes=own.passes,
+            pass_seconds=own.pass_seconds,
+            faults=own.faults,
+        )
+
+    def stop(self, grace: float) -> bool:
+        """Take nothing more, finish what is under way, and end.
+
+        Args:
+            grace: seconds after which texts are ended where they are.
+
+        Returns:
+            Whether all were finished.
+        """
+        with self._changed:
+            if self._deadline is None:
+                self._deadline = time.monotonic() + grace
+            self._changed.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+        return self._finished
+
+    def _check(self, ask: Ask) -> None:
+        """Whether a prompt can be answered at all."""
+        most, count = min(self.max_context, self._scheduler.max_cache), len(ask.prompt)
+        if not count:
+            raise PromptError("the prompt is empty: give at least one token")
+        if count >= most:
+            raise PromptError(
+                f"the prompt has {count} tokens and a text may have {most} with its answer: "
+                "shorten the prompt"
+            )
+        vocabulary = self.lm.target.vocabulary
+        unknown = next((t for t in ask.prompt if not 0 <= t < vocabulary), None)
+        if unknown is not None:
+            raise PromptError(
+                f"the prompt holds token id {unknown}, but the model knows 0 to {vocabulary - 1}"
+            )
+
+    def _check_queue(self, texts: int) -> None:
+        """Whether so many more may wait; those that find a place at once do not wait."""
+        places = max(0, self.settings.max_batch - self._scheduler.running)
+        waiting = len(self._inbox) + self._scheduler.waiting
+        if waiting + texts > self.settings.max_waiting + places:
+            rounds = waiting / self.settings.max_batch
+            raise QueueFullError(max(1, math.ceil(rounds * self._scheduler.seconds_a_text)))
+
+    def _run(self) -> None:
+        torch.set_num_threads(torch.get_num_threads())  # OpenMP's setting belongs to a thread
+        self._guarded(self._scheduler.warm)
+        self._ready = True
+        while self._wait():
+            inbox, cancelled = self._taken()
+            for job in inbox:
+                self._scheduler.add(job)
+            for job in cancelled:
+                self._scheduler.cancel(job)
+            if self._deadline is not None and time.monotonic() > self._deadline:
+                self._finished = not self._scheduler.busy
+                self._scheduler.cancel_all()
+            self._guarded(self._scheduler.tick)
+        self._ready = False
+
+    def _wait(self) -> bool:
+        """Wait for something to do; False once there is nothing and will be nothing."""
+        with self._changed:
+            while not (self._inbox or self._cancelled or self._scheduler.busy):
+                if self._deadline is not None:
+                    return False
+                self._changed.wait()
+        return True
+
+    def _taken(self) -> tuple[list[Job], list[Job]]:
+        with self._changed:
+            taken = self._inbox, self._cancelled
+            self._inbox, self._cancelled = [], []
+        return taken
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        """Do something; a fault that nobody can be blamed for ends all texts, not the server."""
+        try:
+            work()
+        except Exception:
+            _log.exception("the worker met a fault: it ends all texts and begins anew")
+            self._scheduler.fail_all()
