@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,6 @@ from passlm.bench.measure import (
 from passlm.bench.methods import Asked, Method, MethodError, build
 from passlm.bench.report import markdown
 from passlm.bench.tasks import TaskError
-from passlm.cli import bench as command
 from passlm.cli import main
 from passlm.generate import Generator
 from passlm.lookahead import LookAhead
@@ -125,6 +123,18 @@ def stub(
         return Record(tuple(range(tokens)), 1.0, stats)
 
     return Method(name, "plan", SamplingParams(), 0, decode)
+
+
+def samples_of(
+    given: Sequence[Prompt],
+    methods: Sequence[Method],
+    longest: int,
+    seed: int,
+    repeats: int = 1,
+) -> list[Sample]:
+    """What all turns give."""
+    turns = interleave(given, methods, seed, repeats)
+    return [sample for turn in turns for sample in turn.run(given, longest)]
 
 
 def prompts(count: int) -> list[Prompt]:
@@ -230,19 +240,19 @@ def test_interleave_shuffles_within_each_prompt() -> None:
     """Would catch a fixed order, in which one method always runs on a warm or a cold cache."""
     calls: list[Any] = []
     stubs = [stub(name, calls=calls) for name in "abcd"]
-    samples = list(interleave(prompts(12), stubs, 4, seed=3))
+    samples = samples_of(prompts(12), stubs, 4, 3)
     assert [sample.prompt for sample in samples] == [n for n in range(12) for _ in range(4)]
     orders = ["".join(c[0] for c in calls[n : n + 4]) for n in range(0, 48, 4)]
     assert all(sorted(order) == list("abcd") for order in orders)
     assert len(set(orders)) > 3  # 12 orders of 24: all among 3 has a chance below 1e-8
-    again = [sample.method.name for sample in interleave(prompts(12), stubs, 4, seed=3)]
+    again = [turn.method.name for turn in interleave(prompts(12), stubs, seed=3)]
     assert again == [sample.method.name for sample in samples]
 
 
 def test_methods_share_a_prompts_seed_and_prompts_do_not() -> None:
     """Would catch sampled texts compared under different noise, and one noise for all prompts."""
     calls: list[Any] = []
-    list(interleave(prompts(3), [stub("a", calls=calls), stub("b", calls=calls)], 4, 2**64 - 2))
+    samples_of(prompts(3), [stub("a", calls=calls), stub("b", calls=calls)], 4, 2**64 - 2)
     seeds = {ids: {c[2] for c in calls if c[1] == ids} for _, ids, _ in calls}
     assert sorted(map(len, seeds.values())) == [1, 1, 1]
     assert set.union(*seeds.values()) == {2**64 - 2, 2**64 - 1, 0}
@@ -304,7 +314,7 @@ def test_a_rigged_difference_is_counted_and_its_margin_measured(lm: Generator) -
 
     both = [plain, replace(plain, name="two-pass", decode=rigged)]
     given = prompts(4)
-    samples = list(interleave(given, both, NEW_TOKENS, 0))
+    samples = samples_of(given, both, NEW_TOKENS, 0)
     runs = summarize(given, samples, both, lm.target, 0)
     assert [run["identical_to_ar"] for run in runs] == [1, 0.75]
     (difference,) = runs[1]["differences"]
@@ -321,7 +331,7 @@ def test_a_text_that_is_only_shorter_differs(lm: Generator) -> None:
     """Would catch a comparison of the common part alone, or a look behind the end."""
     plain = stub("ar", tokens=4)
     both = [plain, stub("two-pass", tokens=2)]
-    runs = summarize(prompts(1), list(interleave(prompts(1), both, 4, 0)), both, lm.target, 0)
+    runs = summarize(prompts(1), samples_of(prompts(1), both, 4, 0), both, lm.target, 0)
     (difference,) = runs[1]["differences"]
     assert (difference["index"], difference["token"], difference["ar_token"]) == (2, None, 2)
 
@@ -352,7 +362,8 @@ def test_all_methods_end_alike(lm: Generator, ignore_eos: bool) -> None:
     settings: Any = lm.target.model.generation_config
     settings.eos_token_id = text[4]
     expected = NEW_TOKENS if ignore_eos else text.index(text[4]) + 1
-    for method in build(lm, asked(*bench_methods.METHODS, ignore_eos=ignore_eos), "tiny"):
+    names, others = (*bench_methods.OURS, *bench_methods.THEIRS), Others(lm.target.model)
+    for method in build(lm, asked(*names, ignore_eos=ignore_eos), "tiny", others=others):
         assert method(ids, 0, NEW_TOKENS).tokens == text[:expected], method.name
 
 
@@ -523,23 +534,6 @@ def test_results_are_not_overwritten_unasked(
     assert len(in_folder(tmp_path)) == 1
 
 
-def test_a_killed_run_keeps_its_records(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Would catch records that are only written at the end, and half a result left as a whole."""
-
-    def interrupted(*given: Any) -> Iterator[Sample]:
-        for count, sample in enumerate(interleave(*given)):
-            if count == 3:
-                raise KeyboardInterrupt
-            yield sample
-
-    monkeypatch.setattr("passlm.bench.measure.interleave", interrupted)
-    assert main(arguments(folder, "--methods", "ar,hf", "--out", str(tmp_path))) == 130
-    assert len(in_folder(tmp_path)) == 3
-    assert not (tmp_path / "results.json").exists()
-
-
 def test_a_missing_suite_is_named_and_the_rest_runs(
     folder: Path,
     capsys: pytest.CaptureFixture[str],
@@ -551,7 +545,7 @@ def test_a_missing_suite_is_named_and_the_rest_runs(
     def missing(name: str, *_: Any) -> list[Any]:
         raise TaskError(f"suite {name!r} needs some package: pip install it")
 
-    monkeypatch.setattr(command, "load_suite", missing)
+    monkeypatch.setattr("passlm.bench.prompts.load_suite", missing)
     line = arguments(folder, "--suite", "text", "--methods", "ar", "--limit", "1", "--json")
     assert main(line) == 0
     results = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -594,7 +588,7 @@ def test_a_chat_goes_on_with_the_methods_own_answers(lm: Generator) -> None:
 
     asked_for: list[Any] = []
     prompt = Prompt("own", "chat", (5, 6), further)
-    sample = next(interleave([prompt], [stub("ar", calls=asked_for)], 4, 3))
+    sample = samples_of([prompt], [stub("ar", calls=asked_for)], 4, 3)[0]
     assert [(name, ids) for name, ids, _ in asked_for] == [
         ("ar", (5, 6)),
         ("ar", (5, 6, 0, 1, 2, 3, 7)),
@@ -639,7 +633,7 @@ def test_repeats_are_runs_of_their_own_and_no_prompts(lm: Generator) -> None:
     the two."""
     calls: list[Any] = []
     methods = [stub("ar", 4, 1.0, calls), stub("two-pass", 8)]
-    samples = list(interleave(prompts(2), methods, 4, 10, repeats=3))
+    samples = samples_of(prompts(2), methods, 4, 10, repeats=3)
     assert len(samples) == 12
     assert sorted(seed for _, _, seed in calls) == [10, 11, 12, 13, 14, 15]
     fast, slow = (
@@ -661,7 +655,7 @@ def test_generated_code_is_scored_by_method(
     """Catches programs of one method scored as another's, cut at the wrong place, or run without
     being asked for."""
     from passlm.bench import humaneval
-    from passlm.cli import bench
+    from passlm.bench.session import scored
 
     ran: list[tuple[str, str]] = []
 
@@ -673,12 +667,11 @@ def test_generated_code_is_scored_by_method(
     monkeypatch.setattr(humaneval, "load_problems", lambda: [problem])
     monkeypatch.setattr(humaneval, "score", score)
     methods = [stub("ar", 2), stub("two-pass", 3)]
-    samples = list(interleave(prompts(1), methods, 4, 0, repeats=2))
-    runs: list[dict[str, Any]] = [{}, {}]
-    made = bench._Bench.__new__(bench._Bench)
-    made.lm, made.methods = lm, methods
-    made.arguments = argparse.Namespace(seed=0)
-    made._score(runs, samples, prompts(1))
+    samples = samples_of(prompts(1), methods, 4, 0, repeats=2)
+    found = [
+        scored(lm, prompts(1), [one for one in samples if one.method is method], 0)
+        for method in methods
+    ]
     texts = [lm.tokenizer.decode(range(count), skip_special_tokens=True) for count in (2, 2, 3, 3)]
     assert ran == [("p0", text) for text in texts]
-    assert all(run["quality"]["problems"] == 1 for run in runs)
+    assert [quality["problems"] for quality in found] == [1, 1]

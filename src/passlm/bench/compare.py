@@ -13,13 +13,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
+from passlm.bench.folder import RESULTS
 from passlm.errors import InputError
 from passlm.params import SamplingParams, StopParams
 
 Run = Mapping[str, Any]  # an entry of "runs" in results.json
 Verdict = Literal["faster", "slower", "within noise", "unknown"]
 
-RESULTS = "results.json"
 KEY = ("suite", "temperature", "method", "lookahead_tokens")  # what tells a file's runs apart
 _NORMAL = 1.96  # standard errors on either side of an estimate that 95 % of a normal lie within
 _BASELINE = "ar"  # what every speed-up is a ratio to

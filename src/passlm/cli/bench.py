@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import difflib
-import json
+import hashlib
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
-from passlm.bench.compare import RESULTS, compare, load_results
-from passlm.bench.tasks import SUITES, Task, TaskError, load_prompts, load_suite
+from passlm.bench.compare import compare, load_results
+from passlm.bench.folder import PAGE, PROMPTS, REPORT, RESULTS, check_unused
+from passlm.bench.tasks import SUITES, load_prompts
 from passlm.cli.common import (
     add_decoding_arguments,
     add_fields,
@@ -24,17 +25,17 @@ from passlm.cli.common import (
     print_json,
     progress_bar,
     taken,
+    terminated_as_interrupted,
 )
-from passlm.detokenize import Detokenizer
 from passlm.errors import InputError
 from passlm.params import SamplingParams, StopParams
 
 if TYPE_CHECKING:
-    from passlm.bench.measure import Further, Prompt, Sample
-    from passlm.bench.methods import Asked, Method
+    from passlm.bench.methods import Asked
+    from passlm.bench.prompts import Found
+    from passlm.bench.session import Session
     from passlm.generate import Generator
 
-REPORT, PAGE, PROMPTS = "report.md", "report.html", "prompts.jsonl"
 DEFAULT_METHODS = "ar,fixed-token,two-pass,one-pass,auto,lookup,hf,hf-prompt-lookup"
 NEED_LOOKAHEAD = ("auto", "two-pass", "one-pass")
 # Given as lists, with each prompt, or as token ids and objects.
@@ -43,6 +44,9 @@ SAMPLING_ELSEWHERE = (
     *("presence_penalty", "frequency_penalty"),  # transformers' methods know none
 )
 STOPPING_ELSEWHERE = ("stop",)  # no text is decoded
+
+# What may be another when a run is gone on with.
+NOT_OF_THE_RUN = ("out", "resume", "overwrite", "json", "compare")
 
 _log = logging.getLogger("passlm.bench")
 
@@ -62,16 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=_listed(str)(DEFAULT_METHODS),
         help=f"default {DEFAULT_METHODS}",
     )
-    parser.add_argument(
-        "--temperature", type=_listed(float), default=(0.0,), help="list; default 0, greedy"
-    )
-    parser.add_argument(
-        "--lookahead-tokens",
-        type=_listed(int),
-        default=(4,),
-        metavar="N",
-        help="list of look-ahead steps; default 4",
-    )
+    _add_lists(parser)
     parser.add_argument("--limit", type=int, metavar="N", help="prompts of each suite; default all")
     parser.add_argument(
         "--repeats", type=int, default=1, metavar="N", help="runs of each prompt; default 1"
@@ -89,13 +84,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_decoding_arguments(parser)
     add_fields(parser, SamplingParams, SAMPLING_ELSEWHERE)
     add_fields(parser, StopParams, STOPPING_ELSEWHERE)
+    _add_output(parser)
+    add_json_argument(parser)
+
+
+def _add_lists(parser: argparse.ArgumentParser) -> None:
+    """What may have several values: methods run with each, and reports show what it changes."""
+    parser.add_argument(
+        "--temperature",
+        type=_listed(float),
+        default=(0.0,),
+        metavar="T,...",
+        help="list; default 0, greedy",
+    )
+    parser.add_argument(
+        "--lookahead-tokens",
+        type=_listed(int),
+        default=(4,),
+        metavar="N,...",
+        help="list of look-ahead steps; default 4",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=_listed(int),
+        default=(1,),
+        metavar="N,...",
+        help="list of how many prompts to decode as one batch; default 1, the only size of what is "
+        "not ours",
+    )
+    parser.add_argument(
+        "--prompt-tokens",
+        type=_listed(int),
+        default=(),
+        metavar="N,...",
+        help="list of lengths to cut each prompt to, from its end; shorter prompts are left out; "
+        "default whole prompts",
+    )
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         type=Path,
         metavar="DIR",
-        help=f"write {RESULTS}, {REPORT}, {PAGE} and {PROMPTS} there",
+        help=f"write {RESULTS}, {REPORT}, {PAGE} there, and {PROMPTS} as the run goes",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace the results in DIR")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run in DIR, given the same arguments as before",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the run in DIR")
     parser.add_argument(
         "--compare",
         nargs=2,
@@ -103,7 +142,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("A", "B"),
         help="run nothing: say what changed beyond noise between two folders of results",
     )
-    add_json_argument(parser)
 
 
 def _listed(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
@@ -126,22 +164,53 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         InputError: a suite, method, parameter, the model or the folder cannot be used, or no
             prompt is left.
+        KeyboardInterrupt: it was interrupted; what was done is kept.
     """
     if arguments.compare is not None:
-        for name in ("suite", "prompts", "out", "json"):
+        for name in ("suite", "prompts", "out", "resume", "json"):
             if getattr(arguments, name):
                 raise InputError(f"--compare runs nothing and prints Markdown: leave --{name} out")
         sys.stdout.write(_compared(*arguments.compare))
         return
     _check(arguments)
+    results = _finished(arguments) if arguments.resume else None
+    if results is None:
+        results = _measured(arguments)
+    from passlm.bench.report import markdown
+
+    sys.stdout.write(markdown(results))
+    if arguments.json:
+        print_json(results)
+
+
+def _finished(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """The results of the run in the folder, if it is complete."""
+    from passlm.bench.journal import check_same, read_run
+
+    out: Path = arguments.out
+    check_same(out, read_run(out)["about"], _asked_for(arguments))
+    if not (out / RESULTS).exists():
+        return None
+    results = load_results(out)
+    if not results["complete"]:
+        return None
+    _log.info("the run in %s is complete", out)
+    return results
+
+
+def _measured(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Load, then run what is to be run."""
     given = [] if arguments.prompts is None else load_prompts(arguments.prompts, arguments.limit)
     asked = _asked(arguments)
     from passlm.bench.methods import build
+    from passlm.bench.prompts import Collector
+    from passlm.bench.session import Course, Session
     from passlm.generate import compiled_folder
 
     drafts = any(name in NEED_LOOKAHEAD for name in asked.names)
     if not drafts and arguments.lookahead not in (None, "none"):
         _log.warning("--lookahead is not used: none of the methods drafts with such files")
+    begun = time.perf_counter()
     lm = loaded(
         arguments,
         lookahead=arguments.lookahead if drafts else "none",
@@ -149,15 +218,73 @@ def run(arguments: argparse.Namespace) -> None:
         compile=False,
         quantize=None,
     )
+    loading = {"load_seconds": time.perf_counter() - begun, "start_seconds": _seconds_since_start()}
     compiled = compiled_folder() if arguments.compile else None
     methods = build(lm, asked, arguments.model, arguments.pack, compiled, arguments.quantize)
-    bench = _Bench(arguments, lm, methods)
-    suites = bench.suites(given)
-    with _opened(arguments) as out:
-        bench.measure(suites, out)
-    sys.stdout.write(bench.report())
-    if arguments.json:
-        print_json(bench.results)
+    cuts, length = arguments.prompt_tokens, arguments.max_new_tokens
+    collector = Collector(lm, length, cuts, not cuts and arguments.batch_size == (1,))
+    found = collector.collect(arguments.suite, given, arguments.limit)
+    course = Course(length, arguments.seed, arguments.repeats, arguments.run_generated_code)
+    settings = _settings(arguments, lm)
+    session = Session(lm, methods, found, course, {"settings": settings, **loading})
+    _go(arguments, session, {**_asked_for(arguments), **_found(lm, found)})
+    return session.results
+
+
+def _go(arguments: argparse.Namespace, session: Session, about: dict[str, Any]) -> None:
+    """Run the session, with a bar; what was done when it is interrupted is kept."""
+    from passlm.bench.journal import Journal
+
+    try:
+        with (
+            terminated_as_interrupted(),
+            Journal.opened(arguments.out, about, arguments.resume) as journal,
+            progress_bar() as bar,
+        ):
+            if arguments.resume:
+                _log.info("%d of %d runs are kept", journal.kept, session.total)
+            shown = bar.add_task("warm-up", total=session.total)
+            session.measure(
+                journal, lambda count, what: bar.update(shown, advance=count, description=what)
+            )
+    except KeyboardInterrupt:
+        hint = "nothing is kept without --out DIR"
+        if arguments.out is not None:
+            instead = " in place of --overwrite" if arguments.overwrite else ""
+            hint = f"what is done is kept, go on with --resume{instead}"
+        _log.info("interrupted: %s", hint)
+        raise
+
+
+def _asked_for(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What a run that is gone on with must have in common with what is asked for."""
+    from passlm import __version__
+
+    given = {name: value for name, value in vars(arguments).items() if name not in NOT_OF_THE_RUN}
+    if arguments.prompts is not None:
+        given["prompts"] = arguments.prompts.name  # wherever it lies: what it holds is compared
+    return {"passlm": __version__, "arguments": given}
+
+
+def _found(lm: Generator, found: Found) -> dict[str, Any]:
+    """The same of what was loaded for it."""
+    from passlm.lookahead import fingerprint
+    from passlm.provenance import environment
+
+    rows = None if lm.look_ahead is None else lm.look_ahead.embeddings.detach().cpu().numpy()
+    return {
+        "environment": environment(),
+        "model": asdict(fingerprint(lm.target)),
+        "look-ahead files": None if rows is None else hashlib.sha256(rows.tobytes()).hexdigest(),
+        "prompts": found.digests,
+    }
+
+
+def _seconds_since_start() -> float:
+    """Since the process was started."""
+    import psutil
+
+    return time.time() - float(psutil.Process().create_time())
 
 
 def _compared(a: Path, b: Path) -> str:
@@ -186,26 +313,16 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.run_generated_code:
         if "humaneval" not in arguments.suite:
             raise InputError("--run-generated-code is for the suite humaneval: name it")
+        if arguments.prompt_tokens:
+            raise InputError("--run-generated-code needs whole prompts: leave --prompt-tokens out")
         from passlm.bench.humaneval import check_sandbox
 
         check_sandbox()  # before anything is measured
     if not 0 <= arguments.seed < 2**64:
         raise InputError(f"seed is {arguments.seed}: it must lie between 0 and 2**64 - 1")
-    _check_folder(arguments.out, arguments.overwrite)
-
-
-def _check_folder(out: Path | None, overwrite: bool) -> None:
-    if out is None:
-        if overwrite:
-            raise InputError("--overwrite replaces the results in a folder: name it with --out")
-        return
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out} is a file: name a folder")
-    held = [name for name in (RESULTS, PROMPTS) if (out / name).exists()]
-    if held and not overwrite:
-        raise InputError(
-            f"--out {out} holds {held[0]} of another run: name another folder, or use --overwrite"
-        )
+    if any(tokens < 1 for tokens in arguments.prompt_tokens):
+        raise InputError(f"prompt tokens are {min(arguments.prompt_tokens)}: give 1 or more")
+    check_unused(arguments.out, arguments.resume, arguments.overwrite)
 
 
 def _asked(arguments: argparse.Namespace) -> Asked:
@@ -216,221 +333,12 @@ def _asked(arguments: argparse.Namespace) -> Asked:
     from passlm.bench.methods import BASELINE, Asked, check_names
 
     names = arguments.methods
-    check_names(names)
+    check_names(names, arguments.batch_size)
     if BASELINE not in names:
         _log.info("method %s is added: every speed-up is a ratio to it", BASELINE)
         names = (BASELINE, *names)
-    return Asked(names, arguments.temperature, arguments.lookahead_tokens, sampling, stopping)
-
-
-@contextlib.contextmanager
-def _opened(arguments: argparse.Namespace) -> Iterator[TextIO | None]:
-    """The file that takes a line for each prompt and method as it comes; None without a folder."""
-    if arguments.out is None:
-        yield None
-        return
-    try:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        for name in (RESULTS, REPORT, PAGE):
-            (arguments.out / name).unlink(missing_ok=True)
-        file = (arguments.out / PROMPTS).open("w", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write to --out {arguments.out}: {error.strerror}") from error
-    with file:
-        yield file
-
-
-class _Bench:
-    """One call of the command: its model and methods, and what has been measured so far."""
-
-    def __init__(self, arguments: argparse.Namespace, lm: Generator, methods: list[Method]) -> None:
-        from passlm.provenance import provenance
-
-        self.arguments = arguments
-        self.lm = lm
-        self.methods = methods
-        self.results: dict[str, Any] = {
-            "provenance": provenance(),
-            "settings": _settings(arguments, lm),
-            "complete": False,
-            "peak_memory_bytes": None,
-            "missing_suites": {},
-            "skipped": [],
-            "samples": [],
-            "runs": [],
-        }
-
-    def suites(self, given: list[Task]) -> list[list[Prompt]]:
-        """The prompts of each suite that has some, those too long for the context left out.
-
-        Raises:
-            InputError: none is left.
-        """
-        found = [*map(self._suite, self.arguments.suite), self._fitting(given)]
-        left = [prompts for prompts in found if prompts]
-        if not left:
-            raise InputError(
-                "no prompts are left to run: install what the suites need (chat needs a model "
-                "with a chat template), take fewer --max-new-tokens, or give others with --prompts"
-            )
-        return left
-
-    def _suite(self, name: str) -> list[Prompt]:
-        """A suite's prompts; none where its package is missing or the model cannot take them."""
-        from passlm.decode import PromptError
-
-        tokenizer: Any = self.lm.tokenizer
-
-        def encode(text: str) -> list[int]:
-            ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            return ids
-
-        try:
-            tasks = load_suite(name, encode, tokenizer.decode, self.arguments.limit)
-            return self._fitting(tasks)
-        except TaskError as error:
-            why = str(error)
-        except PromptError as error:
-            why = f"suite {name!r} cannot be given to this model: {error}"
-        _log.warning("%s", why)
-        self.results["missing_suites"][name] = why
-        return []
-
-    def _fitting(self, tasks: list[Task]) -> list[Prompt]:
-        from passlm.bench.measure import Prompt
-
-        context = self.lm.target.context
-        fitting = []
-        for task in tasks:
-            ids = tuple(self.lm.encode(task.prompt if task.prompt else list(task.messages or ())))
-            if context is None or len(ids) + self.arguments.max_new_tokens <= context:
-                further = _further(self.lm, task, self.arguments.max_new_tokens)
-                fitting.append(Prompt(task.suite, task.name, ids, further))
-                continue
-            skipped = {"suite": task.suite, "prompt": task.name, "tokens": len(ids)}
-            self.results["skipped"].append(skipped)
-            _log.warning(
-                "skipped %s of %s: its %d tokens and %d new ones exceed the context of %d",
-                *(task.name, task.suite, len(ids), self.arguments.max_new_tokens, context),
-            )
-        return fitting
-
-    def measure(self, suites: list[list[Prompt]], out: TextIO | None) -> None:
-        """Run every suite; results and report are written after each."""
-        from passlm.bench.measure import interleave, prompt_record, summarize, warm_up
-        from passlm.bench.methods import baseline_target
-
-        length, seed = self.arguments.max_new_tokens, self.arguments.seed
-        target = baseline_target(self.methods)
-        repeats = self.arguments.repeats
-        total = sum(map(len, suites)) * len(self.methods) * repeats
-        with progress_bar() as bar:
-            progress = bar.add_task("warm-up", total=total)
-            warm_up(suites[0][0], self.methods, length)
-            for number, prompts in enumerate(suites, start=1):
-                samples = []
-                for sample in interleave(prompts, self.methods, length, seed, repeats):
-                    samples.append(sample)
-                    prompt = prompts[sample.prompt]
-                    if out is not None:
-                        out.write(json.dumps(prompt_record(prompt, sample)) + "\n")
-                        out.flush()
-                    bar.update(progress, advance=1, description=f"{prompt.suite} {prompt.name}")
-                runs = summarize(prompts, samples, self.methods, target, seed)
-                if self.arguments.run_generated_code and prompts[0].suite == "humaneval":
-                    self._score(runs, samples, prompts)
-                self._keep_shown(prompts, samples)
-                self._keep(runs, complete=number == len(suites))
-
-    def _keep_shown(self, prompts: list[Prompt], samples: list[Sample]) -> None:
-        """What the report shows beside figures: costs, and how one text of the suite came."""
-        from passlm.bench.methods import cost_curve
-
-        context = len(prompts[0].ids) + self.arguments.max_new_tokens // 2
-        curve = cost_curve(self.methods, context)
-        if curve is not None:
-            self.results["cost_curve"] = asdict(curve)
-        drafting = [s for s in samples if s.prompt == 0 and any(s.record.positions)]
-        drafting.sort(key=lambda sample: sample.method.name != "auto")
-        if drafting:
-            self.results["samples"].append(self._shown(prompts[0], drafting[0]))
-
-    def _shown(self, prompt: Prompt, sample: Sample) -> dict[str, Any]:
-        """One text by token, each with the place it had among the candidates."""
-        tokenizer: Any = self.lm.tokenizer
-        detokenizer = Detokenizer(tokenizer.decode, prompt.ids)
-        pieces = [{"text": tokenizer.decode(prompt.ids), "kind": "prompt", "position": 0}]
-        record = sample.record
-        for token, position in zip(record.answers[0], record.positions, strict=False):
-            text, kind = detokenizer.push(token), "accepted" if position else "drawn"
-            pieces.append({"text": text, "kind": kind, "position": position})
-        return {
-            "suite": prompt.suite,
-            "prompt": prompt.name,
-            "method": sample.method.name,
-            "pieces": pieces,
-        }
-
-    def _score(
-        self, runs: list[dict[str, Any]], samples: list[Sample], prompts: list[Prompt]
-    ) -> None:
-        """Add to each method's entry how many of its programs do what they should."""
-        from passlm.bench.humaneval import completion_body, load_problems, score
-
-        tokenizer: Any = self.lm.tokenizer
-        problems = {problem.task_id: problem for problem in load_problems()}
-        mine = [problems[prompt.name] for prompt in prompts]
-        for run, method in zip(runs, self.methods, strict=True):
-            completions: dict[str, list[str]] = {problem.task_id: [] for problem in mine}
-            for sample in samples:
-                if sample.method is method:
-                    problem = mine[sample.prompt]
-                    text = tokenizer.decode(sample.record.tokens, skip_special_tokens=True)
-                    body = completion_body(problem.prompt, text)
-                    completions[problem.task_id].append(body)
-            run["quality"] = score(mine, completions, seed=self.arguments.seed)
-
-    def _keep(self, runs: list[dict[str, Any]], complete: bool) -> None:
-        from passlm.bench.html import page
-        from passlm.bench.methods import baseline_target
-        from passlm.provenance import write_atomically
-
-        self.results["runs"] += runs
-        self.results["complete"] = complete
-        self.results["peak_memory_bytes"] = _peak_memory()
-        engine = baseline_target(self.methods).engine  # passes may have turned out not to compile
-        self.results["settings"]["compiled"] = engine.startswith("compiled")
-        folder: Path | None = self.arguments.out
-        if folder is not None:
-            write_atomically(folder / RESULTS, json.dumps(self.results, indent=1) + "\n")
-            write_atomically(folder / REPORT, self.report())
-            write_atomically(folder / PAGE, page(self.results))
-
-    def report(self) -> str:
-        """The results as Markdown."""
-        from passlm.bench.report import markdown
-
-        return markdown(self.results)
-
-
-def _further(lm: Generator, task: Task, new_tokens: int) -> Further | None:
-    """The turns of a chat behind its first: each asked once those before it are answered."""
-    if not task.turns:
-        return None
-    tokenizer: Any = lm.tokenizer
-
-    def ids(answers: Sequence[Sequence[int]]) -> tuple[int, ...] | None:
-        if len(answers) > len(task.turns):
-            return None
-        messages = list(task.messages or ())
-        for answer, turn in zip(answers, task.turns, strict=False):
-            said = tokenizer.decode(answer, skip_special_tokens=True)
-            messages.append({"role": "assistant", "content": said})
-            messages.append({"role": "user", "content": turn})
-        asked, context = tuple(lm.encode(messages)), lm.target.context
-        return asked if context is None or len(asked) + new_tokens <= context else None
-
-    return ids
+    lists = (arguments.temperature, arguments.lookahead_tokens)
+    return Asked(names, *lists, sampling, stopping, arguments.batch_size)
 
 
 def _settings(arguments: argparse.Namespace, lm: Generator) -> dict[str, Any]:
@@ -457,16 +365,9 @@ def _settings(arguments: argparse.Namespace, lm: Generator) -> dict[str, Any]:
         "quantize": arguments.quantize,
         "lookahead": lookahead,
         "limit": arguments.limit,
+        "repeats": arguments.repeats,
+        "batch_sizes": arguments.batch_size,
+        "prompt_tokens": arguments.prompt_tokens or None,
         "seed": arguments.seed,
         **{name: value for name, value in shared.items() if name not in own},
     }
-
-
-def _peak_memory() -> int | None:
-    """Most bytes of memory the process has held; None where the system does not say."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB

@@ -140,6 +140,16 @@ def progress_bar(quiet: bool = False) -> Progress:
 
 
 @contextlib.contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM ends what is under way as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
 def stop_flag(patient: bool = False) -> Iterator[list[int]]:
     """Collects Ctrl-C and SIGTERM, so that a step is never torn.
 

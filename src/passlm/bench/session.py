@@ -1,0 +1,243 @@
+"""One run of `bench`: every suite measured turn by turn, and its results written as they come.
+
+Which methods and prompts there are is decided before; what they gave is kept by `journal.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from passlm.bench import humaneval
+from passlm.bench.folder import PAGE, REPORT, RESULTS
+from passlm.bench.html import page
+from passlm.bench.journal import Journal
+from passlm.bench.measure import (
+    FirstRun,
+    Prompt,
+    Sample,
+    Turn,
+    interleave,
+    summarize,
+    warm_up,
+)
+from passlm.bench.methods import Method, baseline_target, cost_curve
+from passlm.bench.prompts import Found
+from passlm.bench.report import markdown
+from passlm.detokenize import Detokenizer
+from passlm.errors import InputError
+from passlm.generate import Generator
+from passlm.provenance import write_atomically
+
+SCORED = "humaneval"
+
+Progress = Callable[[int, str], None]
+"""Told how many more runs are done, and what was run."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """How a run goes.
+
+    Attributes:
+        new_tokens: that a text may have.
+        seed: of the order and of all draws.
+        repeats: how often each prompt is run.
+        run_generated_code: whether the programs written for HumanEval are run.
+    """
+
+    new_tokens: int
+    seed: int
+    repeats: int = 1
+    run_generated_code: bool = False
+
+
+class Session:
+    """A model, its methods and prompts, and what has been measured so far.
+
+    Args:
+        lm: the model.
+        methods: what to compare.
+        found: what to compare it on.
+        course: how.
+        facts: what the results say besides: where they come from.
+
+    Attributes:
+        results: the content of `results.json`.
+        total: runs that there are, one of each prompt by each method and repeat.
+
+    Raises:
+        InputError: there is nothing to run.
+    """
+
+    def __init__(
+        self,
+        lm: Generator,
+        methods: Sequence[Method],
+        found: Found,
+        course: Course,
+        facts: Mapping[str, Any],
+    ) -> None:
+        self.lm = lm
+        self.methods = methods
+        self.course = course
+        self.suites = found.suites
+        self.results: dict[str, Any] = {
+            **facts,
+            "complete": False,
+            "peak_memory_bytes": None,
+            "missing_suites": found.missing,
+            "skipped": found.skipped,
+            "too_short": found.too_short,
+            "first_turn_only": found.first_turn_only,
+            "no_batch": list(self._no_batch()),
+            "samples": [],
+            "runs": [],
+        }
+        self.total = sum(len(turn.numbers) for suite in self.suites for turn in self._turns(suite))
+        if not self.total:
+            raise InputError(
+                "no prompts are left to run: install what the suites need (chat needs a model "
+                "with a chat template), take fewer --max-new-tokens, smaller --prompt-tokens or "
+                "--batch-size, or give others with --prompts"
+            )
+
+    def _no_batch(self) -> list[dict[str, Any]]:
+        """Where there are fewer prompts than make a batch."""
+        sizes = dict.fromkeys(method.batch_size for method in self.methods)
+        return [
+            {
+                "suite": prompts[0].suite,
+                "prompt_tokens": cut,
+                "prompts": len(numbers),
+                "batch_size": size,
+            }
+            for prompts in self.suites
+            for cut, numbers in _cut_alike(prompts).items()
+            for size in sizes
+            if len(numbers) < size
+        ]
+
+    def _turns(self, prompts: Sequence[Prompt]) -> list[Turn]:
+        return list(interleave(prompts, self.methods, self.course.seed, self.course.repeats))
+
+    def measure(self, journal: Journal, progress: Progress) -> None:
+        """Run what is not kept yet; results and reports are written after each suite.
+
+        Raises:
+            JournalError: what is kept is of another run, or nothing more can be kept.
+        """
+        self.results |= journal.origin
+        firsts = warm_up(self.suites[0], self.methods, self.course.new_tokens)
+        for number, prompts in enumerate(self.suites, start=1):
+            samples: list[Sample] = []
+            for turn in self._turns(prompts):
+                found = journal.recall(prompts, turn)
+                if not found:
+                    found = turn.run(prompts, self.course.new_tokens)
+                    journal.write(prompts, found)
+                samples += found
+                last = prompts[turn.numbers[-1]]
+                progress(len(found), f"{last.suite} {last.name}")
+            for numbers in _cut_alike(prompts).values():
+                self._add_runs(prompts, numbers, samples, firsts)
+            self._add_shown(prompts, samples)
+            self.results["complete"] = number == len(self.suites)
+            self._write(journal.folder)
+
+    def _add_runs(
+        self,
+        prompts: Sequence[Prompt],
+        numbers: Sequence[int],
+        samples: Sequence[Sample],
+        firsts: Sequence[FirstRun],
+    ) -> None:
+        """Add the entries for prompts of a suite that are cut alike, each method's first run."""
+        places = {number: place for place, number in enumerate(numbers)}
+        own = [prompts[number] for number in numbers]
+        theirs = [replace(s, prompt=places[s.prompt]) for s in samples if s.prompt in places]
+        pairs = zip(self.methods, firsts, strict=True)
+        ran = [(method, first) for method, first in pairs if method.batch_size <= len(own)]
+        methods, target = [method for method, _ in ran], baseline_target(self.methods)
+        runs = summarize(own, theirs, methods, target, self.course.seed)
+        for run, (method, first) in zip(runs, ran, strict=True):
+            run["first_run_seconds"] = first.seconds
+            run["first_run_first_token_seconds"] = first.first_token_seconds
+            if self.course.run_generated_code and own[0].suite == SCORED:
+                records = [sample for sample in theirs if sample.method is method]
+                run["quality"] = scored(self.lm, own, records, self.course.seed)
+        self.results["runs"] += runs
+
+    def _add_shown(self, prompts: Sequence[Prompt], samples: Sequence[Sample]) -> None:
+        """What the report shows beside figures: costs, and how one text of the suite came."""
+        context = len(prompts[0].ids) + self.course.new_tokens // 2
+        curve = cost_curve(self.methods, context)
+        if curve is not None:
+            self.results["cost_curve"] = asdict(curve)
+        drafting = [s for s in samples if s.prompt == 0 and any(s.record.positions)]
+        drafting.sort(key=lambda sample: sample.method.name != "auto")
+        if drafting:
+            self.results["samples"].append(shown(self.lm, prompts[0], drafting[0]))
+
+    def _write(self, folder: Path | None) -> None:
+        self.results["peak_memory_bytes"] = _peak_memory()
+        engine = baseline_target(self.methods).engine  # passes may have turned out not to compile
+        self.results["settings"]["compiled"] = engine.startswith("compiled")
+        if folder is not None:
+            write_atomically(folder / RESULTS, json.dumps(self.results, indent=1) + "\n")
+            write_atomically(folder / REPORT, markdown(self.results))
+            write_atomically(folder / PAGE, page(self.results))
+
+
+def _cut_alike(prompts: Sequence[Prompt]) -> dict[int | None, list[int]]:
+    """The numbers of a suite's prompts, by the length they are cut to."""
+    found: dict[int | None, list[int]] = {}
+    for number, prompt in enumerate(prompts):
+        found.setdefault(prompt.cut, []).append(number)
+    return found
+
+
+def shown(lm: Generator, prompt: Prompt, sample: Sample) -> dict[str, Any]:
+    """One text by token, each with the place it had among the candidates."""
+    tokenizer: Any = lm.tokenizer
+    detokenizer = Detokenizer(tokenizer.decode, prompt.ids)
+    pieces = [{"text": tokenizer.decode(prompt.ids), "kind": "prompt", "position": 0}]
+    record = sample.record
+    for token, position in zip(record.answers[0], record.positions, strict=False):
+        text, kind = detokenizer.push(token), "accepted" if position else "drawn"
+        pieces.append({"text": text, "kind": kind, "position": position})
+    return {
+        "suite": prompt.suite,
+        "prompt": prompt.name,
+        "method": sample.method.name,
+        "pieces": pieces,
+    }
+
+
+def scored(
+    lm: Generator, prompts: Sequence[Prompt], samples: Sequence[Sample], seed: int
+) -> dict[str, Any]:
+    """How many of a method's programs for HumanEval do what they should."""
+    tokenizer: Any = lm.tokenizer
+    problems = {problem.task_id: problem for problem in humaneval.load_problems()}
+    completions: dict[str, list[str]] = {}
+    for sample in samples:
+        problem = problems[prompts[sample.prompt].name]
+        text = tokenizer.decode(sample.record.tokens, skip_special_tokens=True)
+        body = humaneval.completion_body(problem.prompt, text)
+        completions.setdefault(problem.task_id, []).append(body)
+    return humaneval.score([problems[name] for name in completions], completions, seed=seed)
+
+
+def _peak_memory() -> int | None:
+    """Most bytes of memory the process has held; None where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
