@@ -1,0 +1,421 @@
+"""Whether PaSS draws texts from plain decoding's distribution: tests, their power, wrong judges.
+
+Texts of plain decoding at each temperature against texts of every judge and method, no two with the
+same seed. Wrong judges are put in the right one's place to show that the tests would notice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import count, islice
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from passlm import judge
+from passlm.bench.distribution import (
+    CHANCE,
+    LEVEL,
+    Question,
+    Sampler,
+    Texts,
+    holm,
+    noticed,
+    p_values,
+    questions,
+)
+from passlm.bench.tasks import load_prompts
+from passlm.cli import Parser
+from passlm.cli.common import (
+    add_decoding_arguments,
+    add_json_argument,
+    add_model_arguments,
+    loaded,
+    print_json,
+)
+from passlm.errors import InputError
+from passlm.generate import Generator, Prompt
+from passlm.params import METHODS, Judge, SamplingParams
+from passlm.plan import Adaptive, Strategy, autoregressive, strategy
+from passlm.planner import AutoPlan, CostCurve
+from passlm.provenance import provenance, write_together
+
+PROMPTS: tuple[Prompt, ...] = (
+    "def is_prime(n):\n",
+    [{"role": "user", "content": "Is 7 a prime number? Answer yes or no."}],
+    "The city lies on a river",
+    [{"role": "user", "content": "Name an animal in one word."}],
+)
+# Milliseconds of docs/performance.md, so that auto's plans do not depend on a clock.
+CURVE = CostCurve(
+    (1, 2, 3, 5, 9, 13),
+    (23.5, 25.6, 26.9, 28.6, 38.8, 48.9),
+    (1, 2, 4, 6),
+    (4.7, 4.7, 5.5, 7.0),
+)
+RESULTS, REPORT = "results.json", "report.md"
+
+
+def main() -> int:
+    """Draw, test, print and write; gives the exit code, 1 where something was refused."""
+    made = Parser(description=__doc__, allow_abbrev=False)
+    made.add_argument("--prompts", type=Path, metavar="FILE", help="JSONL; default four built-in")
+    made.add_argument("--limit", type=int, metavar="N", help="of the prompts; default all")
+    made.add_argument("--temperature", type=float, nargs="+", default=[0.5, 0.8, 1.0, 1.2])
+    made.add_argument("--judge", nargs="+", choices=get_args(Judge), default=get_args(Judge))
+    drafting = [method for method in METHODS if method != "ar"]
+    made.add_argument("--method", nargs="+", choices=drafting, default=drafting)
+    made.add_argument("--lookahead-tokens", type=int, default=2, metavar="N", help="default 2")
+    made.add_argument("--samples", type=int, default=250, help="texts a side and prompt")
+    made.add_argument("--max-new-tokens", type=int, default=8, help="of each text; default 8")
+    made.add_argument("--positions", type=int, default=4, help="tokens tested alone; default 4")
+    made.add_argument("--control-temperature", type=float, nargs="*", default=[1.0])
+    made.add_argument("--at-once", type=int, default=32, help="texts in a batch; default 32")
+    made.add_argument("--seed", type=int, default=0, help="of the first text; default 0")
+    made.add_argument("--out", type=Path, metavar="DIR", help=f"write {RESULTS} and {REPORT}")
+    add_model_arguments(made, dtype="float32")
+    add_decoding_arguments(made)
+    add_json_argument(made)
+    try:
+        return run(made.parse(sys.argv[1:]))
+    except InputError as error:
+        print(f"same_distribution.py: {error}", file=sys.stderr)
+        return 2
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Everything, in order."""
+    check(arguments)
+    given = prompts_of(arguments)
+    lm = loaded(arguments)
+    if lm.look_ahead is None:
+        raise InputError("no look-ahead files are loaded: name some with --lookahead")
+    comparison = Comparison(arguments, lm, [tuple(lm.encode(prompt)) for prompt in given])
+    for temperature in arguments.temperature:
+        comparison.at(temperature)
+    results = comparison.results()
+    report = markdown(results)
+    if arguments.out is not None:
+        content = json.dumps(results, indent=1) + "\n"
+        write_together({arguments.out / REPORT: report, arguments.out / RESULTS: content})
+    sys.stdout.write(report)
+    if arguments.json:
+        print_json(results)
+    return 0 if results["refused"] == 0 else 1
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """What can be told wrong before anything is loaded."""
+    for name in ("samples", "max_new_tokens", "at_once", "lookahead_tokens"):
+        if getattr(arguments, name) < 1:
+            flag = name.replace("_", "-")
+            raise InputError(f"--{flag} is {getattr(arguments, name)}: it must be 1 or more")
+    if not 0 <= arguments.positions <= arguments.max_new_tokens:
+        raise InputError(
+            f"--positions is {arguments.positions}: it must lie between 0 and the "
+            f"{arguments.max_new_tokens} tokens of a text"
+        )
+    for temperature in arguments.temperature:
+        if SamplingParams(temperature=temperature).temperature == 0:
+            raise InputError("a temperature of 0 draws nothing: give others")
+    unknown = set(arguments.control_temperature) - set(arguments.temperature)
+    if unknown:
+        raise InputError(f"--control-temperature {min(unknown)} is not among --temperature")
+
+
+def prompts_of(arguments: argparse.Namespace) -> list[Prompt]:
+    """What is continued."""
+    if arguments.prompts is None:
+        return list(PROMPTS[: arguments.limit])
+    tasks = load_prompts(arguments.prompts, arguments.limit)
+    return [task.prompt or list(task.messages or ()) for task in tasks]
+
+
+@dataclass
+class WrongJudge:
+    """A judge that a test has to refuse; takes the place of `judge.rejection`.
+
+    Attributes:
+        name: what it does wrong.
+        factor: candidates are accepted with `min(1, factor p / q)`.
+        residual_from_p: after a refusal the token is drawn from `p` itself.
+        off: how far each judged token's distribution is off, in total variation, exactly.
+    """
+
+    name: str
+    factor: float = 1.0
+    residual_from_p: bool = False
+    off: list[float] = field(default_factory=list)
+
+    def __call__(
+        self,
+        p: Tensor,
+        q: Tensor | None,
+        candidates: Sequence[int],
+        uniform: Tensor,
+        exponential: Tensor | None,
+    ) -> judge.Verdict:
+        """See `judge.rejection`."""
+        for at, token in enumerate(candidates):
+            assert q is not None, "candidates come with what they were drawn from"
+            passed = torch.minimum(q[at], self.factor * p[at])  # q(x) times its chance
+            refused = p[at] if self.residual_from_p else judge.residual(p[at], q[at])
+            settled = passed + (1 - passed.sum()) * refused
+            self.off.append(float((settled - p[at]).abs().sum() / 2))
+            if uniform[at] >= passed[token] / q[at, token]:
+                return judge.Verdict(at, drawn(refused, exponential, at))
+        last = len(candidates)
+        return judge.Verdict(last, drawn(p[last], exponential, last))
+
+
+def drawn(chances: Tensor, exponential: Tensor | None, at: int) -> int:
+    """A token, by the noise of that row."""
+    noise = None if exponential is None else exponential[at : at + 1]
+    return int(judge.draw(chances[None], noise))
+
+
+def wrong_judges() -> list[WrongJudge]:
+    """From hardly wrong to very."""
+    return [
+        WrongJudge("accepts with min(1, 1.2 p/q)", factor=1.2),
+        WrongJudge("draws from p after a refusal", residual_from_p=True),
+        WrongJudge("accepts with min(1, 3 p/q)", factor=3.0),
+        WrongJudge("accepts every draft", factor=math.inf),
+    ]
+
+
+@contextlib.contextmanager
+def in_place(wrong: WrongJudge) -> Iterator[None]:
+    """Let the wrong judge judge."""
+    right = judge.rejection
+    judge.rejection = wrong  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        judge.rejection = right
+
+
+class Comparison:
+    """All tests of a run, and what has been found so far."""
+
+    def __init__(
+        self, arguments: argparse.Namespace, lm: Generator, prompts: list[tuple[int, ...]]
+    ) -> None:
+        self.arguments = arguments
+        self.lm = lm
+        self.prompts = prompts
+        self.asked: list[Question] = questions(arguments.positions)
+        settings = len(arguments.temperature) * len(arguments.judge) * len(arguments.method)
+        self.bar = LEVEL / (settings * len(self.asked))  # what the least p-value has to pass
+        self.shuffles = math.ceil(5 / self.bar)
+        self.seeds = count(arguments.seed)  # no two texts share one
+        self.tests: list[dict[str, Any]] = []
+        self.controls: list[dict[str, Any]] = []
+        self.power: list[dict[str, Any]] = []
+
+    def at(self, temperature: float) -> None:
+        """Every judge and method at one temperature, then what would be noticed."""
+        tell(f"temperature {temperature}: plain")
+        plain = self.draw("ar", SamplingParams(temperature=temperature), self.arguments.samples)
+        for name in self.arguments.judge:
+            for method in self.arguments.method:
+                tell(f"temperature {temperature}: {name}, {method}")
+                sampling = SamplingParams(temperature=temperature, judge=name)
+                chances = self.compare(plain, self.draw(method, sampling, self.arguments.samples))
+                setting = {"temperature": temperature, "judge": name, "method": method}
+                self.tests += [
+                    {**setting, "test": question.name, "p": chance}
+                    for question, chance in zip(self.asked, chances, strict=True)
+                ]
+        if temperature in self.arguments.control_temperature:
+            for wrong in wrong_judges():
+                tell(f"temperature {temperature}: a judge that {wrong.name}")
+                self.control(plain, temperature, wrong)
+        tell(f"temperature {temperature}: what would be noticed")
+        greedy = self.draw("ar", SamplingParams(), 1)
+        found = noticed(plain, greedy, self.asked, self.bar, self.arguments.seed)
+        self.power += [
+            {"temperature": temperature, "test": question.name, **asdict(shift)}
+            for question, shift in zip(self.asked, found, strict=True)
+        ]
+
+    def control(self, plain: list[Texts], temperature: float, wrong: WrongJudge) -> None:
+        """A wrong judge, tested as the right ones are."""
+        sampling = SamplingParams(temperature=temperature, judge="rejection")
+        with in_place(wrong):
+            texts = self.draw("two-pass", sampling, self.arguments.samples)
+        chances = self.compare(plain, texts)
+        least = min(range(len(chances)), key=chances.__getitem__)
+        self.controls.append(
+            {
+                "judge": wrong.name,
+                "temperature": temperature,
+                "method": "two-pass",
+                "total_variation": sum(wrong.off) / len(wrong.off),
+                "judged": len(wrong.off),
+                "least_p": chances[least],
+                "test": self.asked[least].name,
+                "refused": chances[least] <= self.bar,
+            }
+        )
+
+    def compare(self, plain: list[Texts], texts: list[Texts]) -> list[float]:
+        """P-values of all tests."""
+        sides = list(zip(plain, texts, strict=True))
+        return p_values(sides, self.asked, self.shuffles, self.arguments.seed)
+
+    def draw(self, method: str, sampling: SamplingParams, texts: int) -> list[Texts]:
+        """Texts of every prompt, each with a seed of its own."""
+        sampler = Sampler(
+            self.lm.target,
+            None if method == "ar" else self.lm.rows,
+            sampling,
+            self.plans(method),
+            self.lm.eos,
+            self.arguments.max_new_tokens,
+            self.arguments.at_once,
+        )
+        return [sampler.draw(prompt, list(islice(self.seeds, texts))) for prompt in self.prompts]
+
+    def plans(self, method: str) -> Strategy | Adaptive:
+        """What a method's name stands for."""
+        files = self.lm.look_ahead
+        assert files is not None, "checked before"
+        if method == "ar":
+            return autoregressive
+        if method == "auto":
+            return AutoPlan(CURVE, files.card.prior)
+        return strategy(method, files.group_length(self.arguments.lookahead_tokens, method))
+
+    def results(self) -> dict[str, Any]:
+        """What is written."""
+        corrected = holm([test["p"] for test in self.tests])
+        for test, chance in zip(self.tests, corrected, strict=True):
+            test["holm"] = chance
+        names = (
+            *("model", "dtype", "lookahead", "temperature", "judge", "method"),
+            *("lookahead_tokens", "samples", "max_new_tokens", "positions", "seed"),
+        )
+        return {
+            "provenance": provenance(),
+            "settings": {name: getattr(self.arguments, name) for name in names}
+            | {
+                "prompts": [self.lm.tokenizer.decode(list(prompt)) for prompt in self.prompts],
+                "shuffles": self.shuffles,
+                "level": LEVEL,
+                "bar": self.bar,
+            },
+            "refused": sum(chance <= LEVEL for chance in corrected),
+            "tests": self.tests,
+            "controls": self.controls,
+            "noticed": self.power,
+        }
+
+
+def tell(what: str) -> None:
+    """Progress."""
+    print(what, file=sys.stderr, flush=True)
+
+
+# The report
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """The results as tables."""
+    settings, tests = results["settings"], results["tests"]
+    least = min(tests, key=lambda test: test["p"])
+    parts = [
+        "# Same distribution",
+        f"{settings['samples']} texts of up to {settings['max_new_tokens']} tokens a side for each "
+        f"of {len(settings['prompts'])} prompts. {len(tests)} tests, of which {results['refused']} "
+        f"refuse that PaSS draws as plain decoding does ({settings['level']:.0%} in all, Holm). "
+        f"The least p-value is {least['p']:.2g}; by chance alone the least of so many lies below "
+        f"{1 - 0.5 ** (1 / len(tests)):.2g} every second time.",
+        "Least p-value of each setting, and with Holm's correction over all of them:",
+        table(("temperature", "judge", "method", "least p", "of test", "corrected"), rows(tests)),
+        "## Wrong judges",
+        f"Put in the right one's place, two-pass; refused at p up to {settings['bar']:.2g}, as the "
+        "first of the tests above is. How far a judged token's distribution is off, in total "
+        "variation, is computed exactly.",
+        table(
+            ("judge", "temperature", "off by", "least p", "of test", "refused"),
+            [
+                (
+                    f"{control['judge']}",
+                    f"{control['temperature']:g}",
+                    f"{control['total_variation']:.3f}",
+                    f"{control['least_p']:.2g}",
+                    control["test"],
+                    "yes" if control["refused"] else "no",
+                )
+                for control in results["controls"]
+            ],
+        ),
+        "## What each test notices",
+        f"Were a share of the texts the greedy one, the smallest share noticed with {CHANCE:.0%} "
+        f"chance at that p-value, and how far it moves what the test looks at, in total variation:",
+        table(("temperature", "test", "share", "total variation"), power_rows(results["noticed"])),
+        source(results),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def rows(tests: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """The least p-value of each setting."""
+    best: dict[tuple[Any, ...], Mapping[str, Any]] = {}
+    for test in tests:
+        key = (test["temperature"], test["judge"], test["method"])
+        if key not in best or test["p"] < best[key]["p"]:
+            best[key] = test
+    return [
+        (f"{t['temperature']:g}", t["judge"], t["method"], f"{t['p']:.2g}", t["test"], corrected(t))
+        for t in best.values()
+    ]
+
+
+def corrected(test: Mapping[str, Any]) -> str:
+    """A p-value after Holm's correction."""
+    return f"{test['holm']:.2g}"
+
+
+def power_rows(found: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """Shifts that would be noticed; a dash where none is."""
+    return [
+        (
+            f"{shift['temperature']:g}",
+            shift["test"],
+            "\N{EN DASH}" if shift["share"] is None else f"{shift['share']:.3f}",
+            "\N{EN DASH}" if shift["share"] is None else f"{shift['total_variation']:.3f}",
+        )
+        for shift in found
+    ]
+
+
+def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """Markdown."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body))
+
+
+def source(results: Mapping[str, Any]) -> str:
+    """Where the numbers come from."""
+    stamp, settings = results["provenance"], results["settings"]
+    command = shlex.join(["python", "recipes/same_distribution.py", *stamp["arguments"]])
+    packages = stamp["packages"]
+    return (
+        f"{settings['model']}, {settings['dtype']}; passlm {stamp['passlm']}, commit "
+        f"{stamp['commit'] or 'unknown'}, torch {packages['torch']}, transformers "
+        f"{packages['transformers']}; {stamp['time']}. `{command}`"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
