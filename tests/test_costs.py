@@ -141,6 +141,22 @@ def test_the_card_gives_the_prior(folder: Path, target: Target, measured: Calls)
     assert Costs(target).auto(1, 100).prior == ()
 
 
+def test_a_batch_of_another_size_takes_what_is_known(
+    folder: Path, target: Target, measured: Calls
+) -> None:
+    """Catches costs measured while texts are being written, and kept ones that are not found."""
+    Costs(target).curve(4, 100)
+    costs = Costs(target)
+    plan = costs.auto(1, 100)
+    before = len(measured)
+    assert plan.curves is not None
+    assert plan.curves(4) == CURVE
+    assert plan.curves(8) is None
+    assert len(measured) == before
+    costs.curve(8, 100)
+    assert plan.curves(8) == CURVE
+
+
 def test_costs_of_passes_that_do_not_compile_are_those_of_eager_ones(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,9 +6,9 @@ from itertools import product
 
 import pytest
 
-from passlm.decode import Request, Row, agreed_rows
+from passlm.decode import Request, Row, agreed_pass
 from passlm.params import SamplingParams
-from passlm.plan import Adaptive, Chain, Choice, Limits, Plan, Strategy, autoregressive
+from passlm.plan import Adaptive, Chain, Choice, Limits, Plan, Shared, Strategy, autoregressive
 from passlm.planner import Acceptance, AutoChooser, AutoPlan, CostCurve, expected_length
 from passlm.sampling import Noise
 
@@ -145,7 +145,7 @@ def test_rows_that_a_pass_has_anyway_are_used(rows: int) -> None:
     has paid for."""
     chooser = AutoPlan(STEEP, PRIOR).begin()
     assert chooser.choose([COPIED], WIDE).plan.rows < 9
-    plan = chooser.choose([COPIED], Limits(1000, rows=rows)).plan
+    plan = chooser.choose([COPIED], Limits(1000, shared=Shared(rows))).plan
     assert plan.rows <= rows
     assert plan.candidates == rows - 1
 
@@ -156,16 +156,60 @@ def test_texts_agree_on_what_is_best_for_all() -> None:
     settings = AutoPlan(CostCurve((1, 5, 9), (1.0, 2.0, 3.0)))
     sure, none = [COPIED], list[Chain]()
 
-    def agreed(chains: list[list[Chain]], strategy: Adaptive | Strategy = settings) -> int | None:
+    def agreed(
+        chains: list[list[Chain]], strategy: Adaptive | Strategy = settings
+    ) -> Shared | None:
         request = Request.of([1], SamplingParams(), 100, strategy)
-        return agreed_rows([Row(request, 100, "length", Noise(0), [1]) for _ in chains], chains)
+        return agreed_pass([Row(request, 100, "length", Noise(0), [1]) for _ in chains], chains)
 
-    assert agreed([sure] * 4) == 9
-    assert agreed([sure] * 3 + [none]) == 9
-    assert agreed([sure] + [none] * 15) == 1
-    assert agreed([none] * 4) == 1
+    assert agreed([sure] * 4) == Shared(9)
+    assert agreed([sure] * 3 + [none]) == Shared(9)
+    assert agreed([sure] + [none] * 15) == Shared(1)
+    assert agreed([none] * 4) == Shared(1)
     assert agreed([sure]) is None
     assert agreed([sure, sure], autoregressive) is None
+
+
+def test_look_ahead_rows_of_one_text_are_paid_for_by_all() -> None:
+    """Catches look-ahead rows hung because each text takes their price for its own alone, and
+    texts that believe a pass with them as cheap as one without."""
+    curve = CostCurve((1, 5), (1.0, 1.1), (1, 4), (0.5, 0.5), 0.0)
+    chooser = AutoPlan(curve, (0.9, 0.9, 0.9, 0.9)).begin()
+    chooser.resize(4)
+    assert {shared.look_ahead for shared in chooser.passes} == {False, True}
+    plain, dear = Shared(5), Shared(5, look_ahead=True)
+    assert max(chooser.choose([], Limits(1000, shared=plain)).plan.groups) == 0
+    assert max(chooser.choose([], Limits(1000, shared=dear)).plan.groups) == 4
+    cost = chooser._settings.cost
+    assert cost(5, 0, 0, dear) == pytest.approx(cost(5, 0, 0, plain) + 0.5)
+    unsure = AutoPlan(curve, (0.0,) * 4).begin()
+    assert unsure.worth([], plain) > unsure.worth([], dear)
+
+
+def test_a_batch_that_changes_changes_the_costs_and_not_what_was_learnt() -> None:
+    """Catches plans for a batch that is no more, counts that are lost with it, and costs that are
+    measured while texts wait."""
+    curves = {1: CostCurve((1, 5), (1.0, 1.1)), 4: CostCurve((1, 5), (2.0, 8.0))}
+    asked: list[int] = []
+
+    def known(texts: int) -> CostCurve | None:
+        asked.append(texts)
+        return curves.get(texts)
+
+    chooser = AutoPlan(curves[1], curves=known).begin()
+    chain = Chain((1,) * 4, "lookup", 8)
+    for _ in range(20):
+        chooser.learn(chooser.choose([chain], WIDE), 2)
+    rows, rate = chooser.choose([chain], WIDE).plan.rows, chooser.rate
+    chooser.resize(4)
+    assert chooser.rate == pytest.approx(rate / 2)
+    assert chooser.choose([chain], WIDE).plan.rows < rows
+    chooser.resize(2)  # not known: goes on as it was
+    assert chooser.choose([chain], WIDE).plan.rows < rows
+    chooser.resize(1)
+    assert chooser.choose([chain], WIDE).plan.rows == rows
+    assert asked == [4, 2, 1]
+    assert AutoPlan(curves[1]).begin().resize(4) is None
 
 
 def test_what_a_pass_took_counts_for_every_text_of_it() -> None:
@@ -174,7 +218,7 @@ def test_what_a_pass_took_counts_for_every_text_of_it() -> None:
     alone, together = AutoPlan(curve).begin(), AutoPlan(curve).begin()
     for _ in range(100):
         alone.learn(alone.choose([], WIDE), 0)
-        together.learn(together.choose([], Limits(1000, rows=5)), 0)
+        together.learn(together.choose([], Limits(1000, shared=Shared(5))), 0)
     assert alone.rate == pytest.approx(1.0, rel=0.05)
     assert together.rate == pytest.approx(0.5, rel=0.05)
 

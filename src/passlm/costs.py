@@ -26,7 +26,7 @@ from passlm.gguf_copy import cache_folder
 from passlm.lookahead import LookAhead, fingerprint
 from passlm.params import SamplingParams
 from passlm.passes import LookAheadRows
-from passlm.plan import Chain, Choice, Chooser, Limits, Plan
+from passlm.plan import Chain, Choice, Chooser, Limits, Plan, Shared
 from passlm.planner import AutoPlan, CostCurve
 from passlm.provenance import environment, provenance, write_atomically
 from passlm.quantize import Int8Linear
@@ -48,7 +48,7 @@ class _Script:
     """Gives every row the plan that is to be timed; candidates are any token."""
 
     lookup = 0
-    sizes = ()
+    passes = ()
 
     def __init__(self) -> None:
         self.plan = Plan(0, (0,))
@@ -56,7 +56,10 @@ class _Script:
     def begin(self) -> Chooser:
         return self
 
-    def worth(self, chains: Sequence[Chain], rows: int) -> float:
+    def resize(self, texts: int) -> None:
+        pass
+
+    def worth(self, chains: Sequence[Chain], shared: Shared) -> float:
         return 0.0
 
     def choose(self, chains: Sequence[Chain], limits: Limits) -> Choice:
@@ -165,6 +168,7 @@ class Costs:
 
     def __post_init__(self) -> None:
         self._known: dict[tuple[int, int], CostCurve] = {}
+        self._unknown: set[tuple[int, int]] = set()  # looked for in vain
 
     def curve(self, batch: int, context: int, anew: bool = False) -> CostCurve:
         """What passes cost for so many texts behind so many tokens.
@@ -182,16 +186,35 @@ class Costs:
     def auto(
         self, batch: int, context: int, longest: int | None = None, lookup: bool = True
     ) -> AutoPlan:
-        """Plans chosen from the curve for this batch.
+        """Plans chosen from the curve for this batch, and from those kept for others.
+
+        Where the batch shrinks or grows, a text goes on with the curve for its size if there is one
+        already: nothing is measured while texts are written.
 
         Args:
-            batch: texts decoded at a time.
+            batch: texts decoded at a time, to begin with.
             context: tokens of the longest.
             longest: rows of the longest look-ahead group; None allows all, 0 none.
             lookup: whether chains copied from the text are candidates.
         """
         prior = () if self.look_ahead is None else self.look_ahead.card.prior[:longest]
-        return AutoPlan(self.curve(batch, context), prior, lookup)
+
+        def of(texts: int) -> CostCurve | None:
+            return self.known(texts, context)
+
+        return AutoPlan(self.curve(batch, context), prior, lookup, of)
+
+    def known(self, batch: int, context: int) -> CostCurve | None:
+        """As `curve`, but only what was measured before."""
+        size = _near(batch, _BATCHES), _near(context, CONTEXTS)
+        if size not in self._known and size not in self._unknown:
+            key = {**self._identity(), "batch": size[0], "context": size[1]}
+            kept = _read(_place(key), key)
+            if kept is None:
+                self._unknown.add(size)
+            else:
+                self._known[size] = kept
+        return self._known.get(size)
 
     def _kept_or_measured(self, batch: int, context: int, anew: bool) -> CostCurve:
         key = {**self._identity(), "batch": batch, "context": context}

@@ -27,6 +27,7 @@ from passlm.plan import (
     FixedChooser,
     Limits,
     Plan,
+    Shared,
     Strategy,
     autoregressive,
 )
@@ -136,20 +137,20 @@ class Row:
         what else is in the batch.
         """
         follows = self.request.judge == "rejection" and not self.request.distribution.greedy
-        return self._chooser if self._chooser.sizes and not follows else None
+        return self._chooser if self._chooser.passes and not follows else None
 
     def choose_plan(
-        self, chains: Sequence[Chain], context: int | None, rows: int | None = None
+        self, chains: Sequence[Chain], context: int | None, shared: Shared | None = None
     ) -> PassRow:
         """The next pass: candidates and groups that could still be of use.
 
         Args:
             chains: what `chains` gave.
             context: positions that the model has; None without a limit.
-            rows: rows that the pass has anyway, see `Limits`.
+            shared: what the texts of the batch agreed on.
         """
         span = None if context is None else context - len(self.tokens)
-        self.choice = self._chooser.choose(chains, Limits(self.room, span, rows))
+        self.choice = self._chooser.choose(chains, Limits(self.room, span, shared))
         return PassRow([self.tokens[-1], *self.candidates], self.plan)
 
     def chains(self) -> list[Chain]:
@@ -331,6 +332,7 @@ class Decoder:
         """Take a text whose prompt is read into the batch."""
         self._cache.append(reading.cache)
         self.rows.append(reading.row)
+        self._resized()
         return reading.row
 
     def copied(self, row: Row, count: int) -> RowCache:
@@ -349,6 +351,13 @@ class Decoder:
         if len(kept) < len(self.rows):
             self.rows = [self.rows[index] for index in kept]
             self._cache.keep(kept)
+            self._resized()
+
+    def _resized(self) -> None:
+        """Let those choosers know that follow the batch's size."""
+        for row in self.rows:
+            if row.chooser is not None:
+                row.chooser.resize(len(self.rows))
 
     @torch.inference_mode()
     def step(self) -> list[tuple[Row, Step]]:
@@ -362,7 +371,7 @@ class Decoder:
         self.settled = []
         rows = list(self.rows)
         chains = [row.chains() for row in rows]
-        agreed, context = agreed_rows(rows, chains), self.target.context
+        agreed, context = agreed_pass(rows, chains), self.target.context
         passes = [
             row.choose_plan(own, context, agreed if row.chooser else None)
             for row, own in zip(rows, chains, strict=True)
@@ -434,17 +443,18 @@ class Decoder:
         return request.max_new_tokens, "length"
 
 
-def agreed_rows(rows: Sequence[Row], chains: Sequence[Sequence[Chain]]) -> int | None:
-    """The rows for each text that are worth most to all texts of the batch; None to a text alone.
+def agreed_pass(rows: Sequence[Row], chains: Sequence[Sequence[Chain]]) -> Shared | None:
+    """The pass that is worth most to all texts of the batch; None to a text alone.
 
-    A pass is as long as its longest text makes it, so what one text does not use is lost.
+    It is as long as its longest text makes it, and look-ahead rows of one cost all: what a text
+    does not use is lost.
     """
     pairs = zip(rows, chains, strict=True)
     choosing = [(row.chooser, own) for row, own in pairs if row.chooser is not None]
     if len(rows) < 2 or not choosing:
         return None
 
-    def worth(size: int) -> float:
-        return sum(chooser.worth(own, size) for chooser, own in choosing)
+    def worth(shared: Shared) -> float:
+        return sum(chooser.worth(own, shared) for chooser, own in choosing)
 
-    return max(choosing[0][0].sizes, key=worth)
+    return max(choosing[0][0].passes, key=worth)

@@ -108,18 +108,31 @@ class Chain:
 
 
 @dataclass(frozen=True)
+class Shared:
+    """What the texts of a batch agreed on for a pass, which all of them pay for, used or not.
+
+    Attributes:
+        rows: that it has for each text.
+        look_ahead: whether look-ahead rows may be among them.
+    """
+
+    rows: int
+    look_ahead: bool = False
+
+
+@dataclass(frozen=True)
 class Limits:
     """What may still be of use to a text near its end.
 
     Attributes:
         room: tokens that may still be written.
         span: positions behind the root that the model's context has; None without a limit.
-        rows: rows that the pass has for each text of its batch, used or not; None for a text alone.
+        shared: what was agreed on with the other texts of the batch; None for a text alone.
     """
 
     room: int
     span: int | None = None
-    rows: int | None = None
+    shared: Shared | None = None
 
     @property
     def candidates(self) -> int:
@@ -169,12 +182,16 @@ class Chooser(Protocol):
         ...
 
     @property
-    def sizes(self) -> tuple[int, ...]:
-        """Numbers of rows among which the texts of a batch agree; none where plans are fixed."""
+    def passes(self) -> tuple[Shared, ...]:
+        """Kinds of passes among which the texts of a batch agree; none where plans are fixed."""
         ...
 
-    def worth(self, chains: Sequence[Chain], rows: int) -> float:
-        """What a pass of so many rows for each text would be worth to this one, in tokens."""
+    def resize(self, texts: int) -> None:
+        """Hear that the batch has so many texts now."""
+        ...
+
+    def worth(self, chains: Sequence[Chain], shared: Shared) -> float:
+        """What such a pass would be worth to this text, in tokens."""
         ...
 
     def choose(self, chains: Sequence[Chain], limits: Limits) -> Choice:
@@ -205,9 +222,12 @@ class FixedChooser:
 
     strategy: Strategy
     lookup: int = 0
-    sizes: tuple[int, ...] = ()
+    passes: tuple[Shared, ...] = ()
 
-    def worth(self, chains: Sequence[Chain], rows: int) -> float:
+    def resize(self, texts: int) -> None:
+        """Nothing changes."""
+
+    def worth(self, chains: Sequence[Chain], shared: Shared) -> float:
         """Nothing to choose."""
         return 0.0
 

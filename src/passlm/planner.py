@@ -13,14 +13,15 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from passlm.lookup import LONGEST_MATCH
-from passlm.plan import Chain, Choice, Limits, Plan
+from passlm.plan import Chain, Choice, Limits, Plan, Shared
 
 LONGEST_LOOKUP = 12  # candidates of a lookup chain
-_PASSES_A_LOOK = 8  # passes between two looks at the counts
+_PASSES_A_LOOK = 8  # passes between two looks at the counts, for each text of the batch,
+_MOST_LOOKS_APART = 4  # up to so many: looking takes time that all of them wait for
 _FIRST_ROUNDS = 3  # of weighing groups by plans and plans by groups, before the first pass
 _MEMORY = 0.97  # what counts keep of their weight when one more is counted
 _LONG_MEMORY = 0.998  # and from pass to pass, so that what failed once is tried again
@@ -143,27 +144,50 @@ class AutoPlan:
         prior: chance of each look-ahead candidate once those before it are accepted, from the
             files' card; empty where nothing may be hung on real rows.
         lookup: whether chains found in the text are candidates.
+        curves: costs in a batch of so many texts, None where they are not known; no function for
+            texts that stay with `curve`.
     """
 
     curve: CostCurve
     prior: tuple[float, ...] = ()
     lookup: bool = True
+    curves: Callable[[int], CostCurve | None] | None = field(
+        default=None, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         if self.prior and not self.curve.groups:
             raise ValueError("a cost curve without groups cannot say what look-ahead rows cost")
         object.__setattr__(self, "cost", lru_cache(maxsize=4096)(self._cost))
 
-    def _cost(self, real: int, look_ahead: int, drafted: int, rows: int | None) -> float:
-        """Seconds of a pass that has so many rows for each text; infinite for more than it has."""
-        used = real + look_ahead
-        if rows is None or used == rows:
+    def _cost(self, real: int, look_ahead: int, drafted: int, shared: Shared | None) -> float:
+        """Seconds of a pass; infinite for one that is not what was agreed on."""
+        if shared is None:
             return self.curve.of(real, look_ahead, drafted)
-        if used > rows:
+        if real + look_ahead > shared.rows or (look_ahead and not shared.look_ahead):
             return math.inf
-        return self.curve.of(rows - look_ahead, look_ahead, drafted)
+        if look_ahead:
+            return self.curve.of(shared.rows - look_ahead, look_ahead, drafted)
+        return self.curve.of(shared.rows) + (self._least_group if shared.look_ahead else 0.0)
 
-    cost: Callable[[int, int, int, int | None], float] = field(
+    @property
+    def _least_group(self) -> float:
+        """What look-ahead rows cost a pass even for the texts that have none."""
+        return min(self.curve.group_seconds, default=0.0)
+
+    @property
+    def passes(self) -> tuple[Shared, ...]:
+        """See `plan.Chooser`: as many rows as were measured."""
+        kinds = (False, True) if self.prior else (False,)
+        rows = self.curve.rows
+        return tuple(Shared(n, kind) for kind in kinds for n in rows if n > 1 or not kind)
+
+    def resized(self, texts: int) -> AutoPlan:
+        """The same in a batch of so many texts, where its costs are known."""
+        curve = None if self.curves is None else self.curves(texts)
+        return self if curve is None or curve == self.curve else replace(self, curve=curve)
+
+    cost: Callable[[int, int, int, Shared | None], float] = field(
         init=False, repr=False, compare=False
     )
 
@@ -200,21 +224,21 @@ class AutoChooser:
         self._seconds = _PRIOR_WEIGHT * settings.curve.of(1)
         self._tokens = settings.first_rate * self._seconds
         self._worth = [0.0] * (1 + len(settings.prior))  # of a group of so many rows, in tokens
-        self._weighed: dict[tuple[_Key, int | None], tuple[float, Plan]] = {}
+        self._weighed: dict[tuple[_Key, Shared | None], tuple[float, Plan]] = {}
         self._passes = 0
-        self._rows: int | None = None  # of the last pass, where it was agreed with other texts
+        self._texts = 1
+        self._shared: Shared | None = None  # the last pass, where it was agreed with other texts
         for _ in range(_FIRST_ROUNDS):
             self._weigh_anew()
 
-    def reprice(self, settings: AutoPlan) -> None:
-        """Go on with other costs, since the batch has another size: what was counted is kept.
-
-        Args:
-            settings: with as long a prior as before.
-        """
-        self._seconds *= settings.curve.of(1) / self._settings.curve.of(1)
-        self._settings = settings
-        self._weigh_anew()
+    def resize(self, texts: int) -> None:
+        """See `plan.Chooser`: go on with other costs; what was counted is kept."""
+        self._texts = texts
+        settings = self._settings.resized(texts)
+        if settings is not self._settings:
+            self._seconds *= settings.curve.of(1) / self._settings.curve.of(1)
+            self._settings = settings
+            self._weigh_anew()
 
     @property
     def lookup(self) -> int:
@@ -222,37 +246,37 @@ class AutoChooser:
         return LONGEST_LOOKUP if self._settings.lookup else 0
 
     @property
-    def sizes(self) -> tuple[int, ...]:
-        """Numbers of rows whose cost was measured."""
-        return self._settings.curve.rows
+    def passes(self) -> tuple[Shared, ...]:
+        """See `plan.Chooser`."""
+        return self._settings.passes
 
     @property
     def rate(self) -> float:
         """Tokens a second over the last passes, by the cost curve."""
         return self._tokens / self._seconds
 
-    def worth(self, chains: Sequence[Chain], rows: int) -> float:
-        """What a pass of so many rows for each text would be worth to this one, in tokens."""
-        return self._preferred(chains, rows)[0]
+    def worth(self, chains: Sequence[Chain], shared: Shared) -> float:
+        """See `plan.Chooser`."""
+        return self._preferred(chains, shared)[0]
 
     def choose(self, chains: Sequence[Chain], limits: Limits) -> Choice:
         """The chain to verify and the plan of the pass; see `plan.Chooser`."""
         self._passes += 1
-        if self._passes % _PASSES_A_LOOK == 0:
+        self._shared = limits.shared
+        if self._passes % (_PASSES_A_LOOK * min(self._texts, _MOST_LOOKS_APART)) == 0:
             self._weigh_anew()
-        self._rows = limits.rows
         evidence = max((chain.evidence for chain in chains), default=0)
         self._fade(self._offered)
         self._offered[evidence] = self._offered.get(evidence, 0.0) + 1
-        return self._preferred(chains, limits.rows)[1].within(limits)
+        return self._preferred(chains, limits.shared)[1].within(limits)
 
-    def _preferred(self, chains: Sequence[Chain], rows: int | None) -> tuple[float, Choice]:
+    def _preferred(self, chains: Sequence[Chain], shared: Shared | None) -> tuple[float, Choice]:
         """The best of the chains, or none, and what it is worth."""
-        value, plan = self._weigh(_NOTHING, rows)
+        value, plan = self._weigh(_NOTHING, shared)
         best = Choice(None, plan)
         for chain in chains:
             key = chain.source, len(chain.tokens), chain.evidence
-            worth, its_plan = self._weigh(key, rows)
+            worth, its_plan = self._weigh(key, shared)
             if worth > value:
                 value, best = worth, Choice(chain if its_plan.candidates else None, its_plan)
         return value, best
@@ -267,9 +291,8 @@ class AutoChooser:
             for place in range(min(accepted + 1, plan.candidates)):
                 counts.count(_level(chain.source, chain.evidence, place), place < accepted)
         self._tokens = self._tokens * _MEMORY + 1 + accepted
-        rows = None if self._rows is None else max(self._rows, plan.rows)
         cost = self._settings.cost(
-            1 + plan.candidates, sum(plan.groups), plan.groups[accepted], rows
+            1 + plan.candidates, sum(plan.groups), plan.groups[accepted], self._shared
         )
         self._seconds = self._seconds * _MEMORY + cost
 
@@ -282,53 +305,60 @@ class AutoChooser:
         """Let plans follow the counts, and the worth of groups those plans."""
         self._weighed.clear()
         total = sum(self._offered.values())
-        pass_rows = self._rows
-        without = self._weigh(_NOTHING, pass_rows)[0]
+        without = self._at_best(_NOTHING)
         others = [
-            (weight / total, self._weigh(("lookup", LONGEST_LOOKUP, evidence), pass_rows)[0])
+            (weight / total, self._at_best(("lookup", LONGEST_LOOKUP, evidence)))
             for evidence, weight in self._offered.items()
             if evidence
         ]
         rest = 1 - sum(share for share, _ in others)
         for rows in range(1, len(self._worth)):
-            with_group = self._weigh(("look-ahead", rows, 0), pass_rows)[0]
+            with_group = self._at_best(("look-ahead", rows, 0))
             gains = [share * (max(v, with_group) - max(v, without)) for share, v in others]
             self._worth[rows] = max(0.0, rest * (with_group - without) + sum(gains))
         self._weighed.clear()
 
-    def _weigh(self, key: _Key, rows: int | None) -> tuple[float, Plan]:
+    def _at_best(self, key: _Key) -> float:
+        """What a chain of this kind is worth, the other texts of the batch being like this one."""
+        passes = [None] if self._shared is None else self.passes
+        return max(self._weigh(key, shared)[0] for shared in passes)
+
+    def _weigh(self, key: _Key, shared: Shared | None) -> tuple[float, Plan]:
         """The best plan for a chain of this kind, and what it is worth, in tokens."""
-        if (key, rows) not in self._weighed:
+        if (key, shared) not in self._weighed:
             source, length, evidence = key
             counts = self._ahead if source == "look-ahead" else self._copied
             chances = [counts[_level(source, evidence, place)] for place in range(length)]
-            self._weighed[key, rows] = self._best(chances, rows)
-        return self._weighed[key, rows]
+            self._weighed[key, shared] = self._best(chances, shared)
+        return self._weighed[key, shared]
 
-    def _best(self, chances: Sequence[float], pass_rows: int | None = None) -> tuple[float, Plan]:
+    def _best(self, chances: Sequence[float], shared: Shared | None = None) -> tuple[float, Plan]:
         """The best plan that verifies a chain of these chances, or some of it.
 
         Args:
             chances: of each candidate, once those before it are accepted.
-            pass_rows: rows that the pass has for each text, used or not; None for a text alone.
+            shared: what the texts of a batch agreed on; None for a text alone.
         """
         rate, cost = self.rate, self._settings.cost
         best, chosen = -math.inf, Plan(0, (0,))
         reached, tokens = 1.0, 1.0
         ends: list[float] = []  # chance that a real row is the last one accepted
-        longest = len(chances) if pass_rows is None else min(len(chances), pass_rows - 1)
+        longest = len(chances) if shared is None else min(len(chances), shared.rows - 1)
+        groups_too = shared is None or shared.look_ahead
         for candidates in range(1 + longest):
             if candidates:
                 ends.append(reached * (1 - chances[candidates - 1]))
                 reached *= chances[candidates - 1]
                 tokens += reached
             here = [*ends, reached]
-            value = tokens - rate * cost(1 + candidates, 0, 0, pass_rows)
+            value = tokens - rate * cost(1 + candidates, 0, 0, shared)
             if value > best:
                 best, chosen = value, Plan(candidates, (0,) * (1 + candidates))
+            if not groups_too:
+                continue
             likeliest = sorted(range(1 + candidates), key=here.__getitem__, reverse=True)
             for rows in range(1, len(self._worth)):
-                value, hung = self._groups(tokens, rows, here, likeliest, pass_rows)
+                value, hung = self._groups(tokens, rows, here, likeliest, shared)
                 if value > best:
                     groups = [rows if at in hung else 0 for at in range(1 + candidates)]
                     best, chosen = value, Plan(candidates, tuple(groups))
@@ -340,13 +370,13 @@ class AutoChooser:
         rows: int,
         ends: Sequence[float],
         likeliest: Sequence[int],
-        pass_rows: int | None,
+        shared: Shared | None,
     ) -> tuple[float, set[int]]:
         """The real rows that should have a group of `rows`, and the worth of the pass then."""
         best, hung = -math.inf, 0
         for count, at in enumerate(likeliest, start=1):
             tokens += ends[at] * self._worth[rows]
-            price = self._settings.cost(len(ends), count * rows, rows, pass_rows)
+            price = self._settings.cost(len(ends), count * rows, rows, shared)
             value = tokens - self.rate * price
             if value <= best:
                 break  # less likely rows pay even less

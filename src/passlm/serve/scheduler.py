@@ -104,7 +104,7 @@ class Scheduler:
         method = "ar" if self.lm.rows is None else "two-pass"
         self.lm.generate([[0]], method=method, max_new_tokens=4, ignore_eos=True)
         for texts in range(1, 1 + self.settings.max_batch):
-            self._plans(texts, None)
+            self.lm.costs.curve(texts, self._context)
 
     def add(self, job: Job) -> None:
         """Let a text wait for its turn."""
@@ -204,15 +204,9 @@ class Scheduler:
             text.row = self._decoder.admit(reading)
             self._running[text.row] = text
             text.begun = time.monotonic()
-            self._resize()
         except Exception:
             self._reading = None
             self._fault(text)
-
-    def _resize(self) -> None:
-        for text in self._running.values():
-            if text.plans is not None:
-                text.plans.resize(self.running)
 
     def _step(self) -> None:
         if not self._running:
@@ -247,7 +241,6 @@ class Scheduler:
         took = time.monotonic() - self._running.pop(row).begun
         self.seconds_a_text = _MEMORY * self.seconds_a_text + (1 - _MEMORY) * took
         self._decoder.leave([row] if row in self._decoder.rows else [])
-        self._resize()
 
     def _fault(self, text: ServedText) -> None:
         self.faults += 1
@@ -272,7 +265,6 @@ class Scheduler:
                 settled.append((row, step))
             except Exception:
                 self._fault(self._running.pop(row))
-        self._resize()
         return settled
 
     def _taken_apart(
@@ -297,5 +289,9 @@ class Scheduler:
         decoder.prefixes = self._prefixes
         return decoder
 
-    def _new_plans(self, texts: int, longest: int | None) -> AutoPlan:
-        return self.lm.costs.auto(texts, min(CONTEXT, self.max_context), longest)
+    def _new_plans(self, longest: int) -> AutoPlan:
+        return self.lm.costs.auto(1, self._context, longest)
+
+    @property
+    def _context(self) -> int:
+        return min(CONTEXT, self.max_context)

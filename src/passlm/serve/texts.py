@@ -1,6 +1,6 @@
 """One text of the server: from what was asked to the pieces that are told.
 
-Holds what belongs to a single text: its request, its plans, its characters, its counts. When it
+Holds what belongs to a single text: its request, its characters, its counts. When it
 runs, and beside which others, is left to `scheduler.py`.
 """
 
@@ -18,36 +18,9 @@ from passlm.detokenize import Detokenizer
 from passlm.generate import Generator, StreamedText
 from passlm.outputs import Step
 from passlm.plan import Adaptive, Strategy, strategy
-from passlm.planner import AutoChooser, AutoPlan
+from passlm.planner import AutoPlan
 from passlm.serve.jobs import FAULT, EndReason, Failed, Job, Piece, Token
 from passlm.stopping import StopStrings
-
-
-class BatchPlans:
-    """Plans of one text that follow the number of texts beside it.
-
-    Args:
-        plans: what passes cost and promise in a batch of so many texts.
-        follows: whether the text may; one that follows its plans must not depend on neighbours.
-    """
-
-    def __init__(self, plans: Callable[[int], AutoPlan], follows: bool) -> None:
-        self._plans = plans
-        self._follows = follows
-        self._settings = plans(1)
-        self._chooser = AutoChooser(self._settings)
-
-    def begin(self) -> AutoChooser:
-        """See `plan.Adaptive`; there is one text."""
-        return self._chooser
-
-    def resize(self, texts: int) -> None:
-        """The batch has so many texts now."""
-        settings = self._plans(texts)
-        if self._follows and settings is not self._settings:
-            self._settings = settings
-            self._chooser.reprice(settings)
-
 
 Logprobs = list[tuple[float, tuple[tuple[int, float], ...]]]
 
@@ -58,7 +31,7 @@ class ServedText:
     Args:
         job: what was asked, and whom to tell.
         lm: model and tokenizer.
-        plans: for `auto`, by the batch's size and the longest group asked for.
+        plans: for `auto`, by the longest group asked for.
         room: tokens that the text may have in all.
         seconds: that it may take in all.
 
@@ -71,7 +44,7 @@ class ServedText:
         self,
         job: Job,
         lm: Generator,
-        plans: Callable[[int, int], AutoPlan],
+        plans: Callable[[int], AutoPlan],
         room: int,
         seconds: float,
     ) -> None:
@@ -82,8 +55,7 @@ class ServedText:
         asked = job.ask.options.stopping.max_new_tokens
         self.new_tokens = min(asked, room - len(self.prompt))
         self._cut = self.new_tokens < asked
-        self.plans = self._batch_plans(plans)
-        self.request = self._request(lm)
+        self.request = self._request(lm, plans)
         self.row: Row | None = None
         self._stream = StreamedText(
             job.index,
@@ -103,18 +75,12 @@ class ServedText:
         """Whether its time is over."""
         return time.monotonic() > self.deadline
 
-    def _batch_plans(self, plans: Callable[[int, int], AutoPlan]) -> BatchPlans | None:
+    def _request(self, lm: Generator, plans: Callable[[int], AutoPlan]) -> Request:
         options = self.job.ask.options
-        if options.method != "auto":
-            return None
-        sampling, longest = options.sampling, options.lookahead_tokens
-        free = sampling.judge == "coupled" or sampling.temperature == 0
-        return BatchPlans(lambda texts: plans(texts, longest), free)
-
-    def _request(self, lm: Generator) -> Request:
-        options = self.job.ask.options
-        chosen: Strategy | Adaptive | None = self.plans
-        if chosen is None:
+        chosen: Strategy | Adaptive
+        if options.method == "auto":
+            chosen = plans(options.lookahead_tokens)
+        else:
             chosen = strategy(options.method, options.lookahead_tokens)
         return Request.of(
             self.prompt,
