@@ -362,7 +362,8 @@ def test_all_methods_end_alike(lm: Generator, ignore_eos: bool) -> None:
     settings: Any = lm.target.model.generation_config
     settings.eos_token_id = text[4]
     expected = NEW_TOKENS if ignore_eos else text.index(text[4]) + 1
-    names, others = (*bench_methods.OURS, *bench_methods.THEIRS), Others(lm.target.model)
+    names = (*bench_methods.OURS, *bench_methods.THEIRS)
+    others = bench_methods.Others(lm.target.model)
     for method in build(lm, asked(*names, ignore_eos=ignore_eos), "tiny", others=others):
         assert method(ids, 0, NEW_TOKENS).tokens == text[:expected], method.name
 

@@ -1,6 +1,6 @@
 """One prompt decoded and timed: what is kept of it, and how our own methods do it.
 
-Which methods there are, and how transformers' decode, is left to `methods.py`.
+Which methods there are is left to `methods.py`, how others decode to `peers.py` and `engines.py`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,16 @@ from passlm.cache import RowCache
 from passlm.compiled import CompiledPasses
 from passlm.costs import Costs
 from passlm.decode import Decoder, Request, Row
+from passlm.errors import InputError
 from passlm.outputs import Stats, Step
 from passlm.params import SamplingParams
 from passlm.passes import LookAheadRows, PassOutput, PassRow
 from passlm.plan import Adaptive, Strategy
 from passlm.target import Target
+
+
+class MethodError(InputError):
+    """A method that does not exist or cannot run with this model; one line."""
 
 
 @dataclass(frozen=True)

@@ -2,27 +2,25 @@
 
 All of them are timed alike: from the prompt's ids to the last new id, prefill included and no text
 decoded. Those of ours also decode several prompts as one batch. How they do it is left to
-`decoding.py`; which prompts they meet, in which order, to `measure.py`.
+`decoding.py`, how others decode to `peers.py` and `engines.py`; which prompts they meet, in which
+order, to `measure.py`.
 """
 
 from __future__ import annotations
 
 import difflib
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.generation.streamers import BaseStreamer
 
-from passlm.bench.decoding import Decode, PlanDecoding, Record, TimedTarget
+from passlm.bench.decoding import Decode, MethodError, PlanDecoding, Record, TimedTarget
+from passlm.bench.engines import ENGINES, Engine, EngineDecoding
+from passlm.bench.peers import ASSISTED, LOOKUP_TOKENS, TransformersGenerate, check_assistant
 from passlm.costs import Costs
-from passlm.errors import InputError
 from passlm.generate import Generator, Options
 from passlm.lookahead import LookAhead
 from passlm.params import SamplingParams, StopParams
@@ -34,14 +32,10 @@ from passlm.target import Target
 BASELINE = "ar"
 # Ours decode several prompts as one batch, too.
 OURS = (BASELINE, "fixed-token", "two-pass", "one-pass", "auto", "lookup")
-METHODS = (*OURS, "hf", "hf-prompt-lookup")
-LOOKUP_TOKENS = 10  # candidates of transformers' prompt lookup
+THEIRS = ("hf", "hf-prompt-lookup", ASSISTED)
+METHODS = (*OURS, *THEIRS, *ENGINES)
 # The others run for each number of look-ahead tokens.
-_ONCE_PER_TEMPERATURE = (BASELINE, "auto", "lookup", "hf", "hf-prompt-lookup")
-
-
-class MethodError(InputError):
-    """A method that does not exist or cannot run with this model; one line."""
+_ONCE_PER_TEMPERATURE = (BASELINE, "auto", "lookup", *THEIRS, *ENGINES)
 
 
 @dataclass(frozen=True)
@@ -54,8 +48,10 @@ class Method:
         sampling: how tokens are drawn; the seed is given with each prompt.
         lookahead_tokens: length of the look-ahead groups, `L`; 0 without.
         decode: what does it.
-        other_weights: it decodes another model than the baseline, since that one's is rounded.
+        other_weights: it decodes another model than the baseline: only one of them is rounded, or
+            another engine computes with its own kernels.
         batch_size: prompts that are decoded as one batch.
+        engine: another engine's name, version and precision; None for this process.
     """
 
     name: str
@@ -65,6 +61,7 @@ class Method:
     decode: Decode
     other_weights: bool = False
     batch_size: int = 1
+    engine: str | None = None
 
     def __call__(self, prompt: Sequence[int], seed: int, max_new_tokens: int) -> Record:
         """Decode one prompt."""
@@ -88,76 +85,6 @@ class Method:
         if self.sampling.temperature == 0 or self.name == BASELINE:
             return True
         return self.plan is not None and self.sampling.judge == "coupled"
-
-
-class _FirstToken(BaseStreamer):
-    """Looks at the clock when the first new id comes."""
-
-    told: float | None = None
-    _prompt = True
-
-    def put(self, value: Tensor) -> None:
-        """The prompt comes first."""
-        if self._prompt:
-            self._prompt = False
-        elif self.told is None:
-            self.told = time.perf_counter()
-
-    def end(self) -> None:
-        """Nothing is kept."""
-
-
-@dataclass(frozen=True)
-class TransformersGenerate:
-    """Transformers' own `generate` with the same settings, on the model as it was loaded."""
-
-    model: PreTrainedModel
-    eos: frozenset[int]
-    ignore_eos: bool
-    lookup_tokens: int | None = None
-
-    def __call__(
-        self, prompt: Sequence[int], sampling: SamplingParams, max_new_tokens: int
-    ) -> Record:
-        """See `Decode`."""
-        options = self._options(sampling)
-        model: Any = self.model
-        torch.manual_seed(sampling.seed or 0)
-        first = _FirstToken()
-        begun = time.perf_counter()
-        ids = torch.tensor([list(prompt)], device=self.model.device)
-        written = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            streamer=first,
-            **options,
-        )
-        tokens = tuple(written[0, len(prompt) :].tolist())
-        seconds = time.perf_counter() - begun
-        return Record(tokens, seconds, first_token_seconds=first.told and first.told - begun)
-
-    def _options(self, sampling: SamplingParams) -> dict[str, Any]:
-        """Every setting named, since `generate` fills gaps from the model's own settings."""
-        options: dict[str, Any] = {
-            "do_sample": sampling.temperature > 0,
-            "num_beams": 1,
-            "use_cache": True,
-            "repetition_penalty": sampling.repetition_penalty,
-            "min_new_tokens": sampling.min_new_tokens or None,
-            "eos_token_id": None if self.ignore_eos else sorted(self.eos) or None,
-            "pad_token_id": min(self.eos, default=0),  # unused in a batch of one
-        }
-        if self.lookup_tokens is not None:
-            options["prompt_lookup_num_tokens"] = self.lookup_tokens
-        if sampling.temperature > 0:
-            options |= {
-                "temperature": sampling.temperature,
-                "top_k": sampling.top_k,
-                "top_p": sampling.top_p,
-                "min_p": sampling.min_p or None,
-            }
-        return options
 
 
 def check_names(names: Sequence[str], batch_sizes: Sequence[int] = (1,)) -> None:
@@ -211,6 +138,19 @@ class Asked:
         ]
 
 
+@dataclass(frozen=True)
+class Others:
+    """What methods that are not ours decode with.
+
+    Attributes:
+        assistant: the draft model of `hf-assistant`; None without that method.
+        engines: those that run, each by the name of its method.
+    """
+
+    assistant: PreTrainedModel | None = None
+    engines: Mapping[str, Engine] = field(default_factory=dict)
+
+
 def build(
     lm: Generator,
     asked: Asked,
@@ -218,6 +158,7 @@ def build(
     pack: bool = False,
     compiled: Path | None = None,
     quantize: str | None = None,
+    others: Others | None = None,
 ) -> list[Method]:
     """The methods, one for each batch size, temperature and number of look-ahead tokens.
 
@@ -229,19 +170,27 @@ def build(
         compiled: where our methods find compiled passes, see `Target`; None to compute eagerly.
         quantize: what our methods' weights are rounded to, see `quantized`; None takes the model
             itself, as transformers' methods always do.
+        others: a draft model and engines; None where no method needs them.
 
     Raises:
         MethodError: an unknown method, or a model without a token for `fixed-token`.
         InputError: a drafting method without look-ahead files, or with too few rows.
     """
     check_names(asked.names, asked.batch_sizes)
+    others = others or Others()
+    check_assistant(asked.names, others.assistant)
     model = lm.target.model
     target = TimedTarget(model if quantize is None else quantized(model, quantize), pack, compiled)
     made = []
     for name, tokens in asked.variants:
-        decode, plan = _decoding(name, tokens, lm, target, asked.stopping, base_model)
-        other = plan is None and quantize is not None
-        made.append(Method(name, plan, asked.sampling, tokens, decode, other))
+        if name in OURS:
+            decode, plan = _decoding(name, tokens, lm, target, asked.stopping, base_model)
+            made.append(Method(name, plan, asked.sampling, tokens, decode))
+            continue
+        decode = _other(name, lm, asked.stopping, others)
+        engine = decode.engine.title if isinstance(decode, EngineDecoding) else None
+        differs = engine is not None or quantize is not None
+        made.append(Method(name, None, asked.sampling, 0, decode, differs, engine=engine))
     return [
         replace(one, sampling=replace(one.sampling, temperature=temperature), batch_size=size)
         for size, temperature, one in product(asked.batch_sizes, asked.temperatures, made)
@@ -273,10 +222,7 @@ def _decoding(
     stopping: StopParams,
     base_model: str,
 ) -> tuple[Decode, str | None]:
-    """What decodes, and its plan in words."""
-    if name in ("hf", "hf-prompt-lookup"):
-        count = None if name == "hf" else LOOKUP_TOKENS
-        return TransformersGenerate(lm.target.model, lm.eos, stopping.ignore_eos, count), None
+    """What decodes of ours, and its plan in words."""
     if name in ("auto", "lookup"):
         return _adaptive(name, lm, target, stopping), name
     rows: LookAhead | None = None
@@ -291,6 +237,15 @@ def _decoding(
     fixed = strategy(kind, tokens)
     decode = PlanDecoding(target, lambda *_: fixed, inputs, lm.eos, stopping.ignore_eos)
     return decode, kind if kind == BASELINE else f"{kind}({tokens})"
+
+
+def _other(name: str, lm: Generator, stopping: StopParams, others: Others) -> Decode:
+    """What decodes and is not ours."""
+    if name in ENGINES:
+        return EngineDecoding(others.engines[name], lm.eos, stopping.ignore_eos)
+    lookup = LOOKUP_TOKENS if name == "hf-prompt-lookup" else None
+    assistant = others.assistant if name == ASSISTED else None
+    return TransformersGenerate(lm.target.model, lm.eos, stopping.ignore_eos, lookup, assistant)
 
 
 def _adaptive(name: str, lm: Generator, target: TimedTarget, stopping: StopParams) -> PlanDecoding:
