@@ -320,3 +320,17 @@ def test_missing_file_names_what_to_give(tmp_path: Path, name: str) -> None:
         InputError, match=r"cannot be read .*: name a folder that bench --out wrote"
     ):
         load_results(tmp_path / name)
+
+
+def test_batches_and_lengths_are_runs_of_their_own() -> None:
+    """Catches a sweep refused as the same run twice, or batches held against single prompts."""
+    both = [{"batch_size": n, "prompt_tokens": c} for n in (1, 4) for c in (8, 9)]
+    sizes = [run("two-pass", 1.5, **more) for more in both]
+    plain = [run("ar", 1.0, 0.0, **more) for more in both]
+    before, after = results(*sizes, *plain), results(*copy.deepcopy(sizes), *plain)
+    after["runs"][3] |= {"speedup_vs_ar": 9.0, "speedup_interval": [8.5, 9.5]}
+    text = compare(before, after, ("a", "b"))
+    assert "1 of 4 speed-ups changed beyond noise" in text
+    assert "humaneval, 8 prompt tokens, batches of 4, temperature 0 (greedy): two-pass" in text
+    old, new = results(run()), results(run(batch_size=1, prompt_tokens=None))
+    assert "In one of them only" not in compare(old, new, ("a", "b"))

@@ -14,18 +14,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from passlm.bench.folder import RESULTS
+from passlm.bench.sweeps import Conditions, Run
 from passlm.errors import InputError
 from passlm.params import SamplingParams, StopParams
 
-Run = Mapping[str, Any]  # an entry of "runs" in results.json
 Verdict = Literal["faster", "slower", "within noise", "unknown"]
 
-KEY = ("suite", "temperature", "method", "lookahead_tokens")  # what tells a file's runs apart
 _NORMAL = 1.96  # standard errors on either side of an estimate that 95 % of a normal lie within
 _BASELINE = "ar"  # what every speed-up is a ratio to
 _SAME_PACE = 0.1  # change of plain decoding's own speed that goes without a word
 _COUNTED = (
-    *("lookahead_tokens", "prompts", "tokens", "tokens_per_second"),
+    *("lookahead_tokens", "batch_size", "prompt_tokens", "prompts", "tokens", "tokens_per_second"),
     *("tokens_per_pass", "accepted_length", "identical_to_ar"),
 )
 _OF_THE_MODEL = ("model", "quantize")
@@ -119,7 +118,8 @@ def _is_ratio(value: Any) -> bool:
 
 
 def _key(run: Run) -> tuple[Any, ...]:
-    return tuple(run.get(name) or 0 for name in KEY)
+    """What tells a file's runs apart."""
+    return Conditions.of(run), run["method"], run.get("lookahead_tokens") or 0
 
 
 # Judging
@@ -185,15 +185,13 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any], names: tuple[str, str]) 
     return "\n\n".join(parts) + "\n"
 
 
-def _groups(
-    a: Mapping[str, Any], b: Mapping[str, Any]
-) -> dict[tuple[str, float], list[tuple[Run, Run]]]:
-    """The runs that are in both, by suite and temperature."""
+def _groups(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[Conditions, list[tuple[Run, Run]]]:
+    """The runs that are in both, by suite, temperature and whatever else they have in common."""
     others = {_key(run): run for run in b["runs"]}
-    groups: dict[tuple[str, float], list[tuple[Run, Run]]] = {}
+    groups: dict[Conditions, list[tuple[Run, Run]]] = {}
     for run in a["runs"]:
         if _key(run) in others:
-            pairs = groups.setdefault((run["suite"], run["temperature"]), [])
+            pairs = groups.setdefault(Conditions.of(run), [])
             pairs.append((run, others[_key(run)]))
     return groups
 
@@ -250,7 +248,7 @@ def _shown(value: Any) -> str:
 def _warnings(
     a: Mapping[str, Any],
     b: Mapping[str, Any],
-    groups: Mapping[tuple[str, float], Sequence[tuple[Run, Run]]],
+    groups: Mapping[Conditions, Sequence[tuple[Run, Run]]],
 ) -> Iterator[str]:
     """Why the speed-ups of the two should not be compared."""
     for names, what in (
@@ -290,7 +288,7 @@ def _other_pace(a: Run, b: Run) -> Iterator[str]:
         )
 
 
-def _changes(groups: Mapping[tuple[str, float], Sequence[tuple[Run, Run]]]) -> list[str]:
+def _changes(groups: Mapping[Conditions, Sequence[tuple[Run, Run]]]) -> list[str]:
     pairs = [pair for group in groups.values() for pair in group if not _is_baseline(pair[0])]
     if not pairs:
         return ["Nothing can be said: the two have no method in common that has a speed-up."]
@@ -360,7 +358,7 @@ def _is_baseline(run: Run) -> bool:
 
 def _title(run: Run) -> str:
     greedy = " (greedy)" if run["temperature"] == 0 else ""
-    return f"{run['suite']}, temperature {run['temperature']:g}{greedy}"
+    return f"{Conditions.of(run).place}, temperature {run['temperature']:g}{greedy}"
 
 
 def _name(run: Run) -> str:

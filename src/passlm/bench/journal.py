@@ -108,7 +108,9 @@ def _flag(name: str, there: Any, now: Any) -> str:
 def _shown(value: Any) -> str:
     if value is None:
         return "not given"
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, list):
+        return ",".join(map(_shown, value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 # What it has done
