@@ -22,6 +22,7 @@ COMMANDS = {
     "train": "train look-ahead files for a model",
     "distill-data": "let a model answer prompts, as text to train on",
     "bench": "run methods side by side",
+    "serve": "serve a model over HTTP, as the OpenAI API",
     "profile": "measure what passes cost here, and say which plan pays",
     "info": "what a model or a look-ahead folder is",
 }

@@ -34,8 +34,13 @@ def add_model_arguments(parser: argparse.ArgumentParser, dtype: str = "bfloat16"
     parser.add_argument("--threads", type=int, help="of torch; default its own choice")
 
 
-def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--lookahead`, `--no-pack`, `--compile`, `--quantize`."""
+def add_decoding_arguments(parser: argparse.ArgumentParser, compiled: bool = False) -> None:
+    """`--lookahead`, `--no-pack`, `--compile` with `--no-compile`, `--quantize`.
+
+    Args:
+        parser: gets them.
+        compiled: what holds if neither of the two is given.
+    """
     parser.add_argument(
         "--lookahead",
         metavar="NAME",
@@ -49,8 +54,10 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--compile",
-        action="store_true",
-        help="run compiled passes (CPU); made once, which takes minutes, and kept",
+        action=argparse.BooleanOptionalAction,
+        default=compiled,
+        help="run compiled passes (CPU); made once, which takes minutes, and kept; "
+        f"default {'--compile' if compiled else '--no-compile'}",
     )
     parser.add_argument(
         "--quantize",

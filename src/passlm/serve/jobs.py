@@ -8,11 +8,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from passlm.errors import InputError
-from passlm.generate import Options
 from passlm.outputs import Stats
+
+if TYPE_CHECKING:  # a command's help lists the settings, and torch takes seconds
+    from passlm.generate import Options
 
 FAULT = "the server met a fault while writing this text"
 

@@ -1,0 +1,318 @@
+"""The web application: paths, and what stands behind each of them.
+
+`create_app` puts it together around a worker that somebody else starts and stops; listening on a
+port is left to `run.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import FileResponse, HTMLResponse, Response
+from starlette.staticfiles import StaticFiles
+
+from passlm import __version__
+from passlm.errors import InputError
+from passlm.generate import Generator
+from passlm.serve.answers import Answer, Terms
+from passlm.serve.asks import Intake, Wanted
+from passlm.serve.compose import ChatComposer, CompletionComposer, Composer
+from passlm.serve.docs import docs_page
+from passlm.serve.faults import ApiError, handle, unavailable
+from passlm.serve.feed import Decoding
+from passlm.serve.frame import Bodies, Frame, Keys
+from passlm.serve.metrics import Metrics
+from passlm.serve.record import record_of
+from passlm.serve.replies import (
+    ChatCompletion,
+    Completion,
+    ErrorReply,
+    Model,
+    ModelList,
+    Status,
+)
+from passlm.serve.schema import ChatRequest, CompletionRequest, Sampled
+from passlm.serve.settings import ServeSettings, SettingsError
+from passlm.serve.spelling import Spelling
+
+STATIC = Path(__file__).parent / "static"
+DOCS_STYLE = Path(__file__).parent / "docs.css"
+R = TypeVar("R", bound=Sampled)
+
+_DESCRIPTION = (
+    "The OpenAI API, decoded by parallel speculative sampling: the model's own text, several "
+    "tokens a pass where its drafts are accepted."
+)
+_MODEL_PATH = "/v1/models/"
+_REQUESTS = ("CompletionRequest", "ChatRequest")
+_EVENTS = {
+    "text/event-stream": {
+        "schema": {
+            "type": "string",
+            "description": "With `stream`: a chunk in each event, and `[DONE]` in the last.",
+        }
+    }
+}
+
+
+def create_app(lm: Generator, worker: Decoding, settings: ServeSettings) -> FastAPI:
+    """The application, with its limits and keys around it.
+
+    Args:
+        lm: the model that the worker decodes, for its tokenizer.
+        worker: writes the texts; started and stopped by the caller.
+        settings: limits, keys and the model's name.
+
+    Raises:
+        SettingsError: the model has no name.
+    """
+    if not settings.model_name:
+        raise SettingsError("the model has no name for clients: give --model-name")
+    api = Api(lm, worker, settings, settings.model_name)
+    app = _App(settings, lifespan=api.lifespan)
+    app.include_router(_open_routes(api))
+    app.include_router(_api_routes(api))
+    app.mount("/static", StaticFiles(directory=STATIC), "static")
+    for kind in (ApiError, InputError, RequestValidationError, HTTPException):
+        app.add_exception_handler(kind, handle)
+    app.add_middleware(Bodies, most=settings.max_body, seconds=settings.read_seconds)
+    if settings.api_keys:
+        app.add_middleware(Keys, keys=settings.api_keys, protected=_needs_key)
+    if settings.cors_origin:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origin,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    app.add_middleware(Frame, metrics=api.metrics, path=app.path_name)
+    return app
+
+
+def _needs_key(path: str) -> bool:
+    return path.startswith("/v1/") or path == "/metrics"
+
+
+class Api:
+    """What stands behind the paths.
+
+    Args:
+        lm: see `create_app`.
+        worker: see `create_app`.
+        settings: see `create_app`.
+        name: the model's.
+    """
+
+    def __init__(self, lm: Generator, worker: Decoding, settings: ServeSettings, name: str) -> None:
+        self.metrics = Metrics(worker.state)
+        self._worker = worker
+        self._settings = settings
+        self._model = Model(id=name, created=int(time.time()))
+        self._intake = Intake(lm, settings, worker.max_context)
+        self._spelling = Spelling(lm.tokenizer)
+        self._terms = Terms(worker, self.metrics, settings.write_seconds)
+        # Prompts can be long, and a tokenizer is for one thread at a time.
+        self._reader = ThreadPoolExecutor(1, "passlm-tokenizer")
+
+    @asynccontextmanager
+    async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        """What is closed with the application."""
+        yield
+        self._reader.shutdown(wait=False, cancel_futures=True)
+
+    async def page(self) -> Response:
+        """The page for people."""
+        return FileResponse(STATIC / "index.html", headers={"cache-control": "no-cache"})
+
+    async def docs(self, request: Request) -> Response:
+        """This API, for people."""
+        return HTMLResponse(docs_page(request.app.openapi()))
+
+    async def docs_style(self) -> Response:
+        """What that page looks like."""
+        return FileResponse(DOCS_STYLE, headers={"cache-control": "no-cache"})
+
+    async def health(self) -> Status:
+        """Whether the server is alive."""
+        return Status(status="ok")
+
+    async def ready(self) -> Status:
+        """Whether it takes requests: 503 while it warms up and while it shuts down."""
+        if not self._worker.state().ready:
+            raise unavailable("the server is warming up or shutting down")
+        return Status(status="ready")
+
+    async def prometheus(self) -> Response:
+        """Counts and times, for Prometheus."""
+        content, kind = self.metrics.exposition()
+        return Response(content, media_type=kind)
+
+    async def models(self) -> ModelList:
+        """The model that is served."""
+        return ModelList(data=[self._model])
+
+    async def model(self, model: str) -> Model:
+        """What is known of a model."""
+        if model != self._model.id:
+            raise ApiError(
+                404,
+                f"there is no model {model[:80]!r}: this server has {self._model.id!r}",
+                "model",
+                "model_not_found",
+            )
+        return self._model
+
+    async def completions(self, wanted: CompletionRequest, request: Request) -> Response:
+        """Continue a text, or several."""
+        return await self._answer(wanted, request, self._intake.completion, CompletionComposer)
+
+    async def chat(self, wanted: ChatRequest, request: Request) -> Response:
+        """Answer in a chat."""
+        return await self._answer(wanted, request, self._intake.chat, ChatComposer)
+
+    async def _answer(
+        self,
+        given: R,
+        request: Request,
+        read: Callable[[R], Wanted],
+        composer: type[Composer],
+    ) -> Answer:
+        if self._settings.log_prompts:
+            named = given.model_dump(include={"prompt", "messages"}, exclude_unset=True)
+            record_of(request.scope).facts |= named
+        wanted = await asyncio.get_running_loop().run_in_executor(self._reader, read, given)
+        told = given.stream_options is not None and bool(given.stream_options.include_usage)
+        replies = composer(wanted, self._model.id, self._spelling, told)
+        return Answer(self._terms, wanted, replies, bool(given.stream), told)
+
+
+async def _json_only(request: Request) -> None:
+    """Other kinds of bodies can be sent by pages of other sites without anybody asking."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(
+            415, f"the body is {kind[:80] or 'of no stated type'}: send application/json"
+        )
+
+
+def _open_routes(api: Api) -> APIRouter:
+    """Those that are no part of OpenAI's API."""
+    routes = APIRouter(responses=_errors("default"))
+    pages = (("/", api.page), ("/docs", api.docs), ("/docs.css", api.docs_style))
+    for path, page in pages:
+        routes.add_api_route(path, page, methods=["GET", "HEAD"], include_in_schema=False)
+    routes.add_api_route("/health", api.health)
+    routes.add_api_route("/ready", api.ready, responses=_errors(503))
+    routes.add_api_route(
+        "/metrics",
+        api.prometheus,
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    )
+    return routes
+
+
+def _api_routes(api: Api) -> APIRouter:
+    routes = APIRouter(prefix="/v1", responses=_errors("default"))
+    routes.add_api_route("/models", api.models)
+    routes.add_api_route("/models/{model:path}", api.model, responses=_errors(404))
+    kinds: tuple[tuple[str, Callable[..., Any], type], ...] = (
+        ("/completions", api.completions, Completion),
+        ("/chat/completions", api.chat, ChatCompletion),
+    )
+    for path, endpoint, reply in kinds:
+        routes.add_api_route(
+            path,
+            endpoint,
+            methods=["POST"],
+            response_model=reply,
+            dependencies=[Depends(_json_only)],
+            responses={
+                200: {"content": _EVENTS},
+                **_errors(400, 404, 408, 413, 415, 429, 500, 503),
+            },
+        )
+    return routes
+
+
+def _errors(*statuses: int | str) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": ErrorReply} for status in statuses}
+
+
+class _App(FastAPI):
+    """FastAPI without what loads from other hosts, and with what its schema cannot know."""
+
+    def __init__(self, settings: ServeSettings, lifespan: Any) -> None:
+        super().__init__(
+            title="passlm",
+            version=__version__,
+            description=_DESCRIPTION,
+            docs_url=None,
+            redoc_url=None,
+            redirect_slashes=False,
+            lifespan=lifespan,
+        )
+        self._settings = settings
+
+    def openapi(self) -> dict[str, Any]:
+        """The schema, with keys and the model's name."""
+        if self.openapi_schema is None:
+            schema = super().openapi()
+            self._tell_name(schema)
+            self._tell_limits(schema)
+            if self._settings.api_keys:
+                self._tell_keys(schema)
+        assert self.openapi_schema is not None
+        return self.openapi_schema
+
+    def _tell_name(self, schema: dict[str, Any]) -> None:
+        name = {"type": "string", "enum": [self._settings.model_name], "title": "Model"}
+        for request in _REQUESTS:
+            schema["components"]["schemas"][request]["properties"]["model"] = name
+        path = schema["paths"][_MODEL_PATH + "{model}"]
+        path["get"]["parameters"][0]["schema"] = name
+
+    def _tell_limits(self, schema: dict[str, Any]) -> None:
+        own = self._settings
+        limits = (
+            ("n", "integer", "maximum", own.max_texts),
+            ("max_tokens", "integer", "maximum", own.max_tokens),
+            ("max_completion_tokens", "integer", "maximum", own.max_tokens),
+            ("stop", "array", "maxItems", own.max_stops),
+            ("logit_bias", "object", "maxProperties", own.max_logit_bias),
+        )
+        for request in _REQUESTS:
+            properties = schema["components"]["schemas"][request]["properties"]
+            for name, kind, limit, value in limits:
+                for arm in properties.get(name, {}).get("anyOf", ()):
+                    if arm.get("type") == kind:
+                        arm[limit] = value
+
+    @staticmethod
+    def _tell_keys(schema: dict[str, Any]) -> None:
+        schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        for path in filter(_needs_key, schema["paths"]):
+            for operation in schema["paths"][path].values():
+                operation["security"] = [{"key": []}]
+                operation["responses"]["401"] = operation["responses"]["default"]
+
+    def path_name(self, path: str) -> str:
+        """What metrics call a path: few names, whatever clients ask for."""
+        known = {getattr(route, "path", "") for route in self.routes}
+        if path in known:
+            return path
+        for start in (_MODEL_PATH, "/static/"):
+            if path.startswith(start):
+                return start + "*"
+        return "other"

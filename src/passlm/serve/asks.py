@@ -1,0 +1,233 @@
+"""From a request to what the worker is asked, within the limits of the server and the model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from passlm.generate import Generator, Options
+from passlm.generate import Prompt as PromptInput
+from passlm.params import SamplingParams, StopParams
+from passlm.serve.faults import ApiError
+from passlm.serve.jobs import Ask
+from passlm.serve.schema import ChatRequest, CompletionRequest, LookAhead, Message, Sampled
+from passlm.serve.settings import ServeSettings
+
+DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
+_SEEDS = 2**64
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a request comes to.
+
+    Attributes:
+        asks: one for each text: those of the first prompt, then those of the second, ...
+        texts: how many for each prompt.
+        echoes: text to be given before the texts of each prompt.
+        show: whether to tell how tokens came.
+    """
+
+    asks: tuple[Ask, ...]
+    texts: int
+    echoes: tuple[str, ...]
+    show: bool
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of all prompts, each counted once."""
+        return sum(len(ask.prompt) for ask in self.asks[:: self.texts])
+
+
+class Intake:
+    """Reads requests; takes as long as their prompts are, and is for one thread at a time.
+
+    Args:
+        lm: the model that is served.
+        settings: limits.
+        max_context: tokens a text may have, prompt and answer.
+    """
+
+    def __init__(self, lm: Generator, settings: ServeSettings, max_context: int) -> None:
+        self.lm = lm
+        self.settings = settings
+        self._longest = max_context - 1
+        if settings.max_prompt_tokens:
+            self._longest = min(self._longest, settings.max_prompt_tokens)
+
+    def completion(self, request: CompletionRequest) -> Wanted:
+        """What a completion request asks for.
+
+        Raises:
+            ApiError: the server does not take it.
+            InputError: the model does not.
+        """
+        self._check(request)
+        texts = request.n or 1
+        if (request.best_of or texts) != texts:
+            raise ApiError(
+                400, f"best_of is {request.best_of} and n is {texts}: make them equal", "best_of"
+            )
+        if request.echo and request.logprobs is not None:
+            raise ApiError(
+                400, "the prompt's logprobs are not computed: leave echo or logprobs out", "echo"
+            )
+        prompts = _listed(request.prompt)
+        self._check_texts(len(prompts) * texts)
+        new = self._new_tokens("max_tokens", request.max_tokens or DEFAULT_COMPLETION_TOKENS)
+        encoded = [self._encoded(prompt, "prompt") for prompt in prompts]
+        echoes = tuple(self._shown(prompt) if request.echo else "" for prompt in prompts)
+        return self._wanted(request, encoded, new, request.logprobs, echoes)
+
+    def chat(self, request: ChatRequest) -> Wanted:
+        """What a chat request asks for.
+
+        Raises:
+            ApiError: the server does not take it.
+            InputError: the model does not.
+        """
+        self._check(request)
+        self._check_texts(request.n or 1)
+        name, new = self._asked_tokens(request)
+        if request.top_logprobs is not None and not request.logprobs:
+            raise ApiError(400, "top_logprobs is told with logprobs: true", "top_logprobs")
+        logprobs = (request.top_logprobs or 0) if request.logprobs else None
+        prompt = self._encoded([self._message(message) for message in request.messages], "messages")
+        return self._wanted(request, [prompt], self._new_tokens(name, new), logprobs, ("",))
+
+    def _asked_tokens(self, request: ChatRequest) -> tuple[str, int]:
+        given = {
+            name: value
+            for name in ("max_completion_tokens", "max_tokens")
+            if (value := getattr(request, name)) is not None
+        }
+        if len(set(given.values())) > 1:
+            raise ApiError(
+                400, "max_completion_tokens and max_tokens are two names of one: give one of them"
+            )
+        return next(iter(given.items()), ("max_completion_tokens", self.settings.max_tokens))
+
+    def _message(self, message: Message) -> dict[str, str]:
+        parts = message.content
+        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
+        said = {"role": self._role(message.role), "content": text}
+        further = {"name": message.name, "tool_call_id": message.tool_call_id}
+        return said | {key: value for key, value in further.items() if value is not None}
+
+    def _role(self, role: str) -> str:
+        """Developer is OpenAI's newer name of system; templates that know it get it."""
+        template = str(self.lm.tokenizer.chat_template or "")
+        return "system" if role == "developer" and role not in template else role
+
+    def _check(self, request: Sampled) -> None:
+        """What can be told without looking at the prompt."""
+        name, most = self.settings.model_name, self.settings.max_stops
+        if request.model != name:
+            raise ApiError(
+                404,
+                f"there is no model {request.model[:80]!r}: this server has {name!r}",
+                "model",
+                "model_not_found",
+            )
+        if request.stream_options is not None and not request.stream:
+            raise ApiError(400, "stream_options is for stream: true", "stream_options")
+        stops = _stops(request)
+        if len(stops) > most:
+            raise ApiError(400, f"stop has {len(stops)} texts: this server takes {most}", "stop")
+        self._check_bias(request.logit_bias or {})
+
+    def _check_bias(self, bias: dict[str, float]) -> None:
+        most, vocabulary = self.settings.max_logit_bias, self.lm.target.vocabulary
+        if len(bias) > most:
+            raise ApiError(
+                400, f"logit_bias names {len(bias)} tokens: this server takes {most}", "logit_bias"
+            )
+        unknown = next((token for token in bias if int(token) >= vocabulary), None)
+        if unknown is not None:
+            raise ApiError(
+                400,
+                f"logit_bias names token {unknown}, but the model knows 0 to {vocabulary - 1}",
+                "logit_bias",
+            )
+
+    def _check_texts(self, texts: int) -> None:
+        most = self.settings.max_texts
+        if texts > most:
+            raise ApiError(
+                400, f"{texts} texts are asked for, prompts times n: this server gives {most}", "n"
+            )
+
+    def _new_tokens(self, name: str, tokens: int) -> int:
+        most = self.settings.max_tokens
+        if tokens > most:
+            raise ApiError(
+                400, f"{name} is {tokens}: this server gives {most}", name, "invalid_value"
+            )
+        return tokens
+
+    def _encoded(self, prompt: PromptInput, name: str) -> tuple[int, ...]:
+        ids = tuple(self.lm.encode(prompt))
+        if len(ids) > self._longest:
+            raise ApiError(
+                400,
+                f"the prompt has {len(ids)} tokens: this server takes {self._longest}",
+                name,
+                "context_length_exceeded",
+            )
+        return ids
+
+    def _shown(self, prompt: str | list[int]) -> str:
+        return prompt if isinstance(prompt, str) else self.lm.decode(prompt)
+
+    def _wanted(
+        self,
+        request: Sampled,
+        prompts: Sequence[tuple[int, ...]],
+        new_tokens: int,
+        logprobs: int | None,
+        echoes: tuple[str, ...],
+    ) -> Wanted:
+        texts, look_ahead = request.n or 1, request.lookahead or LookAhead()
+        stopping = StopParams(max_new_tokens=new_tokens, stop=_stops(request))
+        options = [
+            Options.checked(
+                self.lm.look_ahead,
+                SamplingParams(**_sampling(request), seed=_seed(request, text)),
+                stopping,
+                look_ahead.method,
+                look_ahead.tokens,
+            )
+            for text in range(texts)
+        ]
+        asks = tuple(Ask(prompt, each, logprobs) for prompt in prompts for each in options)
+        return Wanted(asks, texts, echoes, bool(look_ahead.show))
+
+
+def _listed(prompt: Any) -> list[Any]:
+    """The prompts of a completion request."""
+    single = isinstance(prompt, str) or isinstance(prompt[0], int)
+    return [prompt] if single else prompt
+
+
+def _stops(request: Sampled) -> tuple[str, ...]:
+    stop = request.stop or ()
+    return (stop,) if isinstance(stop, str) else tuple(stop)
+
+
+def _seed(request: Sampled, text: int) -> int | None:
+    return None if request.seed is None else (request.seed + text) % _SEEDS
+
+
+def _sampling(request: Sampled) -> dict[str, Any]:
+    """Fields of `SamplingParams` but the seed; OpenAI's default of the temperature is 1."""
+    names = ("top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+    given = {name: getattr(request, name) for name in names}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    chosen["temperature"] = 1.0 if request.temperature is None else request.temperature
+    if request.top_p is not None:
+        chosen["top_p"] = max(request.top_p, sys.float_info.min)  # 0 keeps the likeliest token
+    if request.logit_bias:
+        chosen["logit_bias"] = {int(token): bias for token, bias in request.logit_bias.items()}
+    return chosen

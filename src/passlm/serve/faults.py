@@ -1,0 +1,172 @@
+"""Errors in the form of the OpenAI API, whatever raised them."""
+
+from __future__ import annotations
+
+import http
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from passlm.decode import PromptError
+from passlm.errors import InputError
+from passlm.params import ParameterError
+from passlm.serve.jobs import ClosedError, QueueFullError
+from passlm.serve.record import record_of
+from passlm.serve.replies import ErrorDetails, ErrorReply
+
+RETRY_SECONDS = 10  # for those who come while the server is going down or not up yet
+_UNION_ARM = re.compile(r"[a-z-]*\[.*\]|str|int|float|bool|dict|none")
+_CODES = {
+    400: "invalid_request",
+    401: "invalid_api_key",
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "request_timeout",
+    413: "request_too_large",
+    415: "unsupported_media_type",
+    429: "rate_limit_exceeded",
+    500: "internal_error",
+    503: "unavailable",
+}
+
+
+class ApiError(Exception):
+    """What a client is told instead of an answer.
+
+    Args:
+        status: of HTTP.
+        message: one line.
+        param: the parameter that is to blame.
+        code: for programs; by default it follows from the status.
+        headers: further ones of the response.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.param = param
+        blamed = status == http.HTTPStatus.BAD_REQUEST and param is not None
+        self.code = code or ("invalid_value" if blamed else _CODES[status])
+        self.headers = dict(headers or {})
+
+    @property
+    def kind(self) -> str:
+        """What OpenAI's API calls the type of such an error."""
+        if self.status == http.HTTPStatus.TOO_MANY_REQUESTS:
+            return "rate_limit_error"
+        return "server_error" if self.status >= 500 else "invalid_request_error"
+
+    @property
+    def reply(self) -> ErrorReply:
+        """The body of the response."""
+        details = ErrorDetails(
+            message=_printable(str(self)),
+            type=self.kind,
+            param=None if self.param is None else _printable(self.param),
+            code=self.code,
+        )
+        return ErrorReply(error=details)
+
+    def response(self) -> Response:
+        """The response."""
+        return JSONResponse(self.reply.model_dump(), self.status, self.headers)
+
+
+def _printable(text: str) -> str:
+    """Without what cannot be sent: half a surrogate pair, which JSON can name."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def refused(error: InputError) -> ApiError:
+    """The answer to a request that somebody below would not take."""
+    if isinstance(error, QueueFullError):
+        return ApiError(429, str(error), headers={"Retry-After": str(error.retry_after)})
+    if isinstance(error, ClosedError):
+        return unavailable(str(error))
+    if isinstance(error, PromptError):
+        return ApiError(400, str(error), code="invalid_prompt")
+    if isinstance(error, ParameterError):
+        return ApiError(400, str(error), str(error).split(maxsplit=1)[0], "invalid_value")
+    return ApiError(400, str(error))
+
+
+def unavailable(message: str) -> ApiError:
+    """The answer of a server that is not up yet or going down."""
+    return ApiError(503, message, headers={"Retry-After": str(RETRY_SECONDS)})
+
+
+def from_validation(error: RequestValidationError) -> ApiError:
+    """The first of the things that are wrong with a request's form."""
+    first: dict[str, Any] = error.errors()[0]
+    kind, context = str(first["type"]), first.get("ctx", {})
+    if kind == "json_invalid":
+        return ApiError(400, f"the body is not JSON: {context.get('error', 'mend it')}")
+    place = _place(first["loc"])
+    if not place and kind == "missing":
+        return ApiError(400, "the body is missing: send a JSON object")
+    param = ".".join(filter(None, (place, context.get("field"))))
+    message = f"{param or 'the body'}: {str(first['msg'])[:1].lower()}{str(first['msg'])[1:]}"
+    return ApiError(400, message, param or None, kind if kind in _OURS else _code(kind))
+
+
+_OURS = ("unknown_parameter", "unsupported_parameter", "unsupported_value")
+
+
+def _code(kind: str) -> str:
+    if kind == "missing":
+        return "missing_required_parameter"
+    return "invalid_type" if kind.endswith(("_type", "_parsing")) else "invalid_value"
+
+
+def _place(location: Sequence[int | str]) -> str:
+    """Where in the body something is wrong, as `messages[0].content`."""
+    place = ""
+    for part in location[1:]:
+        if isinstance(part, int):
+            place += f"[{part}]"
+        elif not _UNION_ARM.fullmatch(part):
+            place += f".{part}" if place else part
+    return place
+
+
+def from_http(error: HTTPException, path: str) -> ApiError:
+    """What the framework refuses: unknown paths, methods and bodies that cannot be read."""
+    headers = dict(error.headers or {})
+    if error.status_code == http.HTTPStatus.NOT_FOUND:
+        return ApiError(404, f"there is nothing at {path[:200]}: see /docs", headers=headers)
+    if error.status_code == http.HTTPStatus.METHOD_NOT_ALLOWED:
+        allowed = headers.get("allow") or headers.get("Allow") or "another method"
+        return ApiError(405, f"{path[:200]} takes {allowed}", headers=headers)
+    if error.status_code == http.HTTPStatus.BAD_REQUEST:
+        return ApiError(400, "the body cannot be read: send a JSON object", headers=headers)
+    return ApiError(error.status_code, str(error.detail), headers=headers)
+
+
+async def handle(request: Request, error: Exception) -> Response:
+    """FastAPI's handler of all of these."""
+    answer = _as_api_error(error, request.scope["path"])
+    record_of(request.scope).facts["error"] = answer.code
+    return answer.response()
+
+
+def _as_api_error(error: Exception, path: str) -> ApiError:
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, RequestValidationError):
+        return from_validation(error)
+    if isinstance(error, InputError):
+        return refused(error)
+    assert isinstance(error, HTTPException), "a handler was asked for what it was not meant for"
+    return from_http(error, path)

@@ -1,0 +1,244 @@
+"""What stands around every request: its id, its line in the log, its headers, keys and limits.
+
+Plain ASGI, so that nothing comes between an answer and the client's hanging up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import http
+import logging
+import re
+import time
+import uuid
+from collections.abc import Callable, Sequence
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from passlm.serve.faults import ApiError
+from passlm.serve.feed import GoneError
+from passlm.serve.metrics import Metrics
+from passlm.serve.record import Record, record_of
+
+HUNG_UP = 499  # nginx's status of a request whose client did not wait
+PROBES = frozenset({"/health", "/ready", "/metrics"})
+_SENSIBLE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_SECURITY = {
+    "content-security-policy": "default-src 'self'; base-uri 'none'; form-action 'self'; "
+    "frame-ancestors 'none'; object-src 'none'",
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "no-referrer",
+}
+_DISCARDED = 1 << 26  # bytes of a refused body that are read, so that the client reads our answer
+
+_log = logging.getLogger(__name__)
+
+
+class Frame:
+    """The outermost layer: nothing of ours escapes it.
+
+    Args:
+        app: what is framed.
+        metrics: where requests are counted.
+        path: what a request's path is called there; few names, whatever clients ask for.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, path: Callable[[str], str]) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._path = path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Frame one request; as ASGI calls it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        record = Record(_request_id(Headers(scope=scope)), time.perf_counter())
+        scope.setdefault("state", {})["record"] = record
+        framed = _FramedSend(send, record, private=scope["path"].startswith("/v1/"))
+        try:
+            await self._app(scope, receive, framed)
+        except GoneError as gone:
+            record.facts["gone"] = str(gone)
+            record.status = record.status or HUNG_UP
+        except Exception:
+            _log.exception("a request met a fault", extra={"facts": {"id": record.id}})
+            record.facts["fault"] = True
+            if record.status is None:
+                fault = ApiError(500, "the server met a fault: its log knows more")
+                await fault.response()(scope, receive, framed)
+        finally:
+            self._tell(scope, record)
+
+    def _tell(self, scope: Scope, record: Record) -> None:
+        seconds = time.perf_counter() - record.begun
+        path, status = scope["path"], record.status or HUNG_UP
+        self._metrics.answered(self._path(path), status, seconds)
+        level = logging.DEBUG if path in PROBES and status < 400 else logging.INFO
+        facts = {
+            "id": record.id,
+            "method": scope["method"],
+            "path": path,
+            "status": status,
+            "seconds": round(seconds, 4),
+            **record.facts,
+        }
+        _log.log(level, "request", extra={"facts": facts})
+
+
+class _FramedSend:
+    """Notes the status of a response and adds headers."""
+
+    def __init__(self, send: Send, record: Record, private: bool) -> None:
+        self._send = send
+        self._record = record
+        self._private = private
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._record.status = message["status"]
+            headers = MutableHeaders(raw=list(message["headers"]))
+            headers["x-request-id"] = self._record.id
+            for name, value in _SECURITY.items():
+                headers[name] = value
+            if self._private:
+                headers["cache-control"] = "no-store"
+            message = {**message, "headers": headers.raw}
+        await self._send(message)
+
+
+def _request_id(headers: Headers) -> str:
+    given = headers.get("x-request-id", "")
+    return given if _SENSIBLE_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+async def _refuse(refusal: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+    record_of(scope).facts["error"] = refusal.code
+    await refusal.response()(scope, receive, send)
+
+
+class Keys:
+    """Lets requests through that bring a key; compares in a time that tells nothing.
+
+    Args:
+        app: what is protected.
+        keys: any of them will do.
+        protected: whether a path needs one.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str], protected: Callable[[str], bool]) -> None:
+        self._app = app
+        self._digests = [_digest(key.encode()) for key in keys]
+        self._protected = protected
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Look at the key, as ASGI calls it."""
+        if scope["type"] == "http" and self._protected(scope["path"]):
+            refusal = self._refusal(Headers(scope=scope).get("authorization"))
+            if refusal is not None:
+                await _refuse(refusal, scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _refusal(self, given: str | None) -> ApiError | None:
+        asked = {"WWW-Authenticate": "Bearer"}
+        if given is None:
+            return ApiError(
+                401, "an API key is missing: send 'Authorization: Bearer KEY'", headers=asked
+            )
+        scheme, _, key = given.partition(" ")
+        digest = _digest(key.strip().encode())
+        found = [hmac.compare_digest(digest, known) for known in self._digests]  # all of them
+        if scheme.lower() == "bearer" and any(found):
+            return None
+        return ApiError(401, "this API key is not known here", headers=asked)
+
+
+def _digest(key: bytes) -> bytes:
+    """Of one length for all keys, so that comparing does not tell theirs."""
+    return hashlib.sha256(key).digest()
+
+
+class Bodies:
+    """Reads a request's body before anything looks at it, within a size and a time.
+
+    Args:
+        app: gets the whole body.
+        most: bytes.
+        seconds: in which it must have come.
+    """
+
+    def __init__(self, app: ASGIApp, most: int, seconds: float) -> None:
+        self._app = app
+        self._most = most
+        self._seconds = seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Read the body, as ASGI calls it."""
+        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
+            await self._app(scope, receive, send)
+            return
+        try:
+            body = await self._read(Headers(scope=scope), receive)
+        except ApiError as refusal:
+            await _refuse(refusal, scope, receive, send)
+            return
+        await self._app(scope, _Replay(body, receive), send)
+
+    async def _read(self, headers: Headers, receive: Receive) -> bytes:
+        if headers.get("content-encoding", "identity") != "identity":
+            raise ApiError(415, "the body is compressed: send it as it is")
+        length = headers.get("content-length", "")
+        announced = int(length) if length.isdecimal() else 0
+        if announced > self._most and "expect" in headers:
+            raise self._too_large()  # it waits for leave to send
+        try:
+            async with asyncio.timeout(self._seconds):
+                return await self._collected(receive, announced)
+        except TimeoutError as error:
+            raise ApiError(
+                http.HTTPStatus.REQUEST_TIMEOUT,
+                f"the body did not arrive within {self._seconds} s",
+                headers={"Connection": "close"},
+            ) from error
+
+    async def _collected(self, receive: Receive, announced: int) -> bytes:
+        body, size, more = bytearray(), 0, True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise GoneError("the client hung up before its request was whole")
+            size += len(message.get("body", b""))
+            more = message.get("more_body", False)
+            if max(size, announced) <= self._most:
+                body += message.get("body", b"")
+            elif size > _DISCARDED:
+                break
+        if max(size, announced) > self._most:
+            raise self._too_large()
+        return bytes(body)
+
+    def _too_large(self) -> ApiError:
+        return ApiError(
+            413,
+            f"the request is larger than {self._most} bytes: shorten it",
+            headers={"Connection": "close"},
+        )
+
+
+class _Replay:
+    """Gives a body that was read already, then whatever else comes."""
+
+    def __init__(self, body: bytes, receive: Receive) -> None:
+        self._body: bytes | None = body
+        self._receive = receive
+
+    async def __call__(self) -> Message:
+        if self._body is None:
+            return await self._receive()
+        body, self._body = self._body, None
+        return {"type": "http.request", "body": body, "more_body": False}

@@ -1,0 +1,69 @@
+"""How single tokens are written in log-probabilities: their bytes, and a text for people."""
+
+from __future__ import annotations
+
+import re
+
+from transformers import PreTrainedTokenizerBase
+
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+_SPACE = "\u2581"  # how SentencePiece writes a space
+
+
+class Spelling:
+    """Bytes and texts of token ids.
+
+    A token may hold part of a character, so that its text alone is no text: bytes that are not
+    UTF-8 are written as escapes, as OpenAI's API does.
+
+    Args:
+        tokenizer: the model's own.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._added = {token: str(text) for token, text in tokenizer.added_tokens_decoder.items()}
+        self._letters = _byte_letters() if _is_byte_level(tokenizer) else None
+        self._known: dict[int, tuple[str, bytes]] = {}
+
+    def __call__(self, token: int) -> tuple[str, bytes]:
+        """Text and bytes of a token."""
+        if token not in self._known:
+            spelt = self._bytes(token)
+            self._known[token] = _text(spelt), spelt
+        return self._known[token]
+
+    def _bytes(self, token: int) -> bytes:
+        if token in self._added:
+            return self._added[token].encode()
+        piece = self._tokenizer.convert_ids_to_tokens([token])[0]
+        if piece is None:  # a row of the output layer that no token has
+            return b""
+        if self._letters is not None and all(letter in self._letters for letter in piece):
+            return bytes(self._letters[letter] for letter in piece)
+        byte = _BYTE.fullmatch(piece)
+        if byte is not None:
+            return bytes([int(byte[1], 16)])
+        return str(piece).replace(_SPACE, " ").encode()
+
+
+def _text(spelt: bytes) -> str:
+    try:
+        return spelt.decode()
+    except UnicodeDecodeError:
+        return "".join(f"\\x{byte:02x}" for byte in spelt)
+
+
+def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether its pieces are written in GPT-2's letters for bytes."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    decoder = getattr(backend, "decoder", None)
+    return decoder is not None and b'"ByteLevel"' in decoder.__getstate__()
+
+
+def _byte_letters() -> dict[str, int]:
+    """GPT-2's letter for each byte: printable ones stand for themselves, others for 256 and on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {chr(byte): byte for byte in printable}
+    return letters | {chr(256 + place): byte for place, byte in enumerate(others)}
