@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from byte_model import byte_generator
+from byte_model import byte_generator, save_folders
 
 from passlm.bench import engines
 from passlm.bench.engines import (
@@ -29,6 +29,7 @@ from passlm.bench.engines import (
     start_engines,
 )
 from passlm.bench.methods import Asked, MethodError, Others, build
+from passlm.cli import main
 from passlm.generate import Generator
 from passlm.models import DEFAULT_MODEL, resolve
 from passlm.params import SamplingParams, StopParams
@@ -518,6 +519,111 @@ def test_settings_that_an_engine_does_not_know_are_refused() -> None:
     for unknown in ({"repetition_penalty": 1.2}, {"min_new_tokens": 3}, {"logit_bias": {3: 1.0}}):
         with pytest.raises(MethodError, match=next(iter(unknown)).replace("_", "-")):
             check_sampling(("ar", "vllm"), SamplingParams(**unknown))
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A command line for a tiny model, its prompts and look-ahead files."""
+    place = tmp_path_factory.mktemp("command")
+    model, rows = save_folders(place)
+    (place / "own.jsonl").write_text('{"prompt": "abc"}\n{"prompt": "de"}\n')
+    return [
+        *("bench", "--prompts", str(place / "own.jsonl"), "--model", str(model)),
+        *("--lookahead", str(rows), "--dtype", "float32", "--max-new-tokens", "8"),
+        *("--lookahead-tokens", "2"),
+    ]
+
+
+def test_entries_of_another_engine_are_marked(
+    packages: Path,
+    line: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Catches an engine whose figures read like ours, and a run gone on with another version."""
+    (packages / "vllm.py").write_text(VLLM)
+    out = tmp_path / "out"
+    assert main([*line, "--methods", "two-pass,vllm", "--json", "--out", str(out)]) == 0
+    text = capsys.readouterr().out
+    results = json.loads(text.splitlines()[-1])
+    runs = {run["method"]: run for run in results["runs"]}
+    assert {name: run["engine"] for name, run in runs.items()} == {
+        **{"ar": None, "two-pass": None, "vllm": "vLLM 0.99, float32"}
+    }
+    assert runs["vllm"]["identical_to_ar"] is None
+    assert runs["vllm"]["tokens"] == 16
+    assert runs["vllm"]["first_token_seconds"] > 0
+    assert runs["vllm"]["passes"] is None
+    assert "predictability" not in runs["two-pass"]
+    assert results["missing_methods"] == {}
+    (engine,) = results["engines"].values()
+    assert engine["idle_cores"] < engines.BUSY_CORES
+    assert "vllm is vLLM 0.99, float32: another engine" in text
+    assert "vllm is another engine" in (out / "report.html").read_text()
+    (out / "results.json").unlink()
+    (packages / "vllm.py").write_text(VLLM.replace('"0.99"', '"1.00"'))
+    again = [*line, "--methods", "two-pass,vllm", "--out", str(out), "--resume"]
+    assert main(again) == 2
+    assert "vLLM 0.99, float32 there, vLLM 1.00, float32 now" in capsys.readouterr().err
+
+
+def test_a_missing_engine_does_not_stop_the_others(
+    packages: Path,
+    line: list[str],
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Catches a run lost for an engine that is not there, and tokens that nobody watched."""
+    assert main([*line, "--methods", "two-pass,hf,vllm", "--predictability", "--json"]) == 0
+    text = capsys.readouterr().out
+    results = json.loads(text.splitlines()[-1])
+    runs = {run["method"]: run for run in results["runs"]}
+    assert list(runs) == ["ar", "two-pass", "hf"]
+    assert "pip install vllm" in results["missing_methods"]["vllm"]
+    assert "pip install vllm" in caplog.text
+    assert text.count("pip install vllm") == 2  # in the report and in the results
+    watched = {name: run["predictability"] for name, run in runs.items()}
+    assert watched["hf"] is None
+    assert watched["ar"]["drawn"]["count"] == runs["ar"]["tokens"]
+    drawn, accepted = (watched["two-pass"][kind]["count"] for kind in ("drawn", "accepted"))
+    assert drawn + accepted == runs["two-pass"]["tokens"]
+
+
+def test_a_draft_model_among_the_methods(
+    line: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a draft model that is named and not loaded, or does not repeat the target's text."""
+    model = line[line.index("--model") + 1]
+    assert main([*line, "--methods", "hf-assistant", "--assistant", model, "--json"]) == 0
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert results["settings"]["assistant"] == model
+    runs = {run["method"]: run["identical_to_ar"] for run in results["runs"]}
+    assert runs == {"ar": 1.0, "hf-assistant": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--methods", "hf-assistant"), "--assistant"),
+        (("--assistant", "some"), "hf-assistant"),
+        (("--methods", "ar,llama-cpp"), "give a .gguf file as --model"),
+        (("--methods", "ar,vllm", "--repetition-penalty", "2"), "not repetition-penalty"),
+        (("--engine-python", "vllm=python"), "name it in --methods"),
+        (("--methods", "ar,vllm", "--engine-python", "vllm=no/python"), "no such program"),
+        (("--methods", "ar,vllm", "--batch-size", "2"), "--batch-size"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_code_2(
+    line: list[str], capsys: pytest.CaptureFixture[str], more: tuple[str, ...], said: str
+) -> None:
+    """Catches a traceback, and a flag that is not looked at."""
+    assert main([*line, *more]) == 2
+    told = [one for one in capsys.readouterr().err.splitlines() if "passlm: " in one]
+    assert said in told[-1]
 
 
 @pytest.mark.model

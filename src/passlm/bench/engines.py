@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import IO, Any
 
@@ -138,6 +138,18 @@ def start_engines(
             missing[name] = str(error)
             _log.warning("%s", error)
     return running, missing
+
+
+def end_engines(engines: Iterable[Engine]) -> None:
+    """End engines, and warn of those that took processor time from what ran beside them."""
+    for engine in engines:
+        busy = engine.idle_cores or 0.0
+        if busy > BUSY_CORES:
+            _log.warning(
+                "%s kept %.2f cores busy while other methods ran: leave it out to measure them",
+                *(engine.name, busy),
+            )
+        engine.close()
 
 
 def _settings(name: str, lm: Generator, source: ModelSource) -> dict[str, Any]:

@@ -226,6 +226,7 @@ def identity(method: Method) -> dict[str, Any]:
         "lookahead_tokens": method.lookahead_tokens,
         "temperature": method.sampling.temperature,
         "batch_size": method.batch_size,
+        "engine": method.engine,
         "judge": method.sampling.judge if ours else None,
         "draft": method.sampling.draft if ours else None,
     }

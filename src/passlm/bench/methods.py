@@ -205,6 +205,15 @@ def baseline_target(methods: Sequence[Method]) -> Target:
     return decode.target
 
 
+def engine_facts(methods: Sequence[Method]) -> dict[str, dict[str, Any]]:
+    """Of each other engine, what it is and how many cores it kept busy while others ran."""
+    return {
+        method.name: {"engine": method.engine, "idle_cores": method.decode.engine.idle_cores}
+        for method in methods
+        if isinstance(method.decode, EngineDecoding)
+    }
+
+
 def cost_curve(methods: Sequence[Method], context: int) -> CostCurve | None:
     """What passes cost, as `auto` knows it; None without that method."""
     for method in methods:

@@ -95,14 +95,14 @@ class Watch:
 
 
 def predictability(
-    method: Method, prompts: Sequence[Sequence[int]], seed: int, max_new_tokens: int
+    method: Method, prompts: Sequence[Sequence[int]], seeds: Sequence[int], max_new_tokens: int
 ) -> dict[str, Any] | None:
     """Run a method once more and look on; means in nats, by the target's own distribution.
 
     Args:
         method: what to watch.
         prompts: of one suite, the first turn of each; at most `PROMPTS` are run.
-        seed: as in the timed run, so that the texts are the same.
+        seeds: of each, those of the timed run, so that the texts are the same.
         max_new_tokens: of each text.
 
     Returns:
@@ -119,8 +119,8 @@ def predictability(
         together = taken[start : start + method.batch_size]
         plans = decode.plans(len(together), max(map(len, together)) + max_new_tokens // 2)
         decoder = Decoder(decode.target, decode.look_ahead, watch)
-        for number, prompt in enumerate(together, start=seed + start):
-            drawn = replace(method.sampling, seed=number % 2**64)
+        for prompt, seed in zip(together, seeds[start:], strict=False):
+            drawn = replace(method.sampling, seed=seed)
             decoder.join(
                 Request.of(prompt, drawn, max_new_tokens, plans, decode.eos, decode.ignore_eos)
             )

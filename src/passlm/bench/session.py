@@ -25,7 +25,8 @@ from passlm.bench.measure import (
     summarize,
     warm_up,
 )
-from passlm.bench.methods import Method, baseline_target, cost_curve
+from passlm.bench.methods import Method, baseline_target, cost_curve, engine_facts
+from passlm.bench.predictability import predictability
 from passlm.bench.prompts import Found
 from passlm.bench.report import markdown
 from passlm.detokenize import Detokenizer
@@ -48,12 +49,14 @@ class Course:
         seed: of the order and of all draws.
         repeats: how often each prompt is run.
         run_generated_code: whether the programs written for HumanEval are run.
+        predictability: whether our methods are watched in further runs; see `predictability.py`.
     """
 
     new_tokens: int
     seed: int
     repeats: int = 1
     run_generated_code: bool = False
+    predictability: bool = False
 
 
 class Session:
@@ -143,6 +146,8 @@ class Session:
                 samples += found
                 last = prompts[turn.numbers[-1]]
                 progress(len(found), f"{last.suite} {last.name}")
+            if self.course.predictability:
+                progress(0, f"{prompts[0].suite} watched")
             for numbers in _cut_alike(prompts).values():
                 self._add_runs(prompts, numbers, samples, firsts)
             self._add_shown(prompts, samples)
@@ -170,6 +175,10 @@ class Session:
             if self.course.run_generated_code and own[0].suite == SCORED:
                 records = [sample for sample in theirs if sample.method is method]
                 run["quality"] = scored(self.lm, own, records, self.course.seed)
+            if self.course.predictability:
+                seeds = [(self.course.seed + number) % 2**64 for number in numbers]
+                ids, length = [prompt.ids for prompt in own], self.course.new_tokens
+                run["predictability"] = predictability(method, ids, seeds, length)
         self.results["runs"] += runs
 
     def _add_shown(self, prompts: Sequence[Prompt], samples: Sequence[Sample]) -> None:
@@ -186,6 +195,7 @@ class Session:
     def _write(self, folder: Path | None) -> None:
         self.results["peak_memory_bytes"] = _peak_memory()
         engine = baseline_target(self.methods).engine  # passes may have turned out not to compile
+        self.results["engines"] = engine_facts(self.methods)
         self.results["settings"]["compiled"] = engine.startswith("compiled")
         if folder is not None:
             write_atomically(folder / RESULTS, json.dumps(self.results, indent=1) + "\n")

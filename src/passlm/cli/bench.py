@@ -9,7 +9,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,7 @@ SAMPLING_ELSEWHERE = (
 STOPPING_ELSEWHERE = ("stop",)  # no text is decoded
 
 # What may be another when a run is gone on with.
-NOT_OF_THE_RUN = ("out", "resume", "overwrite", "json", "compare")
+NOT_OF_THE_RUN = ("out", "resume", "overwrite", "json", "compare", "engine_python")
 
 _log = logging.getLogger("passlm.bench")
 
@@ -64,8 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--methods",
         type=_listed(str),
         default=_listed(str)(DEFAULT_METHODS),
-        help=f"default {DEFAULT_METHODS}",
+        help=f"default {DEFAULT_METHODS}; besides hf-assistant, llama-cpp and vllm",
     )
+    _add_others(parser)
     _add_lists(parser)
     parser.add_argument("--limit", type=int, metavar="N", help="prompts of each suite; default all")
     parser.add_argument(
@@ -78,6 +79,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "sampled --repeats pass@10",
     )
     parser.add_argument(
+        "--predictability",
+        action="store_true",
+        help="run our methods once more, not timed, and report how likely the model found the "
+        "tokens that were accepted, refused and drawn",
+    )
+    parser.add_argument(
         "--seed", type=int, default=0, help="of the order and of all draws; default 0"
     )
     add_model_arguments(parser)
@@ -86,6 +93,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_fields(parser, StopParams, STOPPING_ELSEWHERE)
     _add_output(parser)
     add_json_argument(parser)
+
+
+def _add_others(parser: argparse.ArgumentParser) -> None:
+    """What methods that are not ours need."""
+    parser.add_argument(
+        "--assistant",
+        metavar="NAME",
+        help="draft model of the method hf-assistant: hub id, folder or .gguf file with the same "
+        "vocabulary",
+    )
+    parser.add_argument(
+        "--engine-python",
+        action="append",
+        default=[],
+        metavar="NAME=PYTHON",
+        help="the Python that has the package of the method llama-cpp or vllm; may be given for "
+        "both; default this one",
+    )
 
 
 def _add_lists(parser: argparse.ArgumentParser) -> None:
@@ -202,11 +227,14 @@ def _measured(arguments: argparse.Namespace) -> dict[str, Any]:
     """Load, then run what is to be run."""
     given = [] if arguments.prompts is None else load_prompts(arguments.prompts, arguments.limit)
     asked = _asked(arguments)
-    from passlm.bench.methods import build
+    from passlm.bench.engines import end_engines, interpreters, start_engines
+    from passlm.bench.methods import Others, build
+    from passlm.bench.peers import load_assistant
     from passlm.bench.prompts import Collector
     from passlm.bench.session import Course, Session
     from passlm.generate import compiled_folder
 
+    pythons = interpreters(asked.names, arguments.engine_python)
     drafts = any(name in NEED_LOOKAHEAD for name in asked.names)
     if not drafts and arguments.lookahead not in (None, "none"):
         _log.warning("--lookahead is not used: none of the methods drafts with such files")
@@ -219,15 +247,22 @@ def _measured(arguments: argparse.Namespace) -> dict[str, Any]:
         quantize=None,
     )
     loading = {"load_seconds": time.perf_counter() - begun, "start_seconds": _seconds_since_start()}
+    assistant = None if arguments.assistant is None else load_assistant(arguments.assistant, lm)
+    engines, missing = start_engines(pythons, lm, arguments.model)
+    asked = replace(asked, names=tuple(name for name in asked.names if name not in missing))
     compiled = compiled_folder() if arguments.compile else None
-    methods = build(lm, asked, arguments.model, arguments.pack, compiled, arguments.quantize)
+    weights = (arguments.model, arguments.pack, compiled, arguments.quantize)
+    methods = build(lm, asked, *weights, others=Others(assistant, engines))
     cuts, length = arguments.prompt_tokens, arguments.max_new_tokens
     collector = Collector(lm, length, cuts, not cuts and arguments.batch_size == (1,))
     found = collector.collect(arguments.suite, given, arguments.limit)
-    course = Course(length, arguments.seed, arguments.repeats, arguments.run_generated_code)
-    settings = _settings(arguments, lm)
-    session = Session(lm, methods, found, course, {"settings": settings, **loading})
-    _go(arguments, session, {**_asked_for(arguments), **_found(lm, found)})
+    extras = (arguments.run_generated_code, arguments.predictability)
+    course = Course(length, arguments.seed, arguments.repeats, *extras)
+    facts = {"settings": _settings(arguments, lm), "missing_methods": missing, **loading}
+    session = Session(lm, methods, found, course, facts)
+    titles = {name: engine.title for name, engine in engines.items()}
+    _go(arguments, session, {**_asked_for(arguments), **_found(lm, found), "engines": titles})
+    end_engines(engines.values())
     return session.results
 
 
@@ -330,10 +365,14 @@ def _asked(arguments: argparse.Namespace) -> Asked:
     stopping = taken(StopParams, arguments, STOPPING_ELSEWHERE)
     for temperature in arguments.temperature:
         SamplingParams(temperature=temperature)
+    from passlm.bench.engines import check_sampling
     from passlm.bench.methods import BASELINE, Asked, check_names
+    from passlm.bench.peers import check_assistant
 
     names = arguments.methods
     check_names(names, arguments.batch_size)
+    check_assistant(names, arguments.assistant)
+    check_sampling(names, sampling)
     if BASELINE not in names:
         _log.info("method %s is added: every speed-up is a ratio to it", BASELINE)
         names = (BASELINE, *names)
@@ -364,6 +403,7 @@ def _settings(arguments: argparse.Namespace, lm: Generator) -> dict[str, Any]:
         "compiled": arguments.compile,  # until passes turn out not to compile here
         "quantize": arguments.quantize,
         "lookahead": lookahead,
+        "assistant": arguments.assistant,
         "limit": arguments.limit,
         "repeats": arguments.repeats,
         "batch_sizes": arguments.batch_size,
