@@ -288,7 +288,7 @@ def test_how_far_a_wrong_judge_is_off(recipe: ModuleType) -> None:
 
 def test_what_is_said_to_be_noticed_is() -> None:
     """Catches a power that is only claimed: texts shifted by that much are refused in about the
-    share of runs that is stated (80 %; less than 140 or more than 180 of 200 once in 2,000 tests)."""
+    share of runs that is stated (80 %; under 140 or over 180 of 200 once in 2,000 tests)."""
     rng = np.random.default_rng(0)
     asked = questions(1)
     right = rng.geometric(0.5, size=(2000, 3)).clip(max=6)

@@ -23,6 +23,7 @@ COMMANDS = {
     "distill-data": "let a model answer prompts, as text to train on",
     "bench": "run methods side by side",
     "serve": "serve a model over HTTP, as the OpenAI API",
+    "advise": "say whether PaSS pays for your prompts here, and with which flags",
     "profile": "measure what passes cost here, and say which plan pays",
     "info": "what a model or a look-ahead folder is",
 }

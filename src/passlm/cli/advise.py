@@ -1,0 +1,422 @@
+"""Say whether PaSS pays for your prompts on this machine, with which flags, and if not, why."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import random
+import textwrap
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from passlm.bench.tasks import Task, load_prompts
+from passlm.cli.common import (
+    add_decoding_arguments,
+    add_fields,
+    add_json_argument,
+    add_model_arguments,
+    loaded,
+    print_json,
+    progress_bar,
+    stop_flag,
+    taken,
+)
+from passlm.errors import InputError
+from passlm.params import SamplingParams, StopParams
+
+if TYPE_CHECKING:
+    from passlm.bench.advise import Advice, Pilot
+    from passlm.bench.measure import Prompt, Sample
+    from passlm.bench.methods import Method
+    from passlm.costs import Costs
+    from passlm.generate import Generator
+    from passlm.planner import CostCurve
+
+# Given as one seed for all, or as token ids and objects.
+SAMPLING_ELSEWHERE = ("seed", "logit_bias", "bad_words", "processors")
+STOPPING_ELSEWHERE = ("stop",)  # no text is decoded
+WIDTH = 100
+_FOR_PEOPLE = {"yes": "yes", "no": "no", "undecided": "too close to call"}
+
+_log = logging.getLogger("passlm.advise")
+
+_now = time.monotonic
+
+Stopped = Literal["time limit", "interrupted"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="JSONL with a prompt, messages or turns on each line",
+    )
+    parser.add_argument(
+        "--limit", type=int, default=12, metavar="N", help="prompts drawn at random; default 12"
+    )
+    parser.add_argument(
+        "--time-limit",
+        type=float,
+        default=120.0,
+        metavar="SECONDS",
+        help="measure no longer than this, loading and warming up not counted; default 120",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="say up to how many texts at a time it pays, to be expected by what passes cost; "
+        "default 1",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the choice of prompts and of all draws; default 0"
+    )
+    add_model_arguments(parser)
+    add_decoding_arguments(parser)
+    add_fields(parser, SamplingParams, SAMPLING_ELSEWHERE)
+    add_fields(parser, StopParams, STOPPING_ELSEWHERE)
+    add_json_argument(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure a sample of the prompts and print the verdict.
+
+    Raises:
+        InputError: a setting, the file, the model or the look-ahead files cannot be used, or the
+            time was over before one prompt was done.
+    """
+    _check(arguments)
+    tasks = load_prompts(arguments.prompts)
+    in_order = random.Random(arguments.seed).sample(tasks, len(tasks))
+    lm = loaded(
+        arguments,
+        pack=False,  # the methods' own target packs, compiles and rounds: one copy is enough
+        compile=False,
+        quantize=None,
+    )
+    prompts = prompts_of(lm, in_order, arguments.limit, arguments.max_new_tokens)
+    trial = _Trial(arguments, lm, prompts)
+    trial.measure()
+    advised = trial.advised(len(tasks))
+    print(screen(advised))
+    if arguments.json:
+        print_json(_facts(arguments, lm, advised))
+    if advised.stopped == "interrupted":
+        raise KeyboardInterrupt
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """What can be told wrong before anything is loaded."""
+    for name in ("limit", "batch_size"):
+        value = getattr(arguments, name)
+        if value < 1:
+            raise InputError(f"--{name.replace('_', '-')} is {value}: it must be 1 or more")
+    if not arguments.time_limit > 0:
+        raise InputError(f"--time-limit is {arguments.time_limit:g}: give seconds above 0")
+    if not 0 <= arguments.seed < 2**64:
+        raise InputError(f"--seed is {arguments.seed}: it must lie between 0 and 2**64 - 1")
+    taken(SamplingParams, arguments, SAMPLING_ELSEWHERE)
+    taken(StopParams, arguments, STOPPING_ELSEWHERE)
+
+
+def prompts_of(lm: Generator, tasks: Sequence[Task], limit: int, new_tokens: int) -> list[Prompt]:
+    """The first tasks that fit the model's context; others are left out, with a warning.
+
+    Raises:
+        InputError: none does.
+    """
+    from passlm.bench.prompts import Collector
+
+    collector = Collector(lm, new_tokens)
+    prompts: list[Prompt] = []
+    for start in range(0, len(tasks), limit):  # a file may have many more than are looked at
+        for suite in collector.collect((), tasks[start : start + limit], None).suites:
+            prompts += suite
+        if len(prompts) >= limit:
+            break
+    if not prompts:
+        raise InputError(
+            f"all prompts are too long: with {new_tokens} new tokens they exceed the context of "
+            f"{lm.target.context}; give shorter ones, or fewer --max-new-tokens"
+        )
+    return prompts[:limit]
+
+
+@dataclass(frozen=True)
+class Advised:
+    """The verdict, and what it rests on.
+
+    Attributes:
+        advice: the verdict.
+        pilot: the figures it comes from.
+        flags: what to pass to `passlm generate`.
+        batches: expected speed-up by texts at a time; of 1 alone where no more were asked for.
+        of_prompts: how many the file has.
+        stopped: why fewer prompts were measured than asked for; None where all were.
+        temperature: that texts were drawn at.
+        runs: each plan's figures.
+    """
+
+    advice: Advice
+    pilot: Pilot
+    flags: str
+    batches: dict[int, float]
+    of_prompts: int
+    stopped: Stopped | None
+    temperature: float
+    runs: list[dict[str, Any]]
+
+
+class _Trial:
+    """Plans measured side by side on the prompts."""
+
+    def __init__(
+        self, arguments: argparse.Namespace, lm: Generator, prompts: Sequence[Prompt]
+    ) -> None:
+        self.arguments = arguments
+        self.lm = lm
+        self.prompts = prompts
+        self.context = max(len(one.ids) for one in prompts) + arguments.max_new_tokens // 2
+        self.methods, self.costs = self._methods()
+        self.samples: list[Sample] = []
+        self.stopped: Stopped | None = None
+
+    def _methods(self) -> tuple[list[Method], Costs]:
+        """Plain decoding, plans chosen pass by pass, and the best fixed ones by the cost curve."""
+        from passlm.bench.advise import fixed_plans
+        from passlm.bench.decoding import PlanDecoding
+        from passlm.bench.methods import BASELINE, Asked, build
+        from passlm.generate import compiled_folder
+
+        arguments, files = self.arguments, self.lm.look_ahead
+        sampling = taken(SamplingParams, arguments, SAMPLING_ELSEWHERE)
+        stopping = taken(StopParams, arguments, STOPPING_ELSEWHERE)
+        names = (BASELINE, "lookup") if files is None else (BASELINE, "lookup", "auto")
+        asked = Asked(names, (sampling.temperature,), (), sampling, stopping)
+        folder = compiled_folder() if arguments.compile else None
+        methods = build(self.lm, asked, arguments.model, arguments.pack, folder, arguments.quantize)
+        chosen = methods[-1]
+        assert isinstance(chosen.decode, PlanDecoding), "it is ours"
+        assert chosen.decode.costs is not None, "plans are chosen by costs"
+        costs = chosen.decode.costs
+        if files is not None:
+            methods += fixed_plans(chosen, costs.curve(1, self.context), files.card.prior)
+        return methods, costs
+
+    def measure(self) -> None:
+        """Run everything, or as much as there is time for.
+
+        Raises:
+            InputError: there was not even time for one prompt.
+        """
+        from passlm.bench.measure import interleave, warm_up
+
+        arguments = self.arguments
+        total = len(self.prompts) * len(self.methods)
+        with progress_bar() as bar:
+            shown = bar.add_task("warm-up", total=total)
+            warm_up(self.prompts, self.methods, arguments.max_new_tokens)
+            begun = _now()
+            with stop_flag() as stopping:
+                for turn in interleave(self.prompts, self.methods, arguments.seed):
+                    self.samples += turn.run(self.prompts, arguments.max_new_tokens)
+                    bar.update(shown, advance=1, description=turn.method.plan or "")
+                    over = _now() - begun > arguments.time_limit
+                    if (stopping or over) and len(self.samples) < total:
+                        self.stopped = "interrupted" if stopping else "time limit"
+                        break
+        if not self.whole:
+            if self.stopped == "interrupted":
+                raise KeyboardInterrupt
+            raise InputError(
+                f"--time-limit of {arguments.time_limit:g} s was over before one prompt was done "
+                f"by {len(self.methods)} plans: give more, or fewer --max-new-tokens"
+            )
+
+    @property
+    def whole(self) -> int:
+        """Prompts that all plans have done."""
+        return len(self.samples) // len(self.methods)
+
+    def advised(self, of_prompts: int) -> Advised:
+        """The verdict on what was measured."""
+        from passlm.bench.advise import Pilot, advise, batched
+        from passlm.bench.measure import summarize
+        from passlm.bench.methods import baseline_target
+
+        arguments = self.arguments
+        runs = summarize(
+            self.prompts[: self.whole],
+            self.samples[: self.whole * len(self.methods)],
+            self.methods,
+            baseline_target(self.methods),
+            arguments.seed,
+        )
+        curves = self._curves()
+        pilot = Pilot.of(runs, curves[1])
+        advice = advise(pilot)
+        worse = advice.verdict == "no" or advice.best.speedup <= 1
+        return Advised(
+            advice,
+            pilot,
+            "--method ar" if worse else advice.best.flags(arguments.lookahead),
+            batched(advice.best, curves),
+            of_prompts,
+            self.stopped,
+            arguments.temperature,
+            runs,
+        )
+
+    def _curves(self) -> dict[int, CostCurve]:
+        """What passes cost by texts at a time, in powers of two up to what was asked for."""
+        most = 1 if self.stopped == "interrupted" else self.arguments.batch_size
+        sizes = [2**power for power in range(most.bit_length()) if 2**power < most] + [most]
+        return {size: self.costs.curve(size, self.context) for size in sizes} | {
+            1: self.costs.curve(1, self.context)
+        }
+
+
+# What is printed
+
+
+def screen(advised: Advised) -> str:
+    """The answer: at most 24 lines of 100 columns."""
+    advice, pilot = advised.advice, advised.pilot
+    stopped = f" ({advised.stopped})" if advised.stopped else ""
+    lines = [
+        f"measured {pilot.prompts} of {advised.of_prompts} prompts{stopped}, {pilot.tokens:,} new "
+        f"tokens by each of {1 + len(pilot.plans)} plans, temperature {advised.temperature:g}",
+        "",
+        *_filled("does PaSS pay? ", _verdict(advice)),
+        f"flags to pass: {advised.flags}",
+        *_filled("how sure:      ", _sureness(advised)),
+        "",
+        *_table(pilot),
+        "",
+        *_filled("costs: ", _costs(pilot)),
+    ]
+    for reason in advice.reasons[:2]:
+        lines += _filled("why:   ", reason.text)
+    if advice.verdict != "no":
+        lines += _filled("batch: ", _batches(advised))
+    return "\n".join(lines)
+
+
+def _filled(label: str, text: str) -> list[str]:
+    """A labelled text over as many lines as it takes."""
+    indent = " " * len(label)
+    return textwrap.wrap(
+        text, WIDTH, initial_indent=label, subsequent_indent=indent, break_on_hyphens=False
+    )
+
+
+def _verdict(advice: Advice) -> str:
+    ends, best = advice.interval, advice.best
+    spread = f" (95 %: {ends[0]:.2f} to {ends[1]:.2f})" if ends else ""
+    pays = _FOR_PEOPLE[advice.verdict]
+    return f"{pays}: {best.title} at {best.speedup:.2f} times plain speed{spread}"
+
+
+def _sureness(advised: Advised) -> str:
+    advice, plans = advised.advice, len(advised.pilot.plans)
+    basis = f"from {advised.pilot.prompts} prompts"
+    if plans > 1:
+        basis += f", widened since it is the best of {plans} plans"
+    if advice.verdict != "undecided":
+        return basis
+    if advice.more_prompts is None:
+        return f"{basis}; so near to even that more prompts hardly settle it"
+    limit = advised.pilot.prompts + advice.more_prompts
+    how = f"--limit {limit}, with as much more --time-limit"
+    if limit > advised.of_prompts:
+        how = f"the file has {advised.of_prompts}"
+    return (
+        f"{basis}; some {advice.more_prompts} more, if they are like these, would settle it: {how}"
+    )
+
+
+def _table(pilot: Pilot) -> list[str]:
+    lines = [
+        f"{'plan':<22}{'tokens/s':>9}{'of plain (95 %)':>27}{'tokens/pass':>13}{'pass costs':>12}"
+        f"{'accepted':>10}",
+        f"{'plain decoding':<22}{_plain_rate(pilot):>9.1f}{'1.00':>10}{'':>17}{1:>13.2f}{1:>12.2f}",
+    ]
+    for plan in sorted(pilot.plans, key=lambda plan: -plan.speedup):
+        ends = plan.interval
+        spread = f"({ends[0]:.2f} to {ends[1]:.2f})" if ends else ""
+        lines.append(
+            f"{plan.title:<22}{plan.tokens_per_second:>9.1f}{plan.speedup:>10.2f}{spread:>17}"
+            f"{plan.tokens_per_pass:>13.2f}{plan.pass_cost:>12.2f}{plan.accepted_length:>10.2f}"
+        )
+    return lines
+
+
+def _plain_rate(pilot: Pilot) -> float:
+    plan = pilot.plans[0]
+    return plan.tokens_per_second / plan.speedup
+
+
+def _costs(pilot: Pilot) -> str:
+    from passlm.bench.advise import relative_cost
+
+    rows = [count for count in (2, 5, 9) if count <= pilot.curve.rows[-1]]
+    costs = ", ".join(f"{relative_cost(pilot.curve, count):.2f}" for count in rows)
+    named = ", ".join(map(str, rows))
+    return (
+        f"a pass of {named} rows takes {costs} times one of a single row; prompts take "
+        f"{pilot.reading:.0%} of plain decoding's time"
+    )
+
+
+def _batches(advised: Advised) -> str:
+    from passlm.bench.advise import pays_up_to
+
+    if len(advised.batches) == 1:
+        return "one text at a time was measured; --batch-size N says up to how many it should pay"
+    sizes = sorted(advised.batches)
+    figures = ", ".join(f"{advised.batches[size]:.2f}" for size in sizes)
+    largest = pays_up_to(advised.batches)
+    pays = f"pay with up to {largest} texts at a time"
+    if largest is None or largest == 1:
+        pays = "not pay" if largest is None else "pay with one text at a time alone"
+    counts = ", ".join(map(str, sizes))
+    return f"by what passes cost it should {pays}; {counts} texts: {figures} times plain speed"
+
+
+def _facts(arguments: argparse.Namespace, lm: Generator, advised: Advised) -> dict[str, Any]:
+    """All of it, JSON-ready."""
+    from passlm.provenance import provenance
+
+    advice, pilot = advised.advice, advised.pilot
+    card = None if lm.look_ahead is None else lm.look_ahead.card
+    named = ("model", "dtype", "device", "compile", "quantize", "lookahead", "temperature")
+    return {
+        "verdict": advice.verdict,
+        "method": advice.best.method,
+        "lookahead_tokens": advice.best.lookahead_tokens,
+        "flags": advised.flags,
+        "speedup": advice.best.speedup,
+        "interval": advice.interval,
+        "prompts": pilot.prompts,
+        "tokens": pilot.tokens,
+        "more_prompts": advice.more_prompts,
+        "reasons": [asdict(reason) for reason in advice.reasons],
+        "reading_share": pilot.reading,
+        "batches": [
+            {"batch_size": size, "speedup": speedup} for size, speedup in advised.batches.items()
+        ],
+        "stopped": advised.stopped,
+        "of_prompts": advised.of_prompts,
+        "cost_curve": asdict(pilot.curve),
+        "prior": None if card is None else list(card.prior),
+        "runs": advised.runs,
+        "settings": {name: getattr(arguments, name) for name in named},
+        "provenance": provenance(),
+    }
