@@ -29,8 +29,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, StaticLayer
 
+import passlm.attention
 import passlm.lora
 import passlm.quantize
+from passlm.attention import can_group, grouped
 from passlm.lora import AppliedLora, RowSplit
 from passlm.provenance import environment
 from passlm.quantize import is_quantized
@@ -39,7 +41,8 @@ MOST_ROWS = 1024  # of one pass
 _MOST_TEXTS = 256
 _MOST_SLOTS = 2**20
 _UNFINISHED = "unfinished-"  # of folders in which passes are being compiled
-_TRACED = (__file__, passlm.lora.__file__, passlm.quantize.__file__)  # what a package is made by
+_PARTS = (passlm.attention, passlm.lora, passlm.quantize)
+_TRACED = (__file__, *(str(part.__file__) for part in _PARTS))  # what a package is made by
 _EXAMPLE = (2, 5, 256)  # texts, rows and slots to trace with: any would do
 
 _log = logging.getLogger(__name__)
@@ -252,12 +255,13 @@ class _Traced:
             stored,
             stored,
         )
-        return torch.export.export(
-            _Body(body, self.lora and self.lora.traced()),
-            self._inputs(),
-            dynamic_shapes=dynamic,
-            strict=False,
-        )
+        with grouped(self.model) if can_group(self.model) else nullcontext():
+            return torch.export.export(
+                _Body(body, self.lora and self.lora.traced()),
+                self._inputs(),
+                dynamic_shapes=dynamic,
+                strict=False,
+            )
 
     def _inputs(self) -> tuple[Any, ...]:
         texts, rows, slots = _EXAMPLE

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+from passlm.attention import can_group, grouped
 from passlm.cache import RowCache, as_prefix
 from passlm.compiled import CompiledPasses, CompileError, Shapes
 from passlm.lora import PROBE_ROWS, AppliedLora, RowSplit
@@ -67,6 +68,7 @@ class Target:
         self._window = window_of(self.config)
         self._kinds = layer_kinds(self.config, self._window)
         self._additive = attention(model) == "eager"
+        self._grouped = can_group(model)
         self._quantized = is_quantized(model)
         self._compiled = None if compiled is None else self._compilable(compiled)
         self._packed: PackedLinears | None = None
@@ -405,9 +407,12 @@ class Target:
         if last_logits_only and self._takes_logits_to_keep:
             options["logits_to_keep"] = 1
         with ExitStack() as stack:
-            # Packed products have no gradients, which training needs and decoding does not.
+            # Packed products have no gradients, which training needs and decoding does not; and
+            # training has many rows, which attention as it is takes as well.
             if self._packed is not None and torch.is_inference_mode_enabled():
                 stack.enter_context(self._packed.applied())
+            if self._grouped and torch.is_inference_mode_enabled():
+                stack.enter_context(grouped(self.model))
             hidden: list[Tensor] = []
             if look_ahead is not None and look_ahead.lora is not None:
                 stack.enter_context(look_ahead.lora.applied(_split(layouts, longest, self.device)))
