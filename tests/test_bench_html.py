@@ -31,11 +31,25 @@ CURVE = {
 }
 HOSTILE = '<script>alert("1")</script>&amp;\x00\x1b[31m\ud800</td>"\' onload=x'
 SHOWN = '<script>alert("1")</script>&amp;\ufffd\ufffd[31m\ufffd</td>"\' onload=x'
-OPTIONAL = ("cost_curve", "start_seconds", "samples", "settings", "provenance", "missing_suites")
+OPTIONAL = (
+    "cost_curve",
+    "start_seconds",
+    "load_seconds",
+    "resumed",
+    "too_short",
+    "no_batch",
+    "first_turn_only",
+    "samples",
+    "settings",
+    "provenance",
+    "missing_suites",
+)
 OPTIONAL_OF_RUNS = (
     *("rows_per_token", "first_token_seconds", "forward_seconds", "predictability"),
     *("speed_spread", "quality", "judge", "draft", "differences", "speedup_interval", "passes"),
     *("prefill_seconds", "seconds_outside_forward_share", "accepted_by_position"),
+    *("batch_size", "prompt_tokens", "prompts_left_out", "slow_runs", "categories"),
+    *("first_run_seconds", "first_run_first_token_seconds"),
 )
 
 
@@ -75,6 +89,22 @@ def made_run(method: str, steps: int = 0, suite: str = "text", **more: Any) -> d
         },
         "speed_spread": {"prompts": 0.11, "repeats": None},
         "repeats": 1,
+        "batch_size": 1,
+        "prompt_tokens": None,
+        "prompts_left_out": 0,
+        "slow_runs": 0,
+        "first_run_seconds": 0.75,
+        "first_run_first_token_seconds": 0.5,
+        "categories": [
+            {
+                "category": name,
+                "prompts": count,
+                "tokens_per_second": 30.0 + count,
+                "speedup_vs_ar": 1.0 + count / 8,
+                "accepted_length": count / 4,
+            }
+            for name, count in (("coding", 2), ("writing", 1))
+        ],
         "quality": {
             "samples": 30,
             "pass_at_k": {
@@ -122,6 +152,11 @@ def made_results(*runs: dict[str, Any], **more: Any) -> dict[str, Any]:
         "skipped": [{"suite": "text", "prompt": "long", "tokens": 9000}],
         "cost_curve": CURVE,
         "start_seconds": 1.5,
+        "load_seconds": 1.25,
+        "resumed": [{"time": "2026-01-02", "commit": None}],
+        "too_short": [{"suite": "text", "prompt_tokens": 64, "prompts": 5}],
+        "no_batch": [{"suite": "text", "prompt_tokens": None, "prompts": 3, "batch_size": 8}],
+        "first_turn_only": ["chat"],
         "samples": [{"suite": "text", "prompt": "p", "method": "auto", "pieces": named}],
         "runs": list(runs or usual),
         **more,

@@ -23,6 +23,7 @@ from passlm.bench.charts import (
     reference_key,
 )
 from passlm.bench.markup import (
+    NONE,
     Markup,
     Row,
     count_cell,
@@ -38,15 +39,24 @@ from passlm.bench.markup import (
     shares_cell,
     span_cell,
 )
+from passlm.bench.sweeps import (
+    BASELINE,
+    STEPS,
+    Conditions,
+    Run,
+    Sweep,
+    fastest,
+    grouped,
+    run_label,
+    steps,
+)
 from passlm.planner import CostCurve
 
-BASELINE = "ar"
 GROUP = ("suite", "temperature")  # heads of the cells that `group_cells` gives
 _PARTS = ("prefill", "inside the model's forward", "outside of it", "not divided")
+_TOLD = 4  # parts of a title at most
 _DRAFTING = "root with a look-ahead group"
 
-Run = Mapping[str, Any]  # an entry of "runs" in results.json
-Group = tuple[str, float]  # suite and temperature
 Entry = tuple[Markup, str]  # of a legend: a picture and what it stands for
 
 
@@ -54,9 +64,8 @@ class View:
     """The runs as charts show them: those of a suite together, each method in its colour."""
 
     def __init__(self, runs: Sequence[Run]) -> None:
-        self.groups: dict[Group, list[Run]] = {}
-        for run in runs:
-            self.groups.setdefault((run["suite"], run["temperature"]), []).append(run)
+        self.runs = runs
+        self.groups = grouped(runs)
         others = dict.fromkeys(run["method"] for run in runs if run["method"] != BASELINE)
         self._colours = {BASELINE: 0}
         for index, name in enumerate(others):
@@ -80,31 +89,22 @@ class View:
         return [(line_key(self.look(first[label])), label) for label in labels]
 
 
-def steps(run: Run) -> int:
-    """Look-ahead steps of a run; 0 without."""
-    return run["lookahead_tokens"] or 0
-
-
-def run_label(run: Run) -> str:
-    """Its method, and its number of look-ahead steps where it has one."""
-    return f"{run['method']}, L {steps(run)}" if steps(run) else str(run["method"])
-
-
-def group_name(group: Group) -> str:
-    """For titles."""
-    suite, temperature = group
-    return f"{suite}, " + ("greedy" if temperature == 0 else f"temperature {temperature:g}")
-
-
-def group_cells(group: Group) -> tuple[str, str]:
+def group_cells(group: Conditions) -> tuple[str, str]:
     """For tables; see `GROUP`."""
-    return group[0], f"{group[1]:g}"
+    return group.place, NONE if group.temperature is None else f"{group.temperature:g}"
 
 
 def percent(values: Sequence[float]) -> str:
     """From the least to the most of some shares."""
     low, high = (f"{100 * end:.0f}" for end in (min(values), max(values)))
     return f"{low} %" if low == high else f"{low} to {high} %"
+
+
+def several(told: Sequence[str]) -> str:
+    """Parts of a title: some, where there are many."""
+    more = len(told) - _TOLD
+    rest = [f"and {more} more below"] if more > 0 else []
+    return "; ".join([*told[:_TOLD], *rest])
 
 
 def legend(items: Sequence[Entry]) -> Markup:
@@ -125,7 +125,7 @@ def speedups(view: View) -> Markup | None:
             speed = finite(value)
             if run["method"] != BASELINE and speed is not None:
                 bar = Bar(run_label(run), view.look(run), speed, interval_ends(interval))
-                panels.setdefault(group_name(group), []).append(bar)
+                panels.setdefault(group.name, []).append(bar)
     if not panels:
         return None
     lows = [bar.interval[0] for panel in panels.values() for bar in panel if bar.interval]
@@ -149,20 +149,17 @@ def tokens_by_steps(view: View) -> Markup | None:
     levels: dict[str, float] = {}
     best: list[str] = []
     rows: list[Row] = []
-    for group, runs in view.groups.items():
-        curves = _curves(runs)
-        if not curves:
-            continue
-        name = group_name(group)
-        panels[name] = [Series(m, view.method_look(m), points) for m, points in curves.items()]
-        fastest = {m: max(points, key=lambda point: point[1]) for m, points in curves.items()}
-        best.append(f"{', '.join(f'{m} {point[0]}' for m, point in fastest.items())} ({name})")
-        rows += [
-            (m, *group_cells(group), count_cell(n), number_cell(speed))
-            for m, points in curves.items()
-            for n, speed in points
-        ]
-        plain = next((run for run in runs if run["method"] == BASELINE), {})
+    for group, curves in STEPS.curves(view.runs).items():
+        name = group.name
+        for method, points in curves.items():
+            speeds = [(count, float(run["tokens_per_second"])) for count, run in points]
+            look = view.method_look(method)
+            panels.setdefault(name, []).append(Series(method, look, speeds))
+            cells = [(count_cell(count), number_cell(speed)) for count, speed in speeds]
+            rows += [(method, *group_cells(group), *pair) for pair in cells]
+        tops = {method: fastest(points)[0] for method, points in curves.items()}
+        best.append(f"{', '.join(f'{m} {count:g}' for m, count in tops.items())} ({name})")
+        plain = next((run for run in view.groups[group] if run["method"] == BASELINE), {})
         level = finite(plain.get("tokens_per_second"))
         if level is not None:
             levels[name] = level
@@ -172,7 +169,7 @@ def tokens_by_steps(view: View) -> Markup | None:
     entries = {s.label: line_key(s.look) for panel in panels.values() for s in panel}
     return section(
         "steps",
-        f"Fastest number of look-ahead steps: {'; '.join(best)}",
+        f"Fastest number of look-ahead steps: {several(best)}",
         paragraph("More steps draft more tokens in a pass and make the pass longer."),
         legend([*((k, m) for m, k in entries.items()), (reference_key(), "plain decoding")]),
         lines(panels, "look-ahead steps L", "tokens a second", levels),
@@ -180,14 +177,47 @@ def tokens_by_steps(view: View) -> Markup | None:
     )
 
 
-def _curves(runs: Sequence[Run]) -> dict[str, list[tuple[int, float]]]:
-    """Tokens a second by steps, of the methods that ran with more than one number of them."""
-    found: dict[str, list[tuple[int, float]]] = {}
-    for run in runs:
-        speed = finite(run.get("tokens_per_second"))
-        if steps(run) and speed is not None:
-            found.setdefault(run["method"], []).append((steps(run), speed))
-    return {name: sorted(points) for name, points in found.items() if len(points) > 1}
+def tokens_by(view: View, sweep: Sweep) -> Markup | None:
+    """Tokens a second by a setting that all methods have, where runs have several values of it."""
+    panels: dict[str, list[Series]] = {}
+    best: list[str] = []
+    rows: list[Row] = []
+    shown: list[Run] = []
+    for group, curves in sweep.curves(view.runs).items():
+        for label, points in curves.items():
+            shown.append(points[0][1])
+            speeds = [(value, float(run["tokens_per_second"])) for value, run in points]
+            panels.setdefault(group.name, []).append(Series(label, view.look(shown[-1]), speeds))
+            rows += [
+                (
+                    label,
+                    *group_cells(group),
+                    number_cell(value, 0 if value == int(value) else 2),
+                    number_cell(run.get("tokens_per_second")),
+                    number_cell(run.get("speedup_vs_ar")),
+                )
+                for value, run in points
+            ]
+        tops = {label: fastest(points) for label, points in curves.items()}
+        label, (value, _) = max(tops.items(), key=lambda item: item[1][1]["tokens_per_second"])
+        best.append(f"{label} at {value:g} ({group.name})")
+    if not panels:
+        return None
+    return section(
+        sweep.name,
+        f"Most tokens a second by {sweep.values}: {several(best)}",
+        paragraph(
+            "New tokens of all texts over the time they took together, prefill included. Methods "
+            "without a line ran with one value."
+        ),
+        legend(view.run_keys(shown)),
+        lines(panels, sweep.values, "tokens a second"),
+        folded_table(
+            ("run", *GROUP, sweep.values, "tokens/s", "speed-up"),
+            rows,
+            f"tokens a second by {sweep.values}",
+        ),
+    )
 
 
 def positions(view: View) -> Markup | None:
@@ -202,7 +232,7 @@ def positions(view: View) -> Markup | None:
                 shown.append(run)
                 points = [(place, 100 * value) for place, value in accepted]
                 series = Series(run_label(run), view.look(run), points)
-                panels.setdefault(group_name(group), []).append(series)
+                panels.setdefault(group.name, []).append(series)
                 cells = shares_cell(run["accepted_by_position"]), shares_cell(judged)
                 rows.append((run_label(run), *group_cells(group), *cells))
     if not panels:
@@ -269,8 +299,7 @@ def costs(view: View, given: Mapping[str, Any] | None) -> Markup | None:
     told = [(name, point) for name, points in measured.items() for point in points]
     told += [(f"plan of {name}", point) for name, (_, points) in plans.items() for point in points]
     for run, point in means:
-        place = group_name((run["suite"], run["temperature"]))
-        told.append((f"mean pass of {run_label(run)}, {place}", point))
+        told.append((f"mean pass of {run_label(run)}, {Conditions.of(run).name}", point))
     hollow = " Hollow ones are the runs' mean passes, as they were timed." if means else ""
     return section(
         "costs",
@@ -302,6 +331,8 @@ def _plan_points(run: Run, curve: CostCurve) -> list[tuple[float, float]]:
 
 def _mean_pass(run: Run) -> tuple[float, float] | None:
     """Mean rows and milliseconds of a run's passes, as they were timed."""
+    if (run.get("batch_size") or 1) > 1:
+        return None  # its passes are of several texts, and those of the curve are not
     rows, tokens = finite(run.get("rows_per_token")), finite(run.get("tokens_per_pass"))
     seconds, passes = finite(run.get("decode_seconds")), finite(run.get("passes"))
     if rows is None or tokens is None or seconds is None or not passes:
@@ -317,7 +348,7 @@ def times(view: View) -> Markup | None:
         for run in runs:
             parts = _parts(run)
             if parts is not None:
-                panels.setdefault(group_name(group), []).append(Stack(run_label(run), parts))
+                panels.setdefault(group.name, []).append(Stack(run_label(run), parts))
                 share = share_cell(run.get("seconds_outside_forward_share"))
                 rows.append((run_label(run), *group_cells(group), *map(number_cell, parts), share))
     if not panels:

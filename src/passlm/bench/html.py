@@ -1,7 +1,8 @@
 """The results of `bench` as one HTML page that needs nothing else: charts, tables, a sample.
 
 Every number comes from the results' own entries, and titles are made from them; what older results
-lack is left out. There are no scripts. The charts are made in `figures.py`.
+lack is left out. There are no scripts. The charts are made in `figures.py`, the style is in
+`style.py`.
 """
 
 from __future__ import annotations
@@ -12,19 +13,16 @@ from statistics import median
 from typing import Any
 
 from passlm.bench.figures import (
-    BASELINE,
     GROUP,
-    Group,
-    Run,
     View,
     costs,
     group_cells,
-    group_name,
     percent,
     positions,
-    run_label,
+    several,
     speedups,
     times,
+    tokens_by,
     tokens_by_steps,
 )
 from passlm.bench.markup import (
@@ -44,8 +42,20 @@ from passlm.bench.markup import (
     span_cell,
     table,
 )
+from passlm.bench.notes import (
+    FIRST_RUNS,
+    Kinds,
+    by_category,
+    first_run_label,
+    first_runs,
+    left_out,
+    rules,
+)
+from passlm.bench.style import STYLE
+from passlm.bench.sweeps import BASELINE, SWEEPS, Conditions, Run, run_label
 
 _KINDS = ("accepted", "refused", "drawn")  # of tokens, by what became of them
+_BATCH = "batch"  # a column
 _DEEPEST = 6  # candidates behind it share its colour in samples
 
 
@@ -62,12 +72,15 @@ def page(results: Mapping[str, Any]) -> str:
     sections = (
         speedups(view),
         tokens_by_steps(view),
+        *(tokens_by(view, sweep) for sweep in SWEEPS[1:]),
+        _categories(runs),
         positions(view),
         costs(view, results.get("cost_curve")),
         times(view),
         _predictability(runs),
         _samples(results.get("samples") or ()),
-        _all_runs(runs),
+        _start(results),
+        _all_runs(results),
         _source(results),
     )
     head = element(
@@ -76,7 +89,7 @@ def page(results: Mapping[str, Any]) -> str:
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("meta", name="color-scheme", content="light dark"),
         element("title", title),
-        element("style", Markup(_STYLE)),
+        element("style", Markup(STYLE)),
     )
     header = element("header", element("h1", title), *_headline(view), *_warnings(results))
     body = element("body", header, element("main", *filter(None, sections)))
@@ -94,11 +107,12 @@ def _headline(view: View) -> Iterator[Markup]:
     faster = [(group, run) for group, run in found if run["speedup_vs_ar"] > 1]
     if faster:
         faster.sort(key=lambda pair: -pair[1]["speedup_vs_ar"])
-        told = "; ".join(_achieved(group, run) for group, run in faster)
+        told = several([_achieved(group, run) for group, run in faster])
         yield element("p", f"Times as fast as plain decoding: {told}.", class_="headline")
     slower = [(group, run) for group, run in found if run["speedup_vs_ar"] <= 1]
     if slower:
-        told = "; ".join(_achieved(group, run) for group, run in slower)
+        slower.sort(key=lambda pair: -pair[1]["speedup_vs_ar"])
+        told = several([_achieved(group, run) for group, run in slower])
         begun = "Nothing is faster than plain decoding" + (" elsewhere" if faster else "")
         yield element("p", f"{begun}. Nearest: {told}.", class_="headline")
     told = "The intervals (95 %) resample prompts."
@@ -118,14 +132,14 @@ def _fastest(runs: Sequence[Run]) -> Run | None:
     return max(found, key=lambda run: float(run["speedup_vs_ar"]), default=None)
 
 
-def _achieved(group: Group, run: Run) -> str:
+def _achieved(group: Conditions, run: Run) -> str:
     interval = interval_ends(run.get("speedup_interval"))
     spread = "no interval"
     if interval is not None:
         spread = f"{interval[0]:.2f} to {interval[1]:.2f}"
         if interval[0] <= 1 <= interval[1]:
             spread += ", which leaves open whether it is faster"
-    return f"{run_label(run)} {rounded(run['speedup_vs_ar'])} on {group_name(group)} ({spread})"
+    return f"{run_label(run)} {rounded(run['speedup_vs_ar'])} on {group.name} ({spread})"
 
 
 def _warnings(results: Mapping[str, Any]) -> Iterator[Markup]:
@@ -135,6 +149,11 @@ def _warnings(results: Mapping[str, Any]) -> Iterator[Markup]:
         yield element("p", "Not complete: suites were still to come.", class_="warning")
     for name, why in (results.get("missing_suites") or {}).items():
         yield element("p", f"Suite {name} left out: {why}", class_="warning")
+    for why in (results.get("missing_methods") or {}).values():
+        yield element("p", why, class_="warning")
+    for name, facts in (results.get("engines") or {}).items():
+        told = f"{name} is another engine in a process of its own: {facts['engine']}."
+        yield element("p", told, class_="warning")
     skipped = len(results.get("skipped") or ())
     if skipped:
         yield element("p", f"Prompts skipped as too long: {skipped}.", class_="warning")
@@ -161,7 +180,7 @@ def _predictability(runs: Sequence[Run]) -> Markup | None:
         rows.append(
             (
                 run_label(run),
-                *group_cells((run["suite"], run["temperature"])),
+                *group_cells(Conditions.of(run)),
                 *(number_cell(figures.get("logprob")) for figures in told),
                 *(number_cell(figures.get("entropy")) for figures in told),
                 *(count_cell(figures.get("count")) for figures in told),
@@ -226,6 +245,79 @@ def _sample(sample: Mapping[str, Any]) -> Markup:
     )
 
 
+def _categories(runs: Sequence[Run]) -> Markup | None:
+    """Speed-ups by kind of question, of each suite that has several."""
+    found = by_category(runs)
+    if not found:
+        return None
+    content = [part for conditions, kinds in found.items() for part in _kinds(conditions, kinds)]
+    spans = [_span(conditions, kinds) for conditions, kinds in found.items()]
+    return section(
+        "categories",
+        f"Speed-ups by kind of question: {several(list(filter(None, spans))) or NONE}",
+        paragraph(
+            "Over plain decoding on the same prompts, accepted length in parentheses. The method "
+            "named is the one whose kinds lie highest on the whole."
+        ),
+        *content,
+    )
+
+
+def _kinds(conditions: Conditions, kinds: Kinds) -> tuple[Markup, Markup]:
+    labels = dict.fromkeys(label for entries in kinds.values() for label in entries)
+    others = [label for label in labels if label != BASELINE]
+    rows = []
+    for category, entries in kinds.items():
+        plain = entries.get(BASELINE, {})
+        count = count_cell(max(entry["prompts"] for entry in entries.values()))
+        cells = [_kind(entries.get(label, {})) for label in others]
+        rows.append((category, count, number_cell(plain.get("tokens_per_second")), *cells))
+    head = ("category", "prompts", f"{BASELINE}, tokens/s", *others)
+    return element("h3", conditions.name), table(head, rows, f"categories of {conditions.name}")
+
+
+def _kind(entry: Mapping[str, Any]) -> str:
+    length = finite(entry.get("accepted_length"))
+    behind = [] if length is None else [" (", number_cell(length), ")"]
+    return joined([number_cell(entry.get("speedup_vs_ar")), *behind])
+
+
+def _span(conditions: Conditions, kinds: Kinds) -> str | None:
+    """From which category to which the best method's speed-up goes."""
+    ratios: dict[str, list[tuple[float, str]]] = {}
+    for category, entries in kinds.items():
+        for label, entry in entries.items():
+            ratio = finite(entry.get("speedup_vs_ar"))
+            if label != BASELINE and ratio is not None:
+                ratios.setdefault(label, []).append((ratio, category))
+    if not ratios:
+        return None
+    label, best = max(ratios.items(), key=lambda item: median(ratio for ratio, _ in item[1]))
+    (low, least), (high, most) = min(best), max(best)
+    return f"{label} {rounded(low)} ({least}) to {rounded(high)} ({most}) on {conditions.name}"
+
+
+def _start(results: Mapping[str, Any]) -> Markup | None:
+    """How long it takes until the first token."""
+    loading, since = finite(results.get("load_seconds")), finite(results.get("start_seconds"))
+    rows = [
+        (
+            first_run_label(run),
+            number_cell(run.get("first_run_first_token_seconds"), 3),
+            number_cell(run.get("first_run_seconds"), 3),
+        )
+        for run in first_runs(results.get("runs") or ())
+    ]
+    if loading is None or since is None or not rows:
+        return None
+    return section(
+        "start",
+        f"The model was loaded {rounded(since, 1)} s after the process began",
+        paragraph(f"Loading the model and its files took {rounded(loading, 1)} s. {FIRST_RUNS}"),
+        table(("first run", "to the first token, s", "to the last, s"), rows, "first runs"),
+    )
+
+
 def _text_cell(name: str) -> Callable[[Run], str]:
     return lambda run: NONE if run.get(name) is None else str(run[name])
 
@@ -263,6 +355,8 @@ def _programs(run: Run) -> str:
 _COLUMNS: tuple[tuple[str, Callable[[Run], str]], ...] = (
     ("run", run_label),
     ("suite", _text_cell("suite")),
+    ("prompt tokens", _cell("prompt_tokens", count_cell)),
+    (_BATCH, _cell("batch_size", count_cell)),
     ("temperature", _cell("temperature", "{:g}".format)),
     ("tokens/s", _cell("tokens_per_second", number_cell)),
     ("speed-up", _cell("speedup_vs_ar", number_cell)),
@@ -274,6 +368,7 @@ _COLUMNS: tuple[tuple[str, Callable[[Run], str]], ...] = (
     ("differing texts", _differing),
     ("logits apart there: median, most", _margins),
     ("first token, s (median)", _cell("first_token_seconds", lambda s: number_cell(s, 3))),
+    ("slow runs", _cell("slow_runs", count_cell)),
     ("spread over prompts", _spread("prompts")),
     ("spread over repeats", _spread("repeats")),
     ("prompts", _cell("prompts", count_cell)),
@@ -282,25 +377,32 @@ _COLUMNS: tuple[tuple[str, Callable[[Run], str]], ...] = (
     ("passes", _cell("passes", count_cell)),
     ("seconds", _cell("seconds", number_cell)),
     ("plan", _text_cell("plan")),
+    ("engine", _text_cell("engine")),
     ("judge", _text_cell("judge")),
     ("draft", _text_cell("draft")),
     ("programs run", _programs),
 )
 
 
-def _all_runs(runs: Sequence[Run]) -> Markup | None:
+def _all_runs(results: Mapping[str, Any]) -> Markup | None:
     """Everything that the charts do not break down further; columns without a value left out."""
+    runs: Sequence[Run] = results.get("runs") or ()
     if not runs:
         return None
     tries = dict.fromkeys(k for run in runs for k in _solving(run))
     columns = [*_COLUMNS, *((f"pass@{k}", _solved(k)) for k in tries)]
     cells = [[show(run) for _, show in columns] for run in runs]
     kept = [at for at in range(len(columns)) if any(row[at] != NONE for row in cells)]
+    if all(run.get("batch_size") == 1 for run in runs):
+        kept = [at for at in kept if columns[at][0] != _BATCH]
     head = [columns[at][0] for at in kept]
     told = "One run" if len(runs) == 1 else f"All {len(runs)} runs"
+    without = [element("li", line) for line in left_out(results)]
     return section(
         "runs",
         told,
+        *map(paragraph, rules(results)),
+        *([element("ul", *without, class_="notes")] if without else ()),
         paragraph(
             "L is the number of look-ahead steps. Spread is the coefficient of variation of tokens "
             "a second. Where a text first differs from plain decoding's, the two best logits may "
@@ -338,6 +440,8 @@ def _source(results: Mapping[str, Any]) -> Markup:
     rows = [*_flat(stamp), *_flat(results.get("settings") or {})]
     if results.get("start_seconds") is not None:
         rows.append(("seconds to start", number_cell(results["start_seconds"])))
+    for one in results.get("resumed") or ():
+        rows.append(("cut off and gone on with", str(one.get("time"))))
     if results.get("peak_memory_bytes") is not None:
         rows.append(("peak memory, MiB", f"{results['peak_memory_bytes'] / 2**20:.0f}"))
     for one in results.get("skipped") or ():
@@ -356,124 +460,3 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
             yield from _flat(value, f"{label}: ")
         else:
             yield label, NONE if value is None else str(value)
-
-
-_STYLE = """
-:root {
-  color-scheme: light dark;
-  --paper: #ffffff; --ink: #1b1f24; --muted: #57606a; --grid: #dfe3e8; --soft: #f4f6f8;
-  --warn: #8a4b00;
-  --c0: #5c6773; --c1: #0072b2; --c2: #d55e00; --c3: #008f68;
-  --c4: #b8588f; --c5: #b37700; --c6: #3d9ad1; --c7: #8a8000;
-  --t0: #7f8c99; --t1: #33475b; --t2: #c2732f; --t3: transparent;
-  --p1: #d3efe2; --p2: #b3e2ce; --p3: #92d4b9; --p4: #72c6a4; --p5: #55b78f; --p6: #3ca67c;
-  --on: #10241c;
-}
-@media screen and (prefers-color-scheme: dark) {
-  :root {
-    --paper: #14171c; --ink: #e7eaee; --muted: #a4adb8; --grid: #333a44; --soft: #1d2229;
-    --warn: #f0ae1f;
-    --c0: #9aa5b1; --c1: #4a9fe0; --c2: #f07a30; --c3: #1fc496;
-    --c4: #df8fbf; --c5: #f0ae1f; --c6: #a3dcff; --c7: #f0e442;
-    --t0: #66717d; --t1: #b9c7d6; --t2: #d08a4f;
-    --p1: #1f4738; --p2: #205442; --p3: #22624d; --p4: #247058; --p5: #267e63; --p6: #278364;
-    --on: #ffffff;
-  }
-}
-* { box-sizing: border-box; }
-body {
-  margin: 0 auto; padding: 1.25rem clamp(0.75rem, 3vw, 2.5rem) 3rem; max-width: 82rem;
-  background: var(--paper); color: var(--ink);
-  font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif;
-}
-h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 0.75rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.15rem; line-height: 1.3; margin: 0 0 0.35rem; overflow-wrap: anywhere; }
-p { margin: 0.35rem 0; max-width: 46rem; overflow-wrap: anywhere; }
-header p, main > section > p { color: var(--muted); }
-header p.headline { color: var(--ink); font-size: 1.1rem; }
-header p.warning { color: var(--warn); border-left: 4px solid; padding-left: 0.6rem; }
-section { margin-top: 2.5rem; }
-.panels {
-  display: grid; gap: 1.25rem 2rem; margin-top: 0.75rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr));
-}
-figure { margin: 0; min-width: 0; max-width: 27rem; }
-figcaption { font-weight: 600; font-size: 0.95rem; margin-bottom: 0.25rem; }
-.chart { display: block; width: 100%; height: auto; overflow: visible; }
-.chart text { fill: var(--ink); font-size: 11px; }
-.chart .axis { fill: var(--muted); }
-.chart .middle { text-anchor: middle; }
-.chart .end { text-anchor: end; }
-.chart .strong { font-weight: 600; }
-.grid { stroke: var(--grid); fill: none; }
-.reference { stroke: var(--ink); stroke-width: 1.3; stroke-dasharray: 5 3; fill: none; }
-.whisker { stroke: var(--ink); stroke-width: 1.3; fill: none; }
-.bar { fill: currentColor; fill-opacity: 0.4; stroke: currentColor; }
-.marker { fill: currentColor; }
-.marker { stroke: var(--paper); stroke-width: 0.8; }
-.hollow { fill: var(--paper); stroke: currentColor; stroke-width: 1.5; }
-.line { stroke: currentColor; stroke-width: 2; fill: none; }
-.c0 { color: var(--c0); } .c1 { color: var(--c1); } .c2 { color: var(--c2); }
-.c3 { color: var(--c3); } .c4 { color: var(--c4); } .c5 { color: var(--c5); }
-.c6 { color: var(--c6); } .c7 { color: var(--c7); }
-.t0 { fill: var(--t0); } .t1 { fill: var(--t1); } .t2 { fill: var(--t2); }
-.t3 { fill: var(--t3); stroke: var(--muted); stroke-dasharray: 3 2; }
-.legend {
-  display: flex; flex-wrap: wrap; gap: 0.15rem 1.1rem; margin: 0.5rem 0 0; padding: 0;
-  list-style: none; font-size: 0.875rem;
-}
-.legend li { display: flex; align-items: center; gap: 0.35rem; overflow-wrap: anywhere; }
-.key { width: 24px; height: 14px; flex: none; }
-details { margin-top: 0.75rem; }
-summary { cursor: pointer; color: var(--muted); font-size: 0.875rem; }
-.scroll { overflow-x: auto; margin-top: 0.5rem; }
-table { border-collapse: collapse; font-size: 0.8125rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.25rem 0.7rem; text-align: right; border-bottom: 1px solid var(--grid); }
-td { white-space: nowrap; }
-thead th { vertical-align: bottom; color: var(--muted); font-weight: 600; line-height: 1.25; }
-thead th + th { min-width: 5.2rem; }
-th:first-child { text-align: left; background: var(--paper); position: sticky; left: 0; }
-tbody th { font-weight: 500; white-space: nowrap; }
-#source tbody th { white-space: normal; }
-#source th, #source td { text-align: left; }
-#source td { white-space: normal; overflow-wrap: anywhere; }
-code { font-size: 0.85em; overflow-wrap: anywhere; }
-.sample { max-width: 46rem; margin-top: 1rem; }
-.text {
-  white-space: pre-wrap; overflow-wrap: anywhere; padding: 0.75rem 0.9rem; border-radius: 6px;
-  background: var(--soft); font: 0.875rem/1.7 ui-monospace, "DejaVu Sans Mono", Menlo, monospace;
-}
-.text .prompt { color: var(--muted); }
-mark {
-  color: var(--on); border-radius: 2px; padding: 0.1em 0; white-space: pre-wrap;
-  print-color-adjust: exact;
-}
-.p1 { background: var(--p1); } .p2 { background: var(--p2); } .p3 { background: var(--p3); }
-.p4 { background: var(--p4); } .p5 { background: var(--p5); } .p6 { background: var(--p6); }
-@media (max-width: 40rem) {
-  th, td { padding: 0.25rem 0.4rem; }
-  thead th + th { min-width: 4.2rem; }
-}
-@page { margin: 14mm; }
-@page wide { size: landscape; }
-@media print {
-  body { padding: 0; max-width: none; font-size: 10pt; }
-  section { margin-top: 1.5rem; }
-  h2, figcaption { break-after: avoid; }
-  figure, tr, .legend { break-inside: avoid; }
-  thead { display: table-header-group; }
-  .panels { grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); }
-  .scroll { overflow: visible; }
-  details::details-content { content-visibility: visible; block-size: auto; }
-  summary { list-style: none; }
-  table { font-size: 7pt; }
-  th, td { padding: 0.15rem 0.3rem; white-space: normal; }
-  thead th + th { min-width: 0; }
-  th:first-child { position: static; }
-  .wide { page: wide; }
-  .wide table { font-size: 6pt; }
-  .wide td { white-space: nowrap; }
-  .wide th, .wide td { padding: 0.15rem 0.2rem; }
-  .text { background: none; border: 1px solid var(--grid); }
-}
-"""

@@ -84,12 +84,14 @@ class Sweep:
         field: of a run's entry.
         values: what the setting is, for a table's head or an axis.
         least: how many values are worth a chart.
+        choice: what to call a value where it is a user's to choose, so that the best one is named.
     """
 
     name: str
     field: str
     values: str
     least: int = 2
+    choice: str | None = None
 
     def of(self, run: Run) -> float | None:
         """The run's value; None where it has none."""
@@ -133,8 +135,8 @@ class Sweep:
         return kept
 
 
-STEPS = Sweep("steps", "lookahead_tokens", "look-ahead steps L")
-BATCHES = Sweep("batches", "batch_size", "prompts decoded at once")
+STEPS = Sweep("steps", "lookahead_tokens", "look-ahead steps L", choice="L")
+BATCHES = Sweep("batches", "batch_size", "prompts decoded at once", choice="batches of")
 LENGTHS = Sweep("lengths", "prompt_tokens", "tokens of the prompt")
 TEMPERATURES = Sweep("temperatures", "temperature", "temperature", least=3)
 SWEEPS = (STEPS, BATCHES, LENGTHS, TEMPERATURES)
@@ -143,3 +145,12 @@ SWEEPS = (STEPS, BATCHES, LENGTHS, TEMPERATURES)
 def fastest(points: Sequence[tuple[float, Run]]) -> tuple[float, Run]:
     """The value with the most tokens a second."""
     return max(points, key=lambda point: float(point[1]["tokens_per_second"]))
+
+
+def best_choices(sweep: Sweep, curves: Mapping[str, Sequence[tuple[float, Run]]]) -> str:
+    """Of each curve the value with the most tokens a second."""
+    best = {label: fastest(points) for label, points in curves.items()}
+    return ", ".join(
+        f"{label} with {sweep.choice} {value:g} ({run['tokens_per_second']:.1f})"
+        for label, (value, run) in best.items()
+    )
