@@ -302,6 +302,7 @@ class Playground {
     this.#model = (await this.#server.models())[0];
     byId("model").textContent = this.#model;
     document.title = `${this.#model} · passlm`;
+    byId("metrics").hidden = this.#server.locked; // a link sends no key
   }
 
   async #greet() {

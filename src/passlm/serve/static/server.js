@@ -18,6 +18,11 @@ export class Away extends Error {}
 export class Server {
   #key = stored();
 
+  /** Whether requests need a key. */
+  get locked() {
+    return this.#key !== "";
+  }
+
   /** Send this key from now on; it is kept until the tab is closed. */
   use(key) {
     this.#key = key;
@@ -56,9 +61,14 @@ export class Server {
       body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),
       signal,
     });
+    let whole = false;
     try {
       for await (const data of events(response.body)) {
-        if (data === "[DONE]") return;
+        // The body is read to its end all the same: hanging up now would look like impatience.
+        if (data === "[DONE]") {
+          whole = true;
+          continue;
+        }
         const chunk = JSON.parse(data);
         if (chunk.error) throw new Refusal(500, chunk.error);
         yield chunk;
@@ -66,7 +76,7 @@ export class Server {
     } catch (error) {
       throw error instanceof TypeError ? new Away("The answer broke off.") : error;
     }
-    throw new Away("The answer broke off.");
+    if (!whole) throw new Away("The answer broke off.");
   }
 
   async #fetch(path, options) {

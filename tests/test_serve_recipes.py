@@ -1,0 +1,69 @@
+"""The recipes that measure the server, with a tiny model of bytes."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from byte_model import save_folders
+
+from passlm.bench.tasks import Task
+
+pytest.importorskip("uvicorn", reason="the recipes need the server: the extra 'serve'")
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    model, rows = save_folders(tmp_path_factory.mktemp("served"))
+    engine = ["--model", str(model), "--lookahead", str(rows), "--dtype", "float32"]
+    return [*engine, "--no-compile"]
+
+
+@pytest.fixture
+def recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> Any:
+    """A recipe, imported as it is when it is run: beside what it imports."""
+    monkeypatch.syspath_prepend(str(RECIPES))
+    monkeypatch.setenv("PASSLM_CACHE", str(tmp_path / "cache"))  # for the server's process
+    module = __import__(name)
+    monkeypatch.delitem(sys.modules, name)
+    return module
+
+
+@pytest.mark.parametrize("name", ["load_test"])
+def test_load(recipe: Any, flags: list[str], tmp_path: Path) -> None:
+    """Catches clients that lose requests, and a report that hides what failed."""
+    out = tmp_path / "load"
+    limits = ["--longest", "100", "--max-new-tokens", "40"]
+    briefly = ["--clients", "6", "--minutes", "0.04", *limits, "--out", str(out)]
+    assert recipe.main([*briefly, "--", *flags, "--max-batch", "2", "--max-waiting", "3"]) == 0
+    report = json.loads(out.with_suffix(".json").read_text())
+    assert report["finished"] > 0
+    assert report["hung_up"] > 0
+    assert report["equal_alone"] == report["compared_alone"] == report["finished"]
+    told = sum(report[kind] for kind in ("finished", "hung_up", "refused", "failed"))
+    assert told == report["sent"]
+    assert report["failed"] == report["rows_left"] == 0
+    assert "| rows left | 0 |" in out.with_suffix(".md").read_text()
+
+
+@pytest.mark.parametrize("name", ["serve_speed"])
+def test_speed(
+    recipe: Any, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a stream that is not counted, and ways that do not get the same texts."""
+    user = {"role": "user", "content": "Hello"}
+    tasks = [Task("text", "a", prompt="abc"), Task("text", "b", messages=(user,))]
+    monkeypatch.setattr(recipe, "load_suite", lambda *_: tasks)
+    out = tmp_path / "speed"
+    briefly = ["--suite", "text", "--streams", "1", "2", "--rounds", "1", "--max-new-tokens", "24"]
+    assert recipe.main([*briefly, "--out", str(out), "--", *flags]) == 0
+    one, two = json.loads(out.with_suffix(".json").read_text())["rows"]
+    for method in ("ar", "auto"):
+        assert one[method]["tokens"] == one[f"inside {method}"]["tokens"] == 48
+        assert two[method]["tokens"] == 48
+        assert one["server_over_inside"][method] > 0
+    assert one["ar"]["passes"] == 48
+    assert "One stream of the server" in out.with_suffix(".md").read_text()
