@@ -29,6 +29,7 @@ def docs_page(schema: Schema) -> str:
             '<meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{escape(info['title'])}: the API</title>",
+            '<link rel="icon" href="static/icon.svg" type="image/svg+xml">',
             '<link rel="stylesheet" href="docs.css">',
             f"<h1>{escape(info['title'])} {escape(info['version'])}</h1>",
             f"<p>{_text(info['description'])}</p>",

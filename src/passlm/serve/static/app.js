@@ -254,10 +254,9 @@ class Playground {
     if (this.#running) return;
     this.#chat = [];
     this.#answer = null;
-    for (const part of byId("chat-results").children) {
-      if (part.matches(".verdict")) part.hidden = true;
-      else part.replaceChildren();
-    }
+    const results = byId("chat-results");
+    results.querySelectorAll(".turns, .panes").forEach((part) => part.replaceChildren());
+    results.querySelector(".verdict").hidden = true;
     this.#adapt();
     this.#input.focus();
   }
