@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from byte_model import byte_generator, save_folders
@@ -25,6 +26,7 @@ from passlm.bench.engines import (
     EngineError,
     MissingEngineError,
     check_sampling,
+    end_engines,
     interpreters,
     start_engines,
 )
@@ -40,21 +42,26 @@ SETTINGS = {"model": "some.gguf", "threads": 3, "gpu": False}
 VOCABULARY = 50
 
 NOTE = f"""
-import json, os, sys, threading, time
+import json, os, subprocess, sys, threading, time
 
 def note(**what):
     if os.environ.get("{NOTES}"):
         with open(os.environ["{NOTES}"], "a") as file:
             file.write(json.dumps(what) + "\\n")
 
+def loop():
+    while os.getppid() == parent:
+        pass
+
+parent = os.getppid()
+
 def spin():
-    seconds = float(os.environ.get("{SPIN}", 0))
-    def loop():
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end:
-            pass
-    if seconds:
+    how = os.environ.get("{SPIN}")
+    if how == "thread":
         threading.Thread(target=loop, daemon=True).start()
+    if how == "process":
+        code = f"import os\\nwhile os.getppid() == {{os.getpid()}}: pass"
+        subprocess.Popen([sys.executable, "-c", code])
 """
 # The next token follows from all that was evaluated since the last reset, and from its order.
 LLAMA = (
@@ -213,7 +220,7 @@ def running(process: int) -> bool:
 
 
 def ends(process: int) -> bool:
-    for _ in range(100):
+    for _ in range(200):
         if not running(process):
             return True
         time.sleep(0.05)
@@ -331,22 +338,47 @@ def test_an_engine_at_rest_takes_no_processor_time(llama: EngineDecoding) -> Non
     assert llama.engine.idle_cores < engines.BUSY_CORES
 
 
-@pytest.mark.parametrize(("seconds", "busy"), [("0.5", False), ("60", True)])
-def test_threads_that_spin_are_waited_for_or_found_out(
-    packages: Path, monkeypatch: pytest.MonkeyPatch, seconds: str, busy: bool
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="there is no such signal")
+@pytest.mark.parametrize("how", ["thread", "process"])
+def test_loops_that_wait_for_work_are_stopped(
+    packages: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    """Catches threads that still spin while the next method is timed, and times of theirs told."""
-    monkeypatch.setenv(SPIN, seconds)
+    """Catches engines that spin while the next method is timed, themselves or their workers."""
+    monkeypatch.setenv(SPIN, how)
+    (packages / "llama_cpp.py").write_text(LLAMA)
+    engine = Engine("llama-cpp", sys.executable, SETTINGS)
+    decode = EngineDecoding(engine, frozenset(), ignore_eos=True)
+    for _ in range(3):
+        decode([5], GREEDY, 2)
+        time.sleep(0.5)
+    assert engine.idle_cores is not None
+    assert engine.idle_cores < engines.BUSY_CORES
+    workers = psutil.Process(engine._process.pid).children(recursive=True)
+    assert len(workers) == (3 if how == "process" else 0)
+    engine.close()
+    assert all(ends(worker.pid) for worker in workers)
+
+
+def test_loops_that_are_not_stopped_are_found_out(
+    packages: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a busy engine that nobody hears of, where it cannot be stopped."""
+    signalled = engines._signal
+    monkeypatch.setattr(
+        engines, "_signal", lambda process, name: name == "SIGKILL" and signalled(process, name)
+    )
+    monkeypatch.setenv(SPIN, "process")
     (packages / "llama_cpp.py").write_text(LLAMA)
     engine = Engine("llama-cpp", sys.executable, SETTINGS)
     decode = EngineDecoding(engine, frozenset(), ignore_eos=True)
     for _ in range(2):
         decode([5], GREEDY, 2)
-        time.sleep(0.3)
+        time.sleep(0.5)
     assert engine.idle_cores is not None
-    # The second prompt tells of the time behind the first one.
-    assert (engine.idle_cores > engines.BUSY_CORES) is busy
-    engine.close()
+    assert engine.idle_cores > engines.BUSY_CORES
+    end_engines([engine])
+    assert "cores busy while other methods ran" in caplog.text
+    assert not running(engine._process.pid)
 
 
 def test_a_closed_engine_is_gone(llama: EngineDecoding) -> None:

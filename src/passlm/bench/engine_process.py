@@ -2,12 +2,9 @@
 
 Run as a script, so it needs the standard library and the engine alone, and any Python from 3.8 on.
 A line of JSON comes on standard input, a line goes back: first the model, then one prompt after the
-other, ids to ids. Whatever the engine prints goes to standard error. The end of standard input is
-the end of whoever started this, and ends it, in the middle of a text as well.
-
-A prompt is timed from its ids to its last new id. Between prompts only a read waits: an answer is
-not sent before the engine's threads sleep, since some spin for a while after their work, and with
-each prompt goes back how much processor time was spent since the answer before.
+other, ids to ids; a prompt is timed from its ids to its last new id. Whatever the engine prints
+goes to standard error. The end of standard input is the end of whoever started this, and ends it,
+in the middle of a text as well.
 """
 
 from __future__ import annotations
@@ -25,9 +22,7 @@ from typing import Any, TextIO
 
 BLOCK = 1024  # tokens by which llama.cpp's cache grows
 GPU_MEMORY_SHARE = 0.5  # that vLLM takes of a GPU, for the bench's own model is there as well
-REST_SECONDS = 2.0  # wait at most so long for threads to sleep
-GLANCE_SECONDS = 0.02
-RESTING_CORES = 0.1
+GRACE_SECONDS = 4.0  # for an engine to end what it has begun
 
 
 class LlamaCpp:
@@ -162,16 +157,6 @@ def decode(engine: Any, request: dict[str, Any]) -> dict[str, Any]:
     return {"tokens": tokens, "seconds": seconds, "first_token_seconds": first}
 
 
-def rest() -> None:
-    """Wait until no thread of this process computes; for some a barrier is a loop."""
-    given_up = time.perf_counter() + REST_SECONDS
-    while time.perf_counter() < given_up:
-        busy = time.process_time()
-        time.sleep(GLANCE_SECONDS)
-        if time.process_time() - busy < RESTING_CORES * GLANCE_SECONDS:
-            return
-
-
 def started(name: str, settings: dict[str, Any]) -> Any:
     """The engine with its model; None where its package is not installed."""
     try:
@@ -183,35 +168,25 @@ def started(name: str, settings: dict[str, Any]) -> Any:
     return ENGINES[name](settings)
 
 
-def serve(name: str, requests: queue.Queue[dict[str, Any]], answers: TextIO) -> None:
+def serve(name: str, requests: queue.Queue[dict[str, Any] | None], answers: TextIO) -> None:
     """Answer requests for as long as they come."""
-
-    def answer(content: dict[str, Any]) -> None:
-        answers.write(json.dumps(content) + "\n")
+    engine = None
+    for request in iter(requests.get, None):
+        if engine is None:
+            engine = started(name, request)
+            answer = {"missing": True} if engine is None else engine.facts()
+        else:
+            answer = decode(engine, request)
+        answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
-    engine = started(name, requests.get())
-    if engine is None:
-        answer({"missing": True})
-        return
-    rest()
-    answer(engine.facts())
-    while True:
-        idle = time.perf_counter(), time.process_time()
-        request = requests.get()
-        spent = {
-            "idle_seconds": time.perf_counter() - idle[0],
-            "idle_processor_seconds": time.process_time() - idle[1],
-        }
-        result = decode(engine, request)
-        rest()
-        answer({**result, **spent})
 
-
-def read(lines: TextIO, requests: queue.Queue[dict[str, Any]]) -> None:
-    """Pass on what is asked; when nobody can ask any more, end at once."""
+def read(lines: TextIO, requests: queue.Queue[dict[str, Any] | None]) -> None:
+    """Pass on what is asked; when nobody can ask any more, end, if need be in mid-text."""
     for line in lines:
         requests.put(json.loads(line))
+    requests.put(None)
+    time.sleep(GRACE_SECONDS)
     os._exit(0)
 
 
@@ -221,16 +196,14 @@ def main() -> None:
     sys.path[:] = [path for path in sys.path if os.path.abspath(path) != here]  # has an `html.py`
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    requests: queue.Queue[dict[str, Any]] = queue.Queue()
+    requests: queue.Queue[dict[str, Any] | None] = queue.Queue()
     threading.Thread(target=read, args=(sys.stdin, requests), daemon=True).start()
-    code = 0
     try:
         serve(sys.argv[1], requests, answers)
     except BaseException:
         traceback.print_exc()
-        code = 1
-    sys.stderr.flush()
-    os._exit(code)  # the thread that reads cannot be woken
+        sys.stderr.flush()
+        os._exit(1)  # the thread that reads cannot be woken
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 They are other programs, with another precision or other kernels, so what they write is not held to
 plain decoding. What runs in such a process is `engine_process.py`; here it is started with the
-engine's own Python, asked, and ended.
+engine's own Python, asked, and ended. Between its prompts it is stopped with all that it has
+started (SIGSTOP), since some engines wait for work in a loop, which would slow what runs beside
+them. Where the system knows no such signal, the processor time that it takes meanwhile tells.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,6 +25,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import IO, Any
 
+import psutil
 import torch
 
 from passlm.bench import engine_process
@@ -192,15 +196,18 @@ class Engine:
             stderr=self._said,
             text=True,
             env=_environment(settings),
-            start_new_session=True,  # an interrupt is for us, and our end is its own
+            # Stopped and gone on with as a group, which the system ends should we be killed. And
+            # an interrupt at the terminal is for us alone.
+            process_group=0,
         )
         self._end = weakref.finalize(self, _ended, self._process, self._said)
-        self._idle = self._idle_processor = 0.0
+        self._idle_seconds = self._idle_processor = 0.0
         facts = self._start(settings)
         if facts.get("missing"):
             self.close()
             raise MissingEngineError(_missing(name, python))
         self.title = f"{self._kind.title.format(facts['version'])}, {_precision(facts, settings)}"
+        self._since = self._rest()
 
     def decode(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """What it makes of a prompt; see `engine_process.py`.
@@ -208,23 +215,42 @@ class Engine:
         Raises:
             EngineError: it ended.
         """
+        begun, processor = self._since
+        self._idle_seconds += time.perf_counter() - begun
+        self._idle_processor += max(0.0, self._processor_seconds() - processor)
+        _signal(self._process, "SIGCONT")
         answer = self._ask(request)
-        self._idle += answer["idle_seconds"]
-        self._idle_processor += answer["idle_processor_seconds"]
+        self._since = self._rest()
         return answer
 
     @property
     def idle_cores(self) -> float | None:
         """Cores that it kept busy on average while others ran; None before the first prompt."""
-        return self._idle_processor / self._idle if self._idle else None
+        return self._idle_processor / self._idle_seconds if self._idle_seconds else None
 
     def close(self) -> None:
         """End the process."""
         self._end()
 
+    def _rest(self) -> tuple[float, float]:
+        """Stop it; since when that is, and the processor seconds it had taken by then."""
+        _signal(self._process, "SIGSTOP")
+        return time.perf_counter(), self._processor_seconds()
+
+    def _processor_seconds(self) -> float:
+        """Of the process and all that it has started."""
+        total = 0.0
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended, which an answer tells
+            first = psutil.Process(self._process.pid)
+            for process in (first, *first.children(recursive=True)):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    times = process.cpu_times()
+                    total += times.user + times.system
+        return total
+
     def _start(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         limit, begun = self._kind.start_seconds, time.perf_counter()
-        late = threading.Timer(limit, self._process.kill)
+        late = threading.Timer(limit, _signal, (self._process, "SIGKILL"))
         late.start()
         try:
             return self._ask(settings)
@@ -273,15 +299,25 @@ def _environment(settings: Mapping[str, Any]) -> dict[str, str]:
     return {**os.environ, **chosen}
 
 
+def _signal(process: subprocess.Popen[str], name: str) -> None:
+    """Send a signal to the process and all that it has started, where there are such signals."""
+    if process.poll() is None and hasattr(os, "killpg"):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, getattr(signal, name))
+    elif name == "SIGKILL":
+        process.kill()
+
+
 def _ended(process: subprocess.Popen[str], said: IO[bytes]) -> None:
     """Close its standard input, which ends it; by force where that takes long."""
+    _signal(process, "SIGCONT")
     with contextlib.suppress(BrokenPipeError):
         if process.stdin is not None:
             process.stdin.close()
     try:
         process.wait(_GRACE_SECONDS)
     except subprocess.TimeoutExpired:
-        process.kill()
+        _signal(process, "SIGKILL")
         process.wait()
     if process.stdout is not None:
         process.stdout.close()
