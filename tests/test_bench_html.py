@@ -325,12 +325,12 @@ def test_bars_are_as_long_as_their_values() -> None:
     assert whisker is not None
     assert reference is not None
     start, unit = float(bar.attrib["x"]), float(bar.attrib["width"]) / 2
-    places = [x for x, _ in _places(whisker)]
+    ends_of_it = [x for x, _ in places(whisker)]
     ends = [start + 1.5 * unit, start + 4 * unit]
-    assert [min(places), max(places)] == pytest.approx(ends, abs=0.5)
-    assert _places(reference)[0][0] == pytest.approx(start + unit, abs=0.5)
+    assert [min(ends_of_it), max(ends_of_it)] == pytest.approx(ends, abs=0.5)
+    assert places(reference)[0][0] == pytest.approx(start + unit, abs=0.5)
     values = [t for t in long.iter("text") if text(t) == "2.00"]
-    assert max(places) < WIDTH - 6 * len(text(values[0]))
+    assert max(ends_of_it) < WIDTH - 6 * len(text(values[0]))
     assert short.find("path[@class='whisker']") is None
 
 
@@ -352,9 +352,9 @@ def test_points_lie_where_their_values_are() -> None:
     marks = {
         text(t): float(t.attrib["y"]) - 4 for t in chart.iter("text") if t.get("class") == "end"
     }
-    (x1, y1), (x3, y3) = _places(line)
+    (x1, y1), (x3, y3) = places(line)
     assert [y1, y3] == pytest.approx([marks["10"], marks["40"]], abs=0.2)
-    assert _places(level)[0][1] == pytest.approx(marks["20"], abs=0.2)
+    assert places(level)[0][1] == pytest.approx(marks["20"], abs=0.2)
     assert marks["0"] > y1 > y3
     assert x3 <= WIDTH
     names = {
@@ -364,7 +364,7 @@ def test_points_lie_where_their_values_are() -> None:
     assert cells(part)[-1][-2:] == [0, 20.0]
 
 
-def _places(path: Element) -> list[tuple[float, float]]:
+def places(path: Element) -> list[tuple[float, float]]:
     found = re.findall(r"[ML]([-\d.]+) ([-\d.]+)", path.attrib["d"])
     return [(float(x), float(y)) for x, y in found]
 
