@@ -122,6 +122,10 @@ def test_first_runs_are_told_once() -> None:
     part = section(parsed(made_results(*runs)), "start")
     assert cells(part) == [["ar", 0.5, 0.75], ["auto", 0.5, 0.75], ["auto, batches of 4", 0.5, 3]]
     assert "loaded 1.5 s after the process began" in text(part.find("h2"))
+    assert "which took 1.2 s" in text(part)
+    engines = {"vllm": {"engine": "vLLM 1", "load_seconds": 31.25, "idle_cores": None}}
+    told = text(section(parsed(made_results(*runs, engines=engines)), "start"))
+    assert "to start other engines took vllm 31.2 s" in told
 
 
 def test_rules_and_what_they_leave_out_are_told() -> None:

@@ -180,6 +180,10 @@ class Engine:
         python: the interpreter that has its package.
         settings: the model.
 
+    Attributes:
+        title: what it is, with version and precision.
+        load_seconds: from the start of its process until the model was loaded.
+
     Raises:
         MissingEngineError: the package is not installed there.
         EngineError: it does not start.
@@ -188,6 +192,7 @@ class Engine:
     def __init__(self, name: str, python: str, settings: Mapping[str, Any]) -> None:
         self.name = name
         self._kind = ENGINES[name]
+        begun = time.perf_counter()
         self._said: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the process
         self._process = subprocess.Popen(
             [python, engine_process.__file__, name],
@@ -207,6 +212,7 @@ class Engine:
             self.close()
             raise MissingEngineError(_missing(name, python))
         self.title = f"{self._kind.title.format(facts['version'])}, {_precision(facts, settings)}"
+        self.load_seconds = time.perf_counter() - begun
         self._since = self._rest()
 
     def decode(self, request: Mapping[str, Any]) -> dict[str, Any]:

@@ -49,6 +49,7 @@ from passlm.bench.notes import (
     first_run_label,
     first_runs,
     left_out,
+    loading,
     rules,
 )
 from passlm.bench.style import STYLE
@@ -299,7 +300,7 @@ def _span(conditions: Conditions, kinds: Kinds) -> str | None:
 
 def _start(results: Mapping[str, Any]) -> Markup | None:
     """How long it takes until the first token."""
-    loading, since = finite(results.get("load_seconds")), finite(results.get("start_seconds"))
+    told = loading(results)
     rows = [
         (
             first_run_label(run),
@@ -308,12 +309,12 @@ def _start(results: Mapping[str, Any]) -> Markup | None:
         )
         for run in first_runs(results.get("runs") or ())
     ]
-    if loading is None or since is None or not rows:
+    if told is None or not rows:
         return None
     return section(
         "start",
-        f"The model was loaded {rounded(since, 1)} s after the process began",
-        paragraph(f"Loading the model and its files took {rounded(loading, 1)} s. {FIRST_RUNS}"),
+        f"The model was loaded {results['start_seconds']:.1f} s after the process began",
+        paragraph(f"{told} {FIRST_RUNS}"),
         table(("first run", "to the first token, s", "to the last, s"), rows, "first runs"),
     )
 

@@ -206,9 +206,13 @@ def baseline_target(methods: Sequence[Method]) -> Target:
 
 
 def engine_facts(methods: Sequence[Method]) -> dict[str, dict[str, Any]]:
-    """Of each other engine, what it is and how many cores it kept busy while others ran."""
+    """Of each other engine, what it is, how long it loaded, and the cores it kept busy at rest."""
     return {
-        method.name: {"engine": method.engine, "idle_cores": method.decode.engine.idle_cores}
+        method.name: {
+            "engine": method.engine,
+            "load_seconds": method.decode.engine.load_seconds,
+            "idle_cores": method.decode.engine.idle_cores,
+        }
         for method in methods
         if isinstance(method.decode, EngineDecoding)
     }

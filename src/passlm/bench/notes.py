@@ -69,6 +69,20 @@ def left_out(results: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
+def loading(results: Mapping[str, Any]) -> str | None:
+    """How long it took until the model was loaded, and other engines had theirs."""
+    took, since = results.get("load_seconds"), results.get("start_seconds")
+    if took is None or since is None:
+        return None
+    told = f"{since:.1f} s after the process began the model was loaded, which took {took:.1f} s"
+    others = [
+        f"{name} {facts['load_seconds']:.1f} s"
+        for name, facts in (results.get("engines") or {}).items()
+        if facts.get("load_seconds") is not None
+    ]
+    return f"{told}; to start other engines took {', '.join(others)}." if others else f"{told}."
+
+
 def first_runs(runs: Sequence[Run]) -> list[Run]:
     """Of each method and batch size the run whose first run came first."""
     found: dict[tuple[str, int | None], Run] = {}

@@ -14,6 +14,7 @@ from passlm.bench.notes import (
     first_run_label,
     first_runs,
     left_out,
+    loading,
     rules,
     slow_runs,
 )
@@ -215,12 +216,9 @@ def _pace(run: Mapping[str, Any], bold: bool) -> str:
 
 def _start(results: Mapping[str, Any]) -> list[str]:
     """How long it takes until the first token."""
-    if results.get("load_seconds") is None:
+    told = loading(results)
+    if told is None:
         return []
-    told = (
-        f"The model and its files were loaded {results['start_seconds']:.1f} s after the process "
-        f"began, in {results['load_seconds']:.1f} s."
-    )
     rows = [
         (
             first_run_label(run),

@@ -53,7 +53,13 @@ _log = logging.getLogger("passlm.bench")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
-    parser.add_argument("--suite", type=_listed(str), default=(), help=f"any of {','.join(SUITES)}")
+    parser.add_argument(
+        "--suite",
+        type=_listed(str),
+        default=(),
+        metavar="NAME,...",
+        help=f"any of {','.join(SUITES)}",
+    )
     parser.add_argument(
         "--prompts",
         type=Path,
@@ -64,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--methods",
         type=_listed(str),
         default=_listed(str)(DEFAULT_METHODS),
+        metavar="NAME,...",
         help=f"default {DEFAULT_METHODS}; besides hf-assistant, llama-cpp and vllm",
     )
     _add_others(parser)
@@ -134,8 +141,8 @@ def _add_lists(parser: argparse.ArgumentParser) -> None:
         type=_listed(int),
         default=(1,),
         metavar="N,...",
-        help="list of how many prompts to decode as one batch; default 1, the only size of what is "
-        "not ours",
+        help="list of how many prompts our methods decode as one batch; the others run at 1 alone; "
+        "default 1",
     )
     parser.add_argument(
         "--prompt-tokens",
@@ -152,12 +159,13 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=Path,
         metavar="DIR",
-        help=f"write {RESULTS}, {REPORT}, {PAGE} there, and {PROMPTS} as the run goes",
+        help=f"write {RESULTS}, {REPORT}, {PAGE} there, and as the run goes {PROMPTS} with a line "
+        "for each text",
     )
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on with the run in DIR, given the same arguments as before",
+        help="go on with the run in DIR that was cut off, given the same arguments again",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the run in DIR")
     parser.add_argument(
