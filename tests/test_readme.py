@@ -1,7 +1,9 @@
 """The README's commands and snippets, run as they stand with the real model."""
 
+import json
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +17,11 @@ COMMANDS = [
     line
     for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
     for line in block.splitlines()
-    if line.startswith("passlm ") and not re.search(r"\b[A-Z]{3,}\b", line.split('"')[-1])
+    if line.startswith("passlm ")
+    and not line.startswith("passlm serve ")  # it runs until it is stopped
+    and not re.search(r"\b[A-Z]{3,}\b", line.split('"')[-1])
 ]
+SERVER, REQUEST = re.findall(r"```sh\n(passlm serve .*?)\n(curl .*?)\n```", README, re.DOTALL)[0]
 
 pytestmark = [pytest.mark.model, pytest.mark.readme]
 
@@ -54,6 +59,25 @@ def test_command(command: str) -> None:
     done = run([str(installed), *shlex.split(command)[1:]])
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+
+
+def test_server_answers() -> None:
+    """Catches a request that the server, started as written, does not answer."""
+    installed = Path(sys.executable).with_name("passlm")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    quickly = ["--no-compile", "--max-batch", "1"]  # compiling and measuring take minutes
+    started = [*shlex.split(SERVER.replace("8000", port))[1:], *quickly]
+    server = subprocess.Popen([str(installed), *started], stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        assert server.stdout.readline().endswith(f":{port}\n")  # it says so when it is ready
+        done = run(["sh", "-c", REQUEST.replace("8000", port)])
+    finally:
+        server.terminate()
+        server.wait(60)
+    assert "return" in json.loads(done.stdout)["choices"][0]["text"], done.stderr
 
 
 def test_demo_writes_equal_texts() -> None:
