@@ -54,13 +54,18 @@ def grouped_attention(
             module, query, key, value, attention_mask, scaling=scaling, **given
         )
         return plain, None
-    stacked = query.reshape(batch, key.shape[1], groups * rows, query.shape[-1])
-    mask = attention_mask.repeat(1, 1, groups, 1)
+    # Copied outright: `reshape` and `contiguous` ask whether there is one row, which a graph for
+    # any number of rows cannot tell.
+    stacked = query.clone(memory_format=torch.contiguous_format)
     output = torch.nn.functional.scaled_dot_product_attention(
-        stacked, key, value, attn_mask=mask, scale=scaling
-    )
-    by_head = output.reshape(batch, heads, rows, value.shape[-1])
-    return by_head.transpose(1, 2).contiguous(), None
+        stacked.view(batch, key.shape[1], groups * rows, query.shape[-1]),
+        key,
+        value,
+        attn_mask=attention_mask.repeat(1, 1, groups, 1),
+        scale=scaling,
+    ).clone(memory_format=torch.contiguous_format)
+    by_head = output.view(batch, heads, rows, value.shape[-1]).transpose(1, 2)
+    return by_head.clone(memory_format=torch.contiguous_format), None
 
 
 AttentionInterface.register(NAME, grouped_attention)

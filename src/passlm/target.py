@@ -67,8 +67,9 @@ class Target:
         check_supported(model)
         self._window = window_of(self.config)
         self._kinds = layer_kinds(self.config, self._window)
-        self._additive = attention(model) == "eager"
         self._grouped = can_group(model)
+        # What torch's kernel on a CPU would make of a boolean mask in every layer is made once.
+        self._additive = attention(model) == "eager" or self._grouped
         self._quantized = is_quantized(model)
         self._compiled = None if compiled is None else self._compilable(compiled)
         self._packed: PackedLinears | None = None
