@@ -60,7 +60,6 @@ def run(arguments: argparse.Namespace) -> None:
         extend(*given)
         seconds.clear()
 
-
     Target.extend = left_out  # type: ignore[method-assign]
     columns = []
     for method in arguments.method:
