@@ -32,13 +32,17 @@ from passlm.serve.faults import ApiError, handle, unavailable
 from passlm.serve.feed import Decoding
 from passlm.serve.frame import Bodies, Frame, Keys
 from passlm.serve.metrics import Metrics
+from passlm.serve.openapi import MODEL_PATH, complete, event, needs_key
 from passlm.serve.record import record_of
 from passlm.serve.replies import (
+    ChatChunk,
     ChatCompletion,
     Completion,
+    CompletionChunk,
     ErrorReply,
     Model,
     ModelList,
+    Reply,
     Status,
 )
 from passlm.serve.schema import ChatRequest, CompletionRequest, Sampled
@@ -53,16 +57,7 @@ _DESCRIPTION = (
     "The OpenAI API, decoded by parallel speculative sampling: the model's own text, several "
     "tokens a pass where its drafts are accepted."
 )
-_MODEL_PATH = "/v1/models/"
-_REQUESTS = ("CompletionRequest", "ChatRequest")
-_EVENTS = {
-    "text/event-stream": {
-        "schema": {
-            "type": "string",
-            "description": "With `stream`: a chunk in each event, and `[DONE]` in the last.",
-        }
-    }
-}
+_PAGES = ("/", "/docs", "/docs.css")
 
 
 def create_app(lm: Generator, worker: Decoding, settings: ServeSettings) -> FastAPI:
@@ -82,12 +77,12 @@ def create_app(lm: Generator, worker: Decoding, settings: ServeSettings) -> Fast
     app = _App(settings, lifespan=api.lifespan)
     app.include_router(_open_routes(api))
     app.include_router(_api_routes(api))
-    app.mount("/static", StaticFiles(directory=STATIC), "static")
+    app.mount("/static", _PageFiles(directory=STATIC), "static")
     for kind in (ApiError, InputError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, handle)
     app.add_middleware(Bodies, most=settings.max_body, seconds=settings.read_seconds)
     if settings.api_keys:
-        app.add_middleware(Keys, keys=settings.api_keys, protected=_needs_key)
+        app.add_middleware(Keys, keys=settings.api_keys, protected=needs_key)
     if settings.cors_origin:
         app.add_middleware(
             CORSMiddleware,
@@ -100,8 +95,14 @@ def create_app(lm: Generator, worker: Decoding, settings: ServeSettings) -> Fast
     return app
 
 
-def _needs_key(path: str) -> bool:
-    return path.startswith("/v1/") or path == "/metrics"
+class _PageFiles(StaticFiles):
+    """Files of the page, asked for again each time: after an upgrade none may be an older one."""
+
+    def file_response(self, *given: Any, **named: Any) -> Response:
+        """See `StaticFiles`."""
+        response = super().file_response(*given, **named)
+        response.headers["cache-control"] = "no-cache"
+        return response
 
 
 class Api:
@@ -209,8 +210,8 @@ async def _json_only(request: Request) -> None:
 def _open_routes(api: Api) -> APIRouter:
     """Those that are no part of OpenAI's API."""
     routes = APIRouter(responses=_errors("default"))
-    pages = (("/", api.page), ("/docs", api.docs), ("/docs.css", api.docs_style))
-    for path, page in pages:
+    pages: tuple[Callable[..., Any], ...] = (api.page, api.docs, api.docs_style)
+    for path, page in zip(_PAGES, pages, strict=True):
         routes.add_api_route(path, page, methods=["GET", "HEAD"], include_in_schema=False)
     routes.add_api_route("/health", api.health)
     routes.add_api_route("/ready", api.ready, responses=_errors(503))
@@ -227,11 +228,11 @@ def _api_routes(api: Api) -> APIRouter:
     routes = APIRouter(prefix="/v1", responses=_errors("default"))
     routes.add_api_route("/models", api.models)
     routes.add_api_route("/models/{model:path}", api.model, responses=_errors(404))
-    kinds: tuple[tuple[str, Callable[..., Any], type], ...] = (
-        ("/completions", api.completions, Completion),
-        ("/chat/completions", api.chat, ChatCompletion),
+    kinds: tuple[tuple[str, Callable[..., Any], type[Reply], type[Reply]], ...] = (
+        ("/completions", api.completions, Completion, CompletionChunk),
+        ("/chat/completions", api.chat, ChatCompletion, ChatChunk),
     )
-    for path, endpoint, reply in kinds:
+    for path, endpoint, reply, chunk in kinds:
         routes.add_api_route(
             path,
             endpoint,
@@ -239,7 +240,7 @@ def _api_routes(api: Api) -> APIRouter:
             response_model=reply,
             dependencies=[Depends(_json_only)],
             responses={
-                200: {"content": _EVENTS},
+                200: {"content": {"text/event-stream": {"itemSchema": event(chunk)}}},
                 **_errors(400, 404, 408, 413, 415, 429, 500, 503),
             },
         )
@@ -266,53 +267,17 @@ class _App(FastAPI):
         self._settings = settings
 
     def openapi(self) -> dict[str, Any]:
-        """The schema, with keys and the model's name."""
+        """The schema, complete."""
         if self.openapi_schema is None:
-            schema = super().openapi()
-            self._tell_name(schema)
-            self._tell_limits(schema)
-            if self._settings.api_keys:
-                self._tell_keys(schema)
+            complete(super().openapi(), self._settings)
         assert self.openapi_schema is not None
         return self.openapi_schema
 
-    def _tell_name(self, schema: dict[str, Any]) -> None:
-        name = {"type": "string", "enum": [self._settings.model_name], "title": "Model"}
-        for request in _REQUESTS:
-            schema["components"]["schemas"][request]["properties"]["model"] = name
-        path = schema["paths"][_MODEL_PATH + "{model}"]
-        path["get"]["parameters"][0]["schema"] = name
-
-    def _tell_limits(self, schema: dict[str, Any]) -> None:
-        own = self._settings
-        limits = (
-            ("n", "integer", "maximum", own.max_texts),
-            ("max_tokens", "integer", "maximum", own.max_tokens),
-            ("max_completion_tokens", "integer", "maximum", own.max_tokens),
-            ("stop", "array", "maxItems", own.max_stops),
-            ("logit_bias", "object", "maxProperties", own.max_logit_bias),
-        )
-        for request in _REQUESTS:
-            properties = schema["components"]["schemas"][request]["properties"]
-            for name, kind, limit, value in limits:
-                for arm in properties.get(name, {}).get("anyOf", ()):
-                    if arm.get("type") == kind:
-                        arm[limit] = value
-
-    @staticmethod
-    def _tell_keys(schema: dict[str, Any]) -> None:
-        schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        for path in filter(_needs_key, schema["paths"]):
-            for operation in schema["paths"][path].values():
-                operation["security"] = [{"key": []}]
-                operation["responses"]["401"] = operation["responses"]["default"]
-
     def path_name(self, path: str) -> str:
         """What metrics call a path: few names, whatever clients ask for."""
-        known = {getattr(route, "path", "") for route in self.routes}
-        if path in known:
+        if path in _PAGES or path in self.openapi()["paths"]:
             return path
-        for start in (_MODEL_PATH, "/static/"):
+        for start in (MODEL_PATH, "/static/"):
             if path.startswith(start):
                 return start + "*"
         return "other"

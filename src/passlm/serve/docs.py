@@ -63,11 +63,16 @@ def _operation(method: str, path: str, operation: Schema) -> str:
 
 def _answer(answer: Schema) -> str:
     contents = answer.get("content", {})
-    kinds = (
-        f"{_kind(content.get('schema', {}))} as {escape(media)}"
-        for media, content in contents.items()
-    )
+    kinds = (f"{_content(content)} as {escape(media)}" for media, content in contents.items())
     return ", or ".join(kinds) or escape(answer.get("description", ""))
+
+
+def _content(content: Schema) -> str:
+    """What is told as one media type; of a stream, in each of its events."""
+    if "itemSchema" not in content:
+        return _kind(content.get("schema", {}))
+    [_, told] = content["itemSchema"]["properties"]["data"]["anyOf"]
+    return f"with <code>stream</code> events of {_kind(told['contentSchema'])}"
 
 
 def _part(name: str, part: Schema) -> str:

@@ -18,6 +18,7 @@ from passlm.params import ParameterError
 from passlm.serve.jobs import ClosedError, QueueFullError
 from passlm.serve.record import record_of
 from passlm.serve.replies import ErrorDetails, ErrorReply
+from passlm.serve.schema import printable
 
 RETRY_SECONDS = 10  # for those who come while the server is going down or not up yet
 _UNION_ARM = re.compile(r"[a-z-]*\[.*\]|str|int|float|bool|dict|none")
@@ -72,9 +73,9 @@ class ApiError(Exception):
     def reply(self) -> ErrorReply:
         """The body of the response."""
         details = ErrorDetails(
-            message=_printable(str(self)),
+            message=printable(str(self)),
             type=self.kind,
-            param=None if self.param is None else _printable(self.param),
+            param=None if self.param is None else printable(self.param),
             code=self.code,
         )
         return ErrorReply(error=details)
@@ -82,11 +83,6 @@ class ApiError(Exception):
     def response(self) -> Response:
         """The response."""
         return JSONResponse(self.reply.model_dump(), self.status, self.headers)
-
-
-def _printable(text: str) -> str:
-    """Without what cannot be sent: half a surrogate pair, which JSON can name."""
-    return text.encode("utf-8", "replace").decode()
 
 
 def refused(error: InputError) -> ApiError:
@@ -108,8 +104,13 @@ def unavailable(message: str) -> ApiError:
 
 
 def from_validation(error: RequestValidationError) -> ApiError:
-    """The first of the things that are wrong with a request's form."""
-    first: dict[str, Any] = error.errors()[0]
+    """The first of the things that are wrong with a request's form.
+
+    Where one of several forms is allowed, the one that got furthest tells what is wrong.
+    """
+    errors: Sequence[dict[str, Any]] = error.errors()
+    beside = [each for each in errors if each["loc"][:2] == errors[0]["loc"][:2]]
+    first = max(beside, key=lambda each: len(each["loc"]))
     kind, context = str(first["type"]), first.get("ctx", {})
     if kind == "json_invalid":
         return ApiError(400, f"the body is not JSON: {context.get('error', 'mend it')}")
@@ -137,7 +138,7 @@ def _place(location: Sequence[int | str]) -> str:
         if isinstance(part, int):
             place += f"[{part}]"
         elif not _UNION_ARM.fullmatch(part):
-            place += f".{part}" if place else part
+            place += f".{part[:80]}" if place else part
     return place
 
 

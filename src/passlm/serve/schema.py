@@ -38,6 +38,11 @@ def _unicode(text: str) -> str:
     return text
 
 
+def printable(text: str) -> str:
+    """A text that can be sent, whatever was in it."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def _of_form(expected: str) -> WrapValidator:
     """One plain sentence in place of what each form that is allowed finds wrong."""
 
@@ -63,6 +68,12 @@ def _unsupported(value: object) -> object:
         raise PydanticCustomError(
             "unsupported_parameter", "is not supported by this server: leave it out"
         )
+    return value
+
+
+def _content(value: object) -> object:
+    if not isinstance(value, str | list):
+        raise PydanticCustomError("invalid_type", "must be a text or a list of parts of type text")
     return value
 
 
@@ -126,7 +137,7 @@ class Body(BaseModel):
                 raise PydanticCustomError(
                     "unknown_parameter",
                     "unknown parameter: {hint}",
-                    {"field": str(name)[:80], "hint": hint},
+                    {"field": printable(str(name)[:80]), "hint": hint},
                 )
         return given
 
@@ -223,7 +234,7 @@ class Message(Body):
     """What somebody said in a chat; which roles there are is the chat template's affair."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[Part]
+    content: Annotated[Text | list[Part], BeforeValidator(_content)]
     name: Text | None = None
     tool_call_id: Text | None = None
     refusal: Unsupported = None

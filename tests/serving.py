@@ -1,0 +1,203 @@
+"""A server in a thread of the test, around a real worker or a scripted one.
+
+Nothing here asserts; that is left to the tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+from fastapi import FastAPI
+
+from passlm.generate import Generator
+from passlm.outputs import Step
+from passlm.serve.app import create_app
+from passlm.serve.feed import Decoding
+from passlm.serve.jobs import Ask, Deliver, Event, Job, State, WorkerSettings
+from passlm.serve.run import WebServer, bound_socket
+from passlm.serve.settings import ServeSettings
+from passlm.serve.worker import Worker
+
+MODEL = "bytes"
+SETTINGS = ServeSettings(model_name=MODEL, max_tokens=64)
+WORKER = WorkerSettings(max_batch=4, max_context=192, max_waiting=16, prefill_chunk=16)
+Script = Callable[[int, Ask], Iterable[Event | float]]
+"""The events of one text; a number is seconds to wait."""
+
+
+class ScriptedWorker:
+    """Tells what a test wants it to, in a thread for each request, as a worker would.
+
+    Args:
+        script: what becomes of each text.
+        refusal: raised instead, where there is one.
+    """
+
+    max_context = 192
+
+    def __init__(self, script: Script, refusal: Exception | None = None) -> None:
+        self.script = script
+        self.refusal = refusal
+        self.asked: list[Ask] = []
+        self.cancelled: list[Job] = []
+        self.ready = True
+
+    def submit(self, asks: Sequence[Ask], deliver: Deliver) -> list[Job]:
+        """See `Worker`."""
+        if self.refusal is not None:
+            raise self.refusal
+        self.asked += asks
+        jobs = [Job(ask, index, deliver) for index, ask in enumerate(asks)]
+        threading.Thread(target=self._tell, args=(jobs,), daemon=True).start()
+        return jobs
+
+    def _tell(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            for event in self.script(job.index, job.ask):
+                if isinstance(event, float):
+                    time.sleep(event)
+                    continue
+                tokens = tuple(token.id for token in getattr(event, "tokens", ()))
+                if tokens:
+                    job.stats.count(Step(tokens, 0, 0))
+                job.deliver(job.index, event)
+
+    def cancel(self, jobs: Iterable[Job]) -> None:
+        """See `Worker`."""
+        self.cancelled += jobs
+
+    def state(self) -> State:
+        """See `Worker`."""
+        return State(self.ready, 0, 0, 0, 768, 0, 0.0, 0)
+
+    def stop(self, grace: float) -> bool:
+        """See `Worker`."""
+        self.ready = False
+        return True
+
+
+@dataclass
+class Server:
+    """A server that runs.
+
+    Attributes:
+        url: where.
+        worker: behind it.
+        app: in between.
+    """
+
+    url: str
+    worker: Any
+    app: FastAPI
+    clients: list[httpx.Client] = field(default_factory=list)
+
+    def client(self, **options: Any) -> httpx.Client:
+        """A client that is closed with the server."""
+        client = httpx.Client(base_url=self.url, timeout=60, **options)
+        self.clients.append(client)
+        return client
+
+    def post(self, path: str, body: dict[str, Any], **options: Any) -> httpx.Response:
+        """Ask; the model's name is added."""
+        with httpx.Client(base_url=self.url, timeout=60) as client:
+            return client.post(f"/v1/{path}", json={"model": MODEL, **body}, **options)
+
+    def complete(self, prompt: Any, **body: Any) -> dict[str, Any]:
+        """A completion, greedy unless told otherwise, as it came."""
+        asked = {"prompt": prompt, "temperature": 0, **body}
+        reply: dict[str, Any] = self.post("completions", asked).raise_for_status().json()
+        return reply
+
+    def text(self, prompt: Any, **body: Any) -> str:
+        """Its first text."""
+        return str(self.complete(prompt, **body)["choices"][0]["text"])
+
+    def stream(self, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+        """The chunks of a streamed answer."""
+        response = self.post(path, {"stream": True, **body}).raise_for_status()
+        return chunks(response.text)
+
+
+def chunks(text: str) -> list[dict[str, Any]]:
+    """The events of a whole stream, its end left out; fails where there is none."""
+    *events, end = [line[6:] for line in text.splitlines() if line.startswith("data: ")]
+    if end != "[DONE]":
+        raise ValueError(f"the stream ends with {end!r}")
+    return [json.loads(event) for event in events]
+
+
+@contextlib.contextmanager
+def web(app: FastAPI, worker: Any, send_buffer: int | None = None) -> Iterator[Server]:
+    """Run an application on a free port.
+
+    Args:
+        app: of `create_app`.
+        worker: behind it, for the test to look at.
+        send_buffer: bytes that the system takes of us before a slow reader shows.
+    """
+    listening = bound_socket("127.0.0.1", 0, 60)
+    if send_buffer is not None:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+    host, port = listening.getsockname()
+    server = WebServer(app)
+    thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
+    thread.start()
+    running = Server(f"http://{host}:{port}", worker, app)
+    try:
+        until(lambda: server.started)
+        yield running
+    finally:
+        for client in running.clients:
+            client.close()
+        server.should_exit = True
+        thread.join(30)
+
+
+@contextlib.contextmanager
+def served(
+    lm: Generator,
+    settings: ServeSettings = SETTINGS,
+    worker_settings: WorkerSettings = WORKER,
+    send_buffer: int | None = None,
+) -> Iterator[Server]:
+    """A server around a real worker."""
+    worker = Worker(lm, worker_settings)
+    worker.start()
+    try:
+        with web(create_app(lm, worker, settings), worker, send_buffer) as server:
+            until(lambda: worker.state().ready)
+            yield server
+    finally:
+        worker.stop(0)
+
+
+@contextlib.contextmanager
+def scripted(
+    lm: Generator,
+    script: Script,
+    refusal: Exception | None = None,
+    settings: ServeSettings = SETTINGS,
+    send_buffer: int | None = None,
+) -> Iterator[Server]:
+    """A server around a scripted worker."""
+    worker = ScriptedWorker(script, refusal)
+    decoding: Decoding = worker
+    with web(create_app(lm, decoding, settings), worker, send_buffer) as server:
+        yield server
+
+
+def until(holds: Callable[[], bool], seconds: float = 30.0) -> None:
+    """Wait until something holds; fails if it does not in time."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not so within {seconds} s")
+        time.sleep(0.01)
