@@ -457,6 +457,14 @@ def contrast(one: str, other: str) -> float:
     return (max(lights) + 0.05) / (min(lights) + 0.05)
 
 
+def test_no_part_of_the_page_is_an_older_one(visit: Visit) -> None:
+    """Catches files that a browser keeps beyond an upgrade of the server."""
+    files = [r for r in visit.requests if "/static/" in r.url or r.url == f"{visit.base}/"]
+    kept = {request.response().headers.get("cache-control") for request in files}
+    assert len(files) == 9
+    assert kept == {"no-cache"}
+
+
 def test_events_may_come_torn(visit: Visit) -> None:
     """Catches characters and events lost where the network cuts a stream."""
     whole = 'data: {"a": "é→"}\r\n\r\n: still there\n\ndata: one\ndata: two\n\ndata: [DONE]\n\n'
