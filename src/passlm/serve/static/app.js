@@ -285,7 +285,7 @@ class Playground {
     if (this.#looking) return;
     this.#looking = true;
     byId("model").textContent = "not answering";
-    this.#problem(`${message} Looking for it again every ${LOOK_AGAIN / 1000} seconds.`);
+    this.#problem(`${message} Looking for the server every ${LOOK_AGAIN / 1000} seconds.`);
     do {
       await new Promise((resolve) => setTimeout(resolve, LOOK_AGAIN));
     } while (!(await this.#server.alive()));
