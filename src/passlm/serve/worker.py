@@ -149,7 +149,7 @@ class Worker:
             for job in cancelled:
                 self._scheduler.cancel(job)
             if self._deadline is not None and time.monotonic() > self._deadline:
-                self._finished = not self._scheduler.busy
+                self._finished = self._finished and not self._scheduler.busy
                 self._scheduler.cancel_all()
             self._guarded(self._scheduler.tick)
         self._ready = False
