@@ -68,6 +68,25 @@ def test_sweeps_are_drawn_with_their_numbers(name: str, charts_of_it: int, best:
     assert told == sorted((run[field], run["tokens_per_second"]) for run in results["runs"])
 
 
+def test_values_are_marked_where_they_are() -> None:
+    """Catches marks that are on no value, and ones written over each other."""
+    lengths = (16, 32, 64, 256, 1024)
+    runs = [plain_run(prompt_tokens=n) for n in lengths]
+    runs += [plain_run(temperature=t) for t in (0.0, 0.5, 0.8)]
+    root = parsed(made_results(*runs))
+    for name, expected in (
+        ("lengths", ["64", "256", "1024"]),
+        ("temperatures", ["0", "0.5", "0.8"]),
+    ):
+        (chart,) = charts(section(root, name))
+        marks = {
+            text(t): float(t.attrib["x"]) for t in chart.iter("text") if t.get("class") == "middle"
+        }
+        assert sorted(marks, key=float) == expected
+        (line,) = (path for path in chart.iter("path") if path.get("class") == "line")
+        assert {x for x, _ in places(line)} >= set(marks.values())
+
+
 def test_what_was_not_varied_is_not_drawn() -> None:
     """Catches charts of one point, and a column that says nothing."""
     root = parsed(made_results())

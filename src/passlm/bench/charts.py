@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from passlm.bench.markup import Markup, element, rounded
@@ -179,6 +179,7 @@ def lines(
     y_axis: str,
     levels: Mapping[str, float] | None = None,
     start: float = 0,
+    at_values: bool = False,
 ) -> Markup:
     """Charts of points over x, y from 0.
 
@@ -188,15 +189,18 @@ def lines(
         y_axis: what y is, with its unit.
         levels: for charts by name, a height that they are to be held against.
         start: where x begins.
+        at_values: mark x where there are points, and not at even distances.
     """
     points = [point for panel in panels.values() for one in panel for point in one.points]
     levels = levels or {}
     up = ticks(max([y for _, y in points] + [*levels.values()]))
     wide = max(max(x for x, _ in points), start + 1)
-    along = [mark for mark in ticks(wide, 12, whole=True) if start <= mark <= wide]
     left, right = 14 + _LETTER * max(len(short(mark)) for mark in up), WIDTH - 10
     bottom = _TOP + _PLOT
     x_scale, y_scale = Scale(start, wide, left, right), Scale(0, up[-1], bottom, _TOP)
+    along = [mark for mark in ticks(wide, 12, whole=True) if start <= mark <= wide]
+    if at_values:
+        along = _apart({x for x, _ in points}, x_scale)
     frame = [_text(y_axis, 0, 10, "axis")]
     frame.append(_text(x_axis, (left + right) / 2, bottom + 32, "axis middle"))
     for mark in up:
@@ -229,6 +233,16 @@ def ticks(top: float, most: int = 5, whole: bool = False) -> list[float]:
     multiples = (1, 2, 5, 10, 20) if whole else (1, 2, 2.5, 5, 10, 20)
     step = next(unit * times for times in multiples if top <= unit * times * most)
     return [step * count for count in range(1 + math.ceil(round(top / step, 6)))]
+
+
+def _apart(values: Collection[float], scale: Scale) -> list[float]:
+    """Those of the values that can be written side by side; the greatest in any case."""
+    kept = [max(values)]
+    for value in sorted(values, reverse=True)[1:]:
+        letters = (_letters(short(value)) + _letters(short(kept[-1]))) / 2
+        if scale(kept[-1]) - scale(value) >= _LETTER * (letters + 1):
+            kept.append(value)
+    return kept
 
 
 def line_key(look: Look) -> Markup:

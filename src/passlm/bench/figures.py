@@ -211,7 +211,7 @@ def tokens_by(view: View, sweep: Sweep) -> Markup | None:
             "without a line ran with one value."
         ),
         legend(view.run_keys(shown)),
-        lines(panels, sweep.values, "tokens a second"),
+        lines(panels, sweep.values, "tokens a second", at_values=True),
         folded_table(
             ("run", *GROUP, sweep.values, "tokens/s", "speed-up"),
             rows,

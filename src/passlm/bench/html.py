@@ -257,8 +257,8 @@ def _categories(runs: Sequence[Run]) -> Markup | None:
         "categories",
         f"Speed-ups by kind of question: {several(list(filter(None, spans))) or NONE}",
         paragraph(
-            "Over plain decoding on the same prompts, accepted length in parentheses. The method "
-            "named is the one whose kinds lie highest on the whole."
+            "Over plain decoding on the same prompts, accepted length in parentheses. Named is the "
+            "method with the best median over the kinds."
         ),
         *content,
     )
