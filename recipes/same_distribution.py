@@ -33,6 +33,7 @@ from passlm.bench.distribution import (
     p_values,
     questions,
 )
+from passlm.bench.judged import JudgedTokens
 from passlm.bench.tasks import load_prompts
 from passlm.cli import Parser
 from passlm.cli.common import (
@@ -63,6 +64,8 @@ CURVE = CostCurve(
     (4.7, 4.7, 5.5, 7.0),
 )
 RESULTS, REPORT = "results.json", "report.md"
+NONE = "\N{EN DASH}"
+JUDGED = "judged tokens"  # the test of `JudgedTokens`
 
 
 def main() -> int:
@@ -215,9 +218,11 @@ class Comparison:
         self.prompts = prompts
         self.asked: list[Question] = questions(arguments.positions)
         settings = len(arguments.temperature) * len(arguments.judge) * len(arguments.method)
-        self.bar = LEVEL / (settings * len(self.asked))  # what the least p-value has to pass
+        tests = settings * (len(self.asked) + 1) + len(arguments.judge)
+        self.bar = LEVEL / tests  # what the least p-value has to pass
         self.shuffles = math.ceil(5 / self.bar)
         self.seeds = count(arguments.seed)  # no two texts share one
+        self.judged = {name: JudgedTokens() for name in arguments.judge}
         self.tests: list[dict[str, Any]] = []
         self.controls: list[dict[str, Any]] = []
         self.power: list[dict[str, Any]] = []
@@ -230,12 +235,14 @@ class Comparison:
             for method in self.arguments.method:
                 tell(f"temperature {temperature}: {name}, {method}")
                 sampling = SamplingParams(temperature=temperature, judge=name)
-                chances = self.compare(plain, self.draw(method, sampling, self.arguments.samples))
+                chances, judged = self.compared(plain, method, sampling)
+                self.judged[name].add(judged)
                 setting = {"temperature": temperature, "judge": name, "method": method}
                 self.tests += [
                     {**setting, "test": question.name, "p": chance}
                     for question, chance in zip(self.asked, chances, strict=True)
                 ]
+                self.tests.append({**setting, **self.of_judged(judged)})
         if temperature in self.arguments.control_temperature:
             for wrong in wrong_judges():
                 tell(f"temperature {temperature}: a judge that {wrong.name}")
@@ -252,8 +259,9 @@ class Comparison:
         """A wrong judge, tested as the right ones are."""
         sampling = SamplingParams(temperature=temperature, judge="rejection")
         with in_place(wrong):
-            texts = self.draw("two-pass", sampling, self.arguments.samples)
-        chances = self.compare(plain, texts)
+            chances, judged = self.compared(plain, "two-pass", sampling)
+        names = [*(question.name for question in self.asked), JUDGED]
+        chances.append(judged.p_value)
         least = min(range(len(chances)), key=chances.__getitem__)
         self.controls.append(
             {
@@ -261,19 +269,40 @@ class Comparison:
                 "temperature": temperature,
                 "method": "two-pass",
                 "total_variation": sum(wrong.off) / len(wrong.off),
-                "judged": len(wrong.off),
+                "judged": judged.count,
+                "excess": judged.excess / judged.count,
+                "p": dict(zip(names, chances, strict=True)),
                 "least_p": chances[least],
-                "test": self.asked[least].name,
+                "test": names[least],
                 "refused": chances[least] <= self.bar,
             }
         )
 
-    def compare(self, plain: list[Texts], texts: list[Texts]) -> list[float]:
-        """P-values of all tests."""
+    def compared(
+        self, plain: list[Texts], method: str, sampling: SamplingParams
+    ) -> tuple[list[float], JudgedTokens]:
+        """P-values of a method's texts against plain decoding's, and its judged tokens."""
+        judged = JudgedTokens()
+        texts = self.draw(method, sampling, self.arguments.samples, judged)
         sides = list(zip(plain, texts, strict=True))
-        return p_values(sides, self.asked, self.shuffles, self.arguments.seed)
+        return p_values(sides, self.asked, self.shuffles, self.arguments.seed), judged
 
-    def draw(self, method: str, sampling: SamplingParams, texts: int) -> list[Texts]:
+    def of_judged(self, judged: JudgedTokens) -> dict[str, Any]:
+        """The test of judged tokens, with what it would notice."""
+        return {
+            "test": JUDGED,
+            "p": judged.p_value,
+            "judged": judged.count,
+            "notices": judged.least_shift(self.bar, CHANCE),
+        }
+
+    def draw(
+        self,
+        method: str,
+        sampling: SamplingParams,
+        texts: int,
+        judged: JudgedTokens | None = None,
+    ) -> list[Texts]:
         """Texts of every prompt, each with a seed of its own."""
         sampler = Sampler(
             self.lm.target,
@@ -283,6 +312,7 @@ class Comparison:
             self.lm.eos,
             self.arguments.max_new_tokens,
             self.arguments.at_once,
+            judged,
         )
         return [sampler.draw(prompt, list(islice(self.seeds, texts))) for prompt in self.prompts]
 
@@ -298,6 +328,10 @@ class Comparison:
 
     def results(self) -> dict[str, Any]:
         """What is written."""
+        self.tests += [
+            {"temperature": None, "judge": name, "method": None, **self.of_judged(judged)}
+            for name, judged in self.judged.items()
+        ]
         corrected = holm([test["p"] for test in self.tests])
         for test, chance in zip(self.tests, corrected, strict=True):
             test["holm"] = chance
@@ -340,25 +374,27 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"refuse that PaSS draws as plain decoding does ({settings['level']:.0%} in all, Holm). "
         f"The least p-value is {least['p']:.2g}; by chance alone the least of so many lies below "
         f"{1 - 0.5 ** (1 / len(tests)):.2g} every second time.",
-        "Least p-value of each setting, and with Holm's correction over all of them:",
-        table(("temperature", "judge", "method", "least p", "of test", "corrected"), rows(tests)),
+        "The least p-value of each setting, and with Holm's correction over all tests; judged "
+        "tokens, and the mean shift of one (total variation, for a judge that accepts too often) "
+        f"that their test notices with {CHANCE:.0%} chance. In the last rows all settings of a "
+        "judge together:",
+        table(
+            (
+                *("temperature", "judge", "method", "least p", "of test", "corrected"),
+                *("judged tokens", "notices"),
+            ),
+            setting_rows(tests),
+        ),
         "## Wrong judges",
         f"Put in the right one's place, two-pass; refused at p up to {settings['bar']:.2g}, as the "
         "first of the tests above is. How far a judged token's distribution is off, in total "
-        "variation, is computed exactly.",
+        "variation, is computed exactly; the test of judged tokens finds so much of it.",
         table(
-            ("judge", "temperature", "off by", "least p", "of test", "refused"),
-            [
-                (
-                    f"{control['judge']}",
-                    f"{control['temperature']:g}",
-                    f"{control['total_variation']:.3f}",
-                    f"{control['least_p']:.2g}",
-                    control["test"],
-                    "yes" if control["refused"] else "no",
-                )
-                for control in results["controls"]
-            ],
+            (
+                *("judge", "temperature", "off by", "found off by", "least p", "of test"),
+                *("least p of texts", "refused"),
+            ),
+            [control_row(control) for control in results["controls"]],
         ),
         "## What each test notices",
         f"Were a share of the texts the greedy one, the smallest share noticed with {CHANCE:.0%} "
@@ -369,22 +405,44 @@ def markdown(results: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def rows(tests: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """The least p-value of each setting."""
-    best: dict[tuple[Any, ...], Mapping[str, Any]] = {}
+def setting_rows(tests: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """The least p-value of each setting, and its judged tokens."""
+    settings: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for test in tests:
         key = (test["temperature"], test["judge"], test["method"])
-        if key not in best or test["p"] < best[key]["p"]:
-            best[key] = test
-    return [
-        (f"{t['temperature']:g}", t["judge"], t["method"], f"{t['p']:.2g}", t["test"], corrected(t))
-        for t in best.values()
-    ]
+        settings.setdefault(key, []).append(test)
+    found = []
+    for own in settings.values():
+        least = min(own, key=lambda test: test["p"])
+        judged = next(test for test in own if test["test"] == JUDGED)
+        found.append(
+            (
+                "all" if least["temperature"] is None else f"{least['temperature']:g}",
+                least["judge"],
+                least["method"] or "all",
+                f"{least['p']:.2g}",
+                least["test"],
+                f"{least['holm']:.2g}",
+                f"{judged['judged']:,}",
+                NONE if judged["notices"] is None else f"{judged['notices']:.3f}",
+            )
+        )
+    return found
 
 
-def corrected(test: Mapping[str, Any]) -> str:
-    """A p-value after Holm's correction."""
-    return f"{test['holm']:.2g}"
+def control_row(control: Mapping[str, Any]) -> tuple[str, ...]:
+    """A wrong judge, and what became of it."""
+    of_texts = min(chance for name, chance in control["p"].items() if name != JUDGED)
+    return (
+        control["judge"],
+        f"{control['temperature']:g}",
+        f"{control['total_variation']:.3f}",
+        f"{control['excess']:.3f}",
+        f"{control['least_p']:.2g}",
+        control["test"],
+        f"{of_texts:.2g}",
+        "yes" if control["refused"] else "no",
+    )
 
 
 def power_rows(found: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
@@ -393,8 +451,8 @@ def power_rows(found: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
         (
             f"{shift['temperature']:g}",
             shift["test"],
-            "\N{EN DASH}" if shift["share"] is None else f"{shift['share']:.3f}",
-            "\N{EN DASH}" if shift["share"] is None else f"{shift['total_variation']:.3f}",
+            NONE if shift["share"] is None else f"{shift['share']:.3f}",
+            NONE if shift["share"] is None else f"{shift['total_variation']:.3f}",
         )
         for shift in found
     ]

@@ -15,7 +15,7 @@ from typing import Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from passlm.decode import Decoder, Request, Row
+from passlm.decode import Decoder, Observer, Request, Row
 from passlm.params import SamplingParams
 from passlm.passes import LookAheadRows
 from passlm.plan import Adaptive, Strategy
@@ -48,6 +48,7 @@ class Sampler:
         eos: ids that end a text.
         tokens: length at which texts are cut.
         at_once: texts decoded as one batch.
+        observer: looks on; None lets nobody.
     """
 
     target: Target
@@ -57,6 +58,7 @@ class Sampler:
     eos: frozenset[int]
     tokens: int
     at_once: int = 32
+    observer: Observer | None = None
 
     def draw(self, prompt: Sequence[int], seeds: Sequence[int]) -> Texts:
         """A text for each seed.
@@ -71,7 +73,7 @@ class Sampler:
         return drawn
 
     def _batch(self, prompt: Sequence[int], seeds: Sequence[int]) -> list[list[int]]:
-        decoder = Decoder(self.target, self.look_ahead)
+        decoder = Decoder(self.target, self.look_ahead, self.observer)
         known = self.target.prefill(prompt[:-1])  # once for all texts
         rows = []
         for seed in seeds:
