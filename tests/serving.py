@@ -92,11 +92,13 @@ class Server:
         url: where.
         worker: behind it.
         app: in between.
+        web: what listens.
     """
 
     url: str
     worker: Any
     app: FastAPI
+    web: WebServer
     clients: list[httpx.Client] = field(default_factory=list)
 
     def client(self, **options: Any) -> httpx.Client:
@@ -135,22 +137,25 @@ def chunks(text: str) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def web(app: FastAPI, worker: Any, send_buffer: int | None = None) -> Iterator[Server]:
+def web(
+    app: FastAPI, worker: Any, send_buffer: int | None = None, write_seconds: float = 60
+) -> Iterator[Server]:
     """Run an application on a free port.
 
     Args:
         app: of `create_app`.
         worker: behind it, for the test to look at.
         send_buffer: bytes that the system takes of us before a slow reader shows.
+        write_seconds: after which the system drops a client that takes nothing.
     """
-    listening = bound_socket("127.0.0.1", 0, 60)
+    listening = bound_socket("127.0.0.1", 0, write_seconds)
     if send_buffer is not None:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     host, port = listening.getsockname()
     server = WebServer(app)
     thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
     thread.start()
-    running = Server(f"http://{host}:{port}", worker, app)
+    running = Server(f"http://{host}:{port}", worker, app, server)
     try:
         until(lambda: server.started)
         yield running
@@ -190,7 +195,8 @@ def scripted(
     """A server around a scripted worker."""
     worker = ScriptedWorker(script, refusal)
     decoding: Decoding = worker
-    with web(create_app(lm, decoding, settings), worker, send_buffer) as server:
+    app, seconds = create_app(lm, decoding, settings), settings.write_seconds
+    with web(app, worker, send_buffer, seconds) as server:
         yield server
 
 

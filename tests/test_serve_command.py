@@ -25,6 +25,7 @@ from byte_model import save_folders
 from passlm.cli import INTERRUPTED, USAGE, main
 from passlm.cli.serve import KEY_VARIABLE, model_name, read_keys
 from passlm.errors import InputError
+from passlm.gguf_copy import CACHE_VARIABLE
 from passlm.serve.run import address_of, bound_socket, is_loopback
 
 TESTS = Path(__file__).parent
@@ -66,7 +67,13 @@ def process(
     source = str(TESTS.parent / "src")
     running = subprocess.Popen(
         [sys.executable, "-m", "passlm.cli", "serve", *flags, *few, *further],
-        env={**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1", **(environment or {})},
+        env={
+            **os.environ,
+            "PYTHONPATH": source,
+            "OMP_NUM_THREADS": "1",
+            CACHE_VARIABLE: str(model.parent / "cache"),
+            **(environment or {}),
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -115,7 +122,7 @@ def test_requests_that_come_while_it_goes_down_are_sent_away(folders: tuple[Path
     """Catches a port that is closed while texts are still being finished."""
     with process(folders, "--max-tokens", "180") as server:
         url = f"{server.url}/v1/completions"
-        many = {**BODY, "max_tokens": 180, "n": 16, "stream": True}
+        many = {**BODY, "max_tokens": 180, "n": 6, "stream": True}
         with httpx.stream("POST", url, json=many, timeout=60) as response:
             parts = response.iter_lines()
             next(parts)
@@ -133,7 +140,7 @@ def test_texts_are_cut_when_the_grace_is_over(folders: tuple[Path, Path]) -> Non
     """Catches a server that never ends because of a long text."""
     with process(folders, "--grace-seconds", "0", "--max-tokens", "180") as server:
         url = f"{server.url}/v1/completions"
-        many = {**BODY, "max_tokens": 180, "n": 16, "stream": True}
+        many = {**BODY, "max_tokens": 180, "n": 6, "stream": True}
         with httpx.stream("POST", url, json=many, timeout=60) as response:
             parts = response.iter_lines()
             next(parts)
@@ -153,7 +160,7 @@ def test_interrupting_is_130_and_a_second_signal_ends_at_once(
         assert server.process.wait(30) == INTERRUPTED
     with process(folders, "--max-tokens", "180") as server:
         url = f"{server.url}/v1/completions"
-        many = {**BODY, "max_tokens": 180, "n": 16, "stream": True}
+        many = {**BODY, "max_tokens": 180, "n": 6, "stream": True}
         with (
             contextlib.suppress(httpx.RemoteProtocolError, httpx.ReadError),
             httpx.stream("POST", url, json=many, timeout=60) as response,
@@ -273,7 +280,9 @@ def test_addresses_are_told_as_one_types_them() -> None:
             assert is_loopback(listening)
 
 
-def test_fuzzing_finds_no_fault_and_no_break_of_the_schema(folders: tuple[Path, Path]) -> None:
+def test_fuzzing_finds_no_fault_and_no_break_of_the_schema(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
     """Catches 5xx, replies that the schema does not allow, and invalid data that is taken."""
     with process(folders, "--max-tokens", "8", environment={KEY_VARIABLE: "key"}) as server:
         options = ["--config-file", str(TESTS / "schemathesis.toml")]
@@ -284,6 +293,7 @@ def test_fuzzing_finds_no_fault_and_no_break_of_the_schema(folders: tuple[Path, 
             [sys.executable, "-m", "schemathesis.cli", *options, *command],
             capture_output=True,
             text=True,
+            cwd=tmp_path,
             timeout=300,
             check=False,
         )

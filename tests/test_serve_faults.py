@@ -18,12 +18,13 @@ import httpx
 import openai
 import pytest
 from byte_model import byte_generator
-from serving import MODEL, SETTINGS, WORKER, Server, chunks, scripted, served, until
+from serving import MODEL, SETTINGS, WORKER, ScriptedWorker, Server, chunks, scripted, served, until
 
 from passlm.generate import Generator
 from passlm.serve.feed import Feed
 from passlm.serve.jobs import Ask, ClosedError, Event, Failed, Piece, QueueFullError, Token
 from passlm.serve.metrics import Meter, Metrics
+from passlm.serve.run import _stopped
 
 PROMPT = "def f(x):"
 LONG = {"prompt": PROMPT, "max_tokens": 64, "temperature": 0}
@@ -156,6 +157,7 @@ def test_a_reader_that_has_stopped_is_left_and_others_are_not(lm: Generator) -> 
         assert server.text(PROMPT) == "aaa"
         until(lambda: bool(server.worker.cancelled), 10)
         assert server.text(PROMPT) == "aaa"
+        until(lambda: not server.web.server_state.connections, 20)  # nor what it did not read
         raw.close()
 
 
@@ -189,7 +191,7 @@ def test_a_body_that_does_not_come_is_not_waited_for(lm: Generator) -> None:
         raw = socket.create_connection((host, int(port)), timeout=10)
         head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{"
         raw.sendall(head.encode())
-        answer = raw.recv(4096)
+        answer = read_all(raw)
         raw.close()
     assert answer.startswith(b"HTTP/1.1 408")
     assert b"request_timeout" in answer
@@ -339,6 +341,19 @@ def test_a_server_that_goes_down_finishes_and_refuses() -> None:
     assert refused.status_code == 503
     assert int(refused.headers["retry-after"]) > 0
     assert refused.json()["error"]["code"] == "unavailable"
+
+
+def test_a_worker_that_does_not_end_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an interrupt that does nothing while passes are being compiled."""
+    monkeypatch.setattr("passlm.serve.run.LAST_SECONDS", 0.1)
+
+    class Caught(ScriptedWorker):
+        def stop(self, grace: float) -> bool:
+            time.sleep(1)
+            return True
+
+    assert not asyncio.run(_stopped(Caught(lambda index, ask: []), 30))
+    assert asyncio.run(_stopped(ScriptedWorker(lambda index, ask: []), 30))
 
 
 @pytest.mark.parametrize("stream", [True, False])

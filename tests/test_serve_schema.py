@@ -280,6 +280,8 @@ def test_a_top_p_of_nothing_keeps_the_likeliest(intake: Intake) -> None:
         ({"logit_bias": {"1": 1, "2": 1, "3": 1}}, 400, "logit_bias"),
         ({"logit_bias": {"257": 1}}, 400, "logit_bias"),
         ({"prompt": "x" * 41}, 400, "prompt"),
+        ({"prompt": [257], "echo": True}, 400, "prompt"),
+        ({"prompt": [[1], [10**30]], "echo": True}, 400, "prompt"),
         ({"best_of": 2}, 400, "best_of"),
         ({"echo": True, "logprobs": 1}, 400, "echo"),
         ({"stream_options": {"include_usage": True}}, 400, "stream_options"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,18 +139,12 @@ class Intake:
         self._check_bias(request.logit_bias or {})
 
     def _check_bias(self, bias: dict[str, float]) -> None:
-        most, vocabulary = self.settings.max_logit_bias, self.lm.target.vocabulary
+        most = self.settings.max_logit_bias
         if len(bias) > most:
             raise ApiError(
                 400, f"logit_bias names {len(bias)} tokens: this server takes {most}", "logit_bias"
             )
-        unknown = next((token for token in bias if int(token) >= vocabulary), None)
-        if unknown is not None:
-            raise ApiError(
-                400,
-                f"logit_bias names token {unknown}, but the model knows 0 to {vocabulary - 1}",
-                "logit_bias",
-            )
+        self._check_ids(map(int, bias), "logit_bias")
 
     def _check_texts(self, texts: int) -> None:
         most = self.settings.max_texts
@@ -176,7 +170,18 @@ class Intake:
                 name,
                 "context_length_exceeded",
             )
+        self._check_ids(ids, name)
         return ids
+
+    def _check_ids(self, ids: Iterable[int], name: str) -> None:
+        vocabulary = self.lm.target.vocabulary
+        unknown = next((token for token in ids if token >= vocabulary), None)
+        if unknown is not None:
+            raise ApiError(
+                400,
+                f"{name} names token {unknown}, but the model knows 0 to {vocabulary - 1}",
+                name,
+            )
 
     def _shown(self, prompt: str | list[int]) -> str:
         return prompt if isinstance(prompt, str) else self.lm.decode(prompt)

@@ -22,6 +22,7 @@ from passlm.serve.settings import SettingsError
 LAST_SECONDS = 5  # for clients to take the last bytes once all texts are over
 IDLE_SECONDS = 75  # that a connection may wait for its next request; clients assume a minute
 BACKLOG = 2048  # connections not accepted yet
+_INTERRUPTED = 128 + signal.SIGINT
 _READY_EVERY = 0.05
 _KEEPALIVE_SECONDS = 30
 
@@ -172,12 +173,23 @@ async def _serve(
     announcing.cancel()
     if asked.done():
         _log.info("shutting down", extra={"facts": {"grace_seconds": grace_seconds}})
-    finished = await asyncio.to_thread(worker.stop, grace_seconds)
-    if not finished:
-        _log.warning("texts were cut: they took longer than the grace seconds")
+    if not await _stopped(worker, grace_seconds):
+        _log.warning("the worker does not end: it is left where it is")
+        os._exit(_INTERRUPTED if asked.done() and asked.result() == signal.SIGINT else os.EX_OK)
     server.should_exit = True
     await serving
     return asked.result() if asked.done() else None
+
+
+async def _stopped(worker: Stoppable, grace_seconds: float) -> bool:
+    """Let the worker finish; False where it is caught in something long, as compiling is."""
+    state = worker.state()
+    patience = LAST_SECONDS + (grace_seconds if state.running or state.waiting else 0)
+    stopping = asyncio.create_task(asyncio.to_thread(worker.stop, grace_seconds))
+    done, _ = await asyncio.wait({stopping}, timeout=patience)
+    if done and not stopping.result():
+        _log.warning("texts were cut: they took longer than the grace seconds")
+    return bool(done)
 
 
 def _first_signal() -> asyncio.Future[int]:
