@@ -89,8 +89,8 @@ class Crowd:
         self.finished, self.tokens, self.seconds = 0, 0, 0.0
         self._lm, self._size, self._new_tokens = lm, size, new_tokens
         self._prompts = cycle(prompts)
-        longest = max(map(len, prompts)) + new_tokens // 2
-        self._plans = autoregressive if method == "ar" else lm.costs.auto(size, longest)
+        context = sum(map(len, prompts)) // len(prompts) + new_tokens // 2
+        self._plans = autoregressive if method == "ar" else lm.costs.auto(size, context)
         self._decoder = Decoder(lm.target, lm.rows)
 
     def turn(self) -> None:

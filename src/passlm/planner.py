@@ -22,6 +22,7 @@ from passlm.plan import Chain, Choice, Limits, Plan, Shared
 LONGEST_LOOKUP = 12  # candidates of a lookup chain
 _PASSES_A_LOOK = 8  # passes between two looks at the counts, for each text of the batch,
 _MOST_LOOKS_APART = 4  # up to so many: looking takes time that all of them wait for
+_LOOKS_A_WORTH = 4  # of these, what groups are worth is reckoned anew at one: it takes the longest
 _FIRST_ROUNDS = 3  # of weighing groups by plans and plans by groups, before the first pass
 _MEMORY = 0.97  # what counts keep of their weight when one more is counted
 _LONG_MEMORY = 0.998  # and from pass to pass, so that what failed once is tried again
@@ -263,8 +264,11 @@ class AutoChooser:
         """The chain to verify and the plan of the pass; see `plan.Chooser`."""
         self._passes += 1
         self._shared = limits.shared
-        if self._passes % (_PASSES_A_LOOK * min(self._texts, _MOST_LOOKS_APART)) == 0:
+        apart = _PASSES_A_LOOK * min(self._texts, _MOST_LOOKS_APART)
+        if self._passes % (apart * (1 if self._texts == 1 else _LOOKS_A_WORTH)) == 0:
             self._weigh_anew()
+        elif self._passes % apart == 0:
+            self._weighed.clear()
         evidence = max((chain.evidence for chain in chains), default=0)
         self._fade(self._offered)
         self._offered[evidence] = self._offered.get(evidence, 0.0) + 1
