@@ -1,4 +1,4 @@
-"""Writes README's table of measured results from the benchmark's own files in docs/results.
+"""Writes README's tables of measured results from the benchmark's own files in docs/results.
 
 With --check it only says whether README shows what the files hold.
 """
@@ -13,52 +13,63 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-RESULTS = ("int8-compiled", "auto-compiled", "auto-eager", "humaneval")
+RESULTS = ("all-compiled", "int8-compiled", "humaneval")
 NAMES = {
-    "ar": "plain decoding",
+    "ar": "plain decoding, tokens/s",
     "lookup": "prompt lookup alone",
     "hf": "transformers' `generate`",
     "hf-prompt-lookup": "transformers' prompt lookup",
+    "llama-cpp": "llama.cpp",
 }
 BEGIN, END = "<!-- measured: recipes/readme_table.py -->\n", "<!-- /measured -->"
-COLUMNS = "| prompts | method | L | tokens/s | against plain | tokens/pass | same text |"
 
 
-def table(name: str) -> str:
-    """One result file as a table with a line on where it comes from."""
+def tables(name: str) -> str:
+    """One result file: a table for each temperature, and a line on where it comes from."""
     results = json.loads((ROOT / "docs/results" / name / "results.json").read_text())
-    runs, machine = results["runs"], results["provenance"]["machine"]
-    lines = [COLUMNS, "| --- | --- |" + " ---: |" * 5, *map(row, runs)]
-    settings, plain = results["settings"], [run for run in runs if run["method"] == "ar"]
+    runs = results["runs"]
+    temperatures = sorted({run["temperature"] for run in runs})
+    made = [table([r for r in runs if r["temperature"] == t], t) for t in temperatures]
+    return "\n\n".join([*made, source(name, results)]) + "\n"
+
+
+def table(runs: list[dict[str, Any]], temperature: float) -> str:
+    """A row for each method, a column for each suite: speed over plain decoding."""
+    suites = list(dict.fromkeys(run["suite"] for run in runs))
+    drawn = f"temperature {temperature:g}" if temperature else "greedy"
+    lines = [f"| {drawn} | {' | '.join(suites)} |", "| --- |" + " --- |" * len(suites)]
+    found: dict[tuple[str, int], dict[str, str]] = {}
+    for run in runs:
+        key = run["method"], run["lookahead_tokens"]
+        found.setdefault(key, {})[run["suite"]] = cell(run)
+    for (method, tokens), cells in found.items():
+        label = NAMES.get(method, method) + (f", L = {tokens}" if tokens else "")
+        lines.append(f"| {label} | {' | '.join(cells[suite] for suite in suites)} |")
+    return "\n".join(lines)
+
+
+def cell(run: dict[str, Any]) -> str:
+    """Tokens a second of plain decoding; of another method its speed over that."""
+    if run["method"] == "ar":
+        return f"{run['tokens_per_second']:.1f}"
+    low, high = run["speedup_interval"]
+    return f"{run['speedup_vs_ar']:.2f} ({low:.2f} to {high:.2f})"
+
+
+def source(name: str, results: dict[str, Any]) -> str:
+    """Where figures come from."""
+    settings, machine = results["settings"], results["provenance"]["machine"]
+    plain = [run for run in results["runs"] if run["method"] == "ar"]
     passes = "compiled passes" if settings.get("compiled") else "eager passes"
     weights = settings["dtype"]
     if settings.get("quantize"):
         weights = f"ours {settings['quantize']}, transformers' {weights}"
-    source = (
+    return (
         f"{plain[0]['prompts']} prompts of each suite, "
-        f"{sum(run['tokens'] for run in plain):,} new tokens, greedy, {passes}, "
+        f"{sum(run['tokens'] for run in plain):,} new tokens a method, {passes}, "
         f"{weights}, {machine['threads']} threads of {machine['processor']}; "
         f"[report](docs/results/{name}/report.md)"
     )
-    return "\n".join([*lines, "", source, ""])
-
-
-def row(run: dict[str, Any]) -> str:
-    """One run of a method."""
-    interval = run["speedup_interval"]
-    against = f"{run['speedup_vs_ar']:.2f}"
-    if interval is not None and run["method"] != "ar":
-        against += f" ({interval[0]:.2f} to {interval[1]:.2f})"
-    cells = [
-        run["suite"],
-        NAMES.get(run["method"], run["method"]),
-        str(run["lookahead_tokens"] or ""),
-        f"{run['tokens_per_second']:.1f}",
-        against,
-        "" if run["tokens_per_pass"] is None else f"{run['tokens_per_pass']:.2f}",
-        "" if run["identical_to_ar"] is None else f"{100 * run['identical_to_ar']:.0f} %",
-    ]
-    return f"| {' | '.join(cells)} |"
 
 
 def readme() -> str:
@@ -66,7 +77,7 @@ def readme() -> str:
     text = README.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
-    return before + BEGIN + "\n".join(map(table, RESULTS)) + END + after
+    return before + BEGIN + "\n".join(map(tables, RESULTS)) + END + after
 
 
 def main() -> int:
