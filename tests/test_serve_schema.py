@@ -11,11 +11,12 @@ from fastapi.exceptions import RequestValidationError
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase as ChatParams
 from openai.types.completion_create_params import CompletionCreateParamsBase as CompletionParams
 from pydantic import ValidationError
+from starlette.exceptions import HTTPException
 
 from passlm.errors import InputError
 from passlm.generate import Generator
 from passlm.serve.asks import Intake, Wanted
-from passlm.serve.faults import ApiError, from_validation, refused
+from passlm.serve.faults import ApiError, from_http, from_validation, refused
 from passlm.serve.schema import ChatRequest, CompletionRequest
 from passlm.serve.settings import ServeSettings, SettingsError
 
@@ -334,6 +335,12 @@ def test_messages_reach_the_template(intake: Intake, lm: Generator) -> None:
         ],
     )
     assert lm.decode(wanted.asks[0].prompt) == "<system>d<user>ab<assistant>c<assistant>"
+
+
+def test_a_status_that_nobody_thought_of_is_an_error_all_the_same() -> None:
+    """Catches a refusal of the framework that becomes a fault of ours."""
+    error = from_http(HTTPException(416, "no such range"), "/static/app.js")
+    assert (error.status, error.reply.error.code) == (416, "invalid_request")
 
 
 def test_settings_that_make_no_sense_are_refused() -> None:

@@ -413,3 +413,17 @@ def test_a_processor_that_raises(llama: Target) -> None:
         finish(decoder, rig)
     for row, prompt, text in ((first, prompts[0], truth[0]), (last, prompts[2], truth[2])):
         assert row.tokens == [*prompt, *text]
+
+
+def test_sizes_are_known_while_a_pass_has_the_body_replaced(llama: Target) -> None:
+    """Catches a server's web side that asks for the vocabulary in the middle of a pass and fails:
+    transformers finds the embeddings through the body, which `logits` replaces for a moment."""
+    found: list[int] = []
+    hook = llama.model.get_output_embeddings().register_forward_hook(
+        lambda *_: found.append(llama.vocabulary + llama.d_model)
+    )
+    try:
+        llama.logits(torch.zeros(1, llama.d_model))
+    finally:
+        hook.remove()
+    assert found == [llama.vocabulary + llama.d_model]

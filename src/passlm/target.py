@@ -65,6 +65,9 @@ class Target:
         self.model = model
         self.config = model.config.get_text_config()
         check_supported(model)
+        # Kept, since other threads may ask for sizes while `logits` has the model's body replaced.
+        embedding: Any = model.get_input_embeddings()
+        self._embedding: nn.Embedding = embedding
         self._window = window_of(self.config)
         self._kinds = layer_kinds(self.config, self._window)
         self._grouped = can_group(model)
@@ -116,11 +119,6 @@ class Target:
         if limit is None:
             limit = getattr(self.config, "max_position_embeddings", None)
         return int(limit) if limit else None
-
-    @property
-    def _embedding(self) -> torch.nn.Embedding:
-        embedding: Any = self.model.get_input_embeddings()
-        return embedding  # type: ignore[no-any-return]
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Input embeddings of token ids, `[..., d_model]`."""

@@ -77,12 +77,13 @@ def run(arguments: argparse.Namespace) -> None:
                 arguments.host,
                 KEY_VARIABLE,
             )
-        _raise_file_limit()
-        lm = loaded(arguments)
+        raise_file_limit()
         from passlm.serve.app import create_app
-        from passlm.serve.worker import Worker
+        from passlm.serve.worker import Worker, model_thread
 
-        worker = Worker(lm, worker_settings)
+        thread = model_thread()
+        lm = thread.submit(loaded, arguments).result()
+        worker = Worker(lm, worker_settings, thread)
         app = create_app(lm, worker, settings)
         worker.start()
         line = f"passlm serves {settings.model_name} on {address_of(listening)}"
@@ -157,7 +158,7 @@ def read_keys(file: Path | None, variable: str | None) -> tuple[str, ...]:
     return tuple(keys)
 
 
-def _raise_file_limit() -> None:
+def raise_file_limit() -> None:
     """Each connection is an open file, and the usual limit is low."""
     try:
         import resource

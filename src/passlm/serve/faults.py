@@ -59,7 +59,7 @@ class ApiError(Exception):
         self.status = status
         self.param = param
         blamed = status == http.HTTPStatus.BAD_REQUEST and param is not None
-        self.code = code or ("invalid_value" if blamed else _CODES[status])
+        self.code = code or ("invalid_value" if blamed else _CODES.get(status, _CODES[400]))
         self.headers = dict(headers or {})
 
     @property

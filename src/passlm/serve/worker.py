@@ -11,8 +11,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-
-import torch
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from passlm.decode import PromptError
 from passlm.generate import Generator
@@ -22,15 +21,26 @@ from passlm.serve.scheduler import Scheduler
 _log = logging.getLogger(__name__)
 
 
+def model_thread() -> ThreadPoolExecutor:
+    """A thread for a model to be loaded and decoded in."""
+    return ThreadPoolExecutor(1, "passlm-worker")
+
+
 class Worker:
     """Decodes texts that join and leave while others run.
 
     Args:
         lm: model, tokenizer and look-ahead rows; nothing else may use them any more.
         settings: how much it takes on.
+        thread: an executor of one thread, which is the worker's from `start` on: that in which the
+            model was loaded. OpenMP keeps a team of threads for each thread that ever computed, and
+            with two teams on all cores GNU's lets both sleep at every step of a pass, which then
+            takes twice as long. None makes one.
     """
 
-    def __init__(self, lm: Generator, settings: WorkerSettings) -> None:
+    def __init__(
+        self, lm: Generator, settings: WorkerSettings, thread: ThreadPoolExecutor | None = None
+    ) -> None:
         self.lm = lm
         self.settings = settings
         self._scheduler = Scheduler(lm, settings)
@@ -40,7 +50,8 @@ class Worker:
         self._ready = False
         self._deadline: float | None = None  # of the texts under way, once nothing more is taken
         self._finished = True
-        self._thread = threading.Thread(target=self._run, name="passlm-worker", daemon=True)
+        self._thread = model_thread() if thread is None else thread
+        self._running: Future[None] | None = None
 
     @property
     def max_context(self) -> int:
@@ -49,7 +60,7 @@ class Worker:
 
     def start(self) -> None:
         """Begin: the thread gets ready first, see `State.ready`, and takes texts meanwhile."""
-        self._thread.start()
+        self._running = self._thread.submit(self._run)
 
     def submit(self, asks: Sequence[Ask], deliver: Deliver) -> list[Job]:
         """Take on the texts of one request, all or none.
@@ -67,7 +78,7 @@ class Worker:
         for ask in asks:
             self._check(ask)
         with self._changed:
-            if self._deadline is not None or not self._thread.is_alive():
+            if self._deadline is not None or not self._alive:
                 raise ClosedError("the server is shutting down: try another one")
             self._check_queue(len(jobs))
             self._inbox += jobs
@@ -86,7 +97,7 @@ class Worker:
         with self._changed:
             waiting = len(self._inbox) + own.waiting
         return State(
-            ready=self._ready and self._deadline is None and self._thread.is_alive(),
+            ready=self._ready and self._deadline is None and self._alive,
             running=own.running,
             waiting=waiting,
             cached_tokens=own.cached_tokens,
@@ -109,9 +120,14 @@ class Worker:
             if self._deadline is None:
                 self._deadline = time.monotonic() + grace
             self._changed.notify()
-        if self._thread.is_alive():
-            self._thread.join()
+        if self._running is not None:
+            self._running.result()
+        self._thread.shutdown()
         return self._finished
+
+    @property
+    def _alive(self) -> bool:
+        return self._running is not None and not self._running.done()
 
     def _check(self, ask: Ask) -> None:
         """Whether a prompt can be answered at all."""
@@ -139,7 +155,6 @@ class Worker:
             raise QueueFullError(max(1, math.ceil(rounds * self._scheduler.seconds_a_text)))
 
     def _run(self) -> None:
-        torch.set_num_threads(torch.get_num_threads())  # OpenMP's setting belongs to a thread
         self._guarded(self._scheduler.warm)
         self._ready = True
         while self._wait():
