@@ -464,7 +464,7 @@ def test_the_log_is_json_and_holds_no_prompts(
         lines = [json.loads(JsonLines().format(record)) for record in caplog.records]
         return {line["id"]: line for line in lines if "log-" in line.get("id", "")}
 
-    with caplog.at_level(logging.DEBUG):
+    with caplog.at_level(logging.DEBUG, logger="passlm"):
         for number, (path, body) in enumerate(bodies):
             server.post(path, body, headers={"x-request-id": f"log-{number}"})
         server.client().get("/health", headers={"x-request-id": "log-3"})
