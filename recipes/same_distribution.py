@@ -63,7 +63,7 @@ CURVE = CostCurve(
     (1, 2, 4, 6),
     (4.7, 4.7, 5.5, 7.0),
 )
-RESULTS, REPORT = "results.json", "report.md"
+RESULTS, REPORT = "tests.json", "report.md"
 NONE = "\N{EN DASH}"
 JUDGED = "judged tokens"  # the test of `JudgedTokens`
 

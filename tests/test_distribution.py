@@ -395,7 +395,7 @@ def test_a_whole_run(
     monkeypatch.setattr(sys, "argv", command(place, "--out", str(tmp_path / "out"), "--json"))
     assert recipe.main() == 0
     said = capsys.readouterr().out
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    results = json.loads((tmp_path / "out" / "tests.json").read_text())
     assert json.loads(said.splitlines()[-1]) == results
     assert said.startswith((tmp_path / "out" / "report.md").read_text())
     assert results["refused"] == 0

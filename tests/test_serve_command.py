@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 import signal
@@ -35,6 +36,16 @@ BODY = {"model": "model", "prompt": "def f(x):", "max_tokens": 100, "temperature
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return save_folders(tmp_path_factory.mktemp("serve"))
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """A server writes its log in its own way, and would in the tests that follow."""
+    root = logging.getLogger()
+    handlers = list(root.handlers)
+    yield
+    root.handlers = handlers
+    logging.captureWarnings(False)
 
 
 @dataclass
