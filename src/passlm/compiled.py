@@ -15,11 +15,10 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,17 +30,20 @@ from transformers.cache_utils import Cache, StaticLayer
 
 import passlm.attention
 import passlm.lora
+import passlm.packing
+import passlm.products
 import passlm.quantize
+from passlm import products
 from passlm.attention import can_group, grouped
 from passlm.lora import AppliedLora, RowSplit
+from passlm.packing import PackedLinears
 from passlm.provenance import environment
-from passlm.quantize import is_quantized
 
 MOST_ROWS = 1024  # of one pass
 _MOST_TEXTS = 256
 _MOST_SLOTS = 2**20
 _UNFINISHED = "unfinished-"  # of folders in which passes are being compiled
-_PARTS = (passlm.attention, passlm.lora, passlm.quantize)
+_PARTS = (passlm.attention, passlm.lora, passlm.packing, passlm.products, passlm.quantize)
 _TRACED = (__file__, *(str(part.__file__) for part in _PARTS))  # what a package is made by
 _EXAMPLE = (2, 5, 256)  # texts, rows and slots to trace with: any would do
 
@@ -117,8 +119,9 @@ class _Body(nn.Module):
         values: list[Tensor],
     ) -> Tensor:
         layers = [_SlotLayer(k, v, slots) for k, v in zip(keys, values, strict=True)]
-        split = nullcontext() if self.lora is None else self.lora.applied(_GatedSplit(gate))
-        with split:
+        with ExitStack() as stack:
+            if self.lora is not None:
+                stack.enter_context(self.lora.applied(_GatedSplit(gate)))
             output = self.body(
                 inputs_embeds=inputs,
                 position_ids=positions,
@@ -219,6 +222,7 @@ class CompiledPasses:
             "config": self._model.config.to_json_string(),
             "shapes": repr(self.shapes),
             "lora": None if lora is None else _digest(lora.tensors),
+            "products": products.described(),
             "traced": [hashlib.sha256(Path(m).read_bytes()).hexdigest() for m in _TRACED],
             "environment": environment(),
         }
@@ -255,7 +259,11 @@ class _Traced:
             stored,
             stored,
         )
-        with grouped(self.model) if can_group(self.model) else nullcontext():
+        with ExitStack() as stack:
+            if can_group(self.model):
+                stack.enter_context(grouped(self.model))
+            if products.preferred():
+                stack.enter_context(PackedLinears(body).applied())
             return torch.export.export(
                 _Body(body, self.lora and self.lora.traced()),
                 self._inputs(),
@@ -295,7 +303,7 @@ def _compile(traced: _Traced, path: Path) -> None:
         with (
             tempfile.TemporaryDirectory(dir=path.parent, prefix=_UNFINISHED) as folder,
             torch.no_grad(),
-            _settings(is_quantized(traced.model)),
+            _settings(),
         ):
             staged = Path(folder) / path.name
             torch._inductor.aoti_compile_and_package(traced.exported(), package_path=str(staged))
@@ -306,23 +314,19 @@ def _compile(traced: _Traced, path: Path) -> None:
 
 
 @contextmanager
-def _settings(integers: bool) -> Iterator[None]:
-    """Inductor's settings while it compiles.
-
-    Args:
-        integers: products are of 8-bit integers, which its own kernels compute in half the time
-            that oneDNN's calls take.
-    """
+def _settings() -> Iterator[None]:
+    """Inductor's settings while it compiles."""
     import torch._inductor.config as inductor
     import torch.fx.experimental._config as symbols
 
-    if shutil.which("g++") is None and shutil.which("clang++") is None:
+    if products.compiler() is None:
         raise CompileError("there is no C++ compiler here: install g++")
     oblivious: Any = symbols
     # Layers of one input are computed in one call.
     options: dict[str, Any] = {"freezing": True, "cpp.enable_concat_linear": True}
-    if integers:
-        options |= {"max_autotune_gemm": True, "max_autotune_gemm_backends": "CPP"}
+    if products.available():
+        shims = {torch.ops.passlm.rows_product.default: [products.C_SHIM]}
+        options["aot_inductor.custom_ops_to_c_shims"] = shims
     with inductor.patch(options), oblivious.patch(backed_size_oblivious=True):
         yield  # oblivious: a graph traced with 2 texts and 5 rows serves 1 of each as well
 

@@ -22,13 +22,13 @@ import torch
 
 from passlm.cache import RowCache
 from passlm.decode import Decoder, Request
-from passlm.gguf_copy import cache_folder
 from passlm.lookahead import LookAhead, fingerprint
 from passlm.params import SamplingParams
 from passlm.passes import LookAheadRows
 from passlm.plan import Chain, Choice, Chooser, Limits, Plan, Shared
 from passlm.planner import AutoPlan, CostCurve
-from passlm.provenance import environment, provenance, write_atomically
+from passlm import products
+from passlm.provenance import cache_folder, environment, provenance, write_atomically
 from passlm.quantize import Int8Linear
 from passlm.target import Target
 
@@ -238,6 +238,7 @@ class Costs:
         return {
             "model": asdict(fingerprint(self.target)),
             "engine": self.target.engine,
+            "products": products.described(),
             "dtype": str(self.target.dtype),
             "device": str(self.target.device),
             "environment": environment(),

@@ -21,11 +21,11 @@ from transformers import PreTrainedTokenizerBase
 from passlm.costs import Costs
 from passlm.decode import Decoder, PromptError, Request, Row
 from passlm.detokenize import Detokenizer
-from passlm.gguf_copy import cache_folder
 from passlm.lookahead import LookAhead, load_for
 from passlm.models import DEFAULT_MODEL, load_model
 from passlm.outputs import Chunk, FinishReason, Output, Stats, Step
 from passlm.params import METHODS, ParameterError, SamplingParams, StopParams
+from passlm.provenance import cache_folder
 from passlm.plan import Adaptive, Strategy, strategy
 from passlm.quantize import quantized
 from passlm.stopping import StopStrings

@@ -19,9 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from passlm.errors import InputError
-from passlm.provenance import write_atomically
-
-CACHE_VARIABLE = "PASSLM_CACHE"
+from passlm.provenance import CACHE_VARIABLE, cache_folder, write_atomically
 
 _COPY_FORMAT = 1  # raise it when a copy made by older code must not be used any more
 _MANIFEST = "manifest.json"
@@ -32,16 +30,6 @@ _log = logging.getLogger(__name__)
 
 class ModelError(InputError):
     """A model that cannot be found or used; one line that says what is wrong and the cure."""
-
-
-def cache_folder() -> Path:
-    """The folder for what can be made again: the `PASSLM_CACHE` variable, or the user's own."""
-    chosen = os.environ.get(CACHE_VARIABLE)
-    if chosen:
-        return Path(chosen).expanduser().absolute()
-    from platformdirs import user_cache_path
-
-    return user_cache_path("passlm")
 
 
 def one_line(error: BaseException) -> str:

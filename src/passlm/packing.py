@@ -1,9 +1,10 @@
-"""Linear layers in the layout that oneDNN's kernels read best, for passes of few rows on a CPU.
+"""Linear layers in a layout for passes of few rows on a CPU.
 
 Torch hands oneDNN a plain weight matrix, which is laid out anew in every product of more than one
-row: in bfloat16 five rows then cost 1.7 times one row. Laid out once, they cost 1.4 times as much,
-and one row costs two thirds. The price is a second copy of the weights. The weights themselves are
-not touched: the layers compute with the copies inside a `with` block only.
+row: in bfloat16 five rows then cost 1.7 times one row. Weights are laid out once: for our own
+products (`products.py`) where the machine has them, else, in bfloat16, for oneDNN's. The price is a
+second copy of the weights. The weights themselves are not touched: the layers compute with the
+copies inside a `with` block only.
 """
 
 from __future__ import annotations
@@ -16,23 +17,22 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
-_ROWS = 4  # what the layout is chosen for; measured good from 1 row to 25
+from passlm import products
+
+_ROWS = 4  # what oneDNN's layout is chosen for; measured good from 1 row to 25
 
 
 def can_pack(model: nn.Module) -> bool:
-    """Whether packing pays: bfloat16 weights on a CPU whose oneDNN computes in it."""
-    return (
-        any(_packable(module) for module in model.modules())
-        and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
-        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    )
+    """Whether packing pays: weights on a CPU in a type that it has fast products for."""
+    return any(_packable(module) for module in model.modules())
 
 
 class PackedLinears:
     """Packed copies of a model's linear layers.
 
     Args:
-        model: its plain bfloat16 `nn.Linear` layers on the CPU are packed; others stay as they are.
+        model: its plain `nn.Linear` layers are packed where `can_pack` says so; others stay as
+            they are.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -80,16 +80,24 @@ class PackedLinears:
 
 
 def _packable(module: nn.Module) -> TypeGuard[nn.Linear]:
-    return (
-        type(module) is nn.Linear
-        and module.weight.dtype == torch.bfloat16
-        and module.weight.device.type == "cpu"
-    )
+    if type(module) is not nn.Linear or module.weight.device.type != "cpu":
+        return False
+    dtype = module.weight.dtype
+    if dtype in (torch.bfloat16, torch.float32) and products.preferred():
+        return True
+    return dtype == torch.bfloat16 and _has_onednn()
+
+
+def _has_onednn() -> bool:
+    available = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+    return available and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _packed_forward(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
-    packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), _ROWS)
     bias = layer.bias
+    if products.preferred():
+        return products.RowsProduct(layer.weight, bias=bias).forward
+    packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), _ROWS)
     product = torch.ops.mkldnn._linear_pointwise.default
 
     def forward(rows: Tensor) -> Tensor:

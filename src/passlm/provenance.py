@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+CACHE_VARIABLE = "PASSLM_CACHE"
 _PACKAGES = ("torch", "transformers", "safetensors", "numpy")
 
 
@@ -59,6 +60,16 @@ def commit() -> str | None:
         return _git("describe", "--always", "--dirty", "--abbrev=12") or None
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def cache_folder() -> Path:
+    """The folder for what can be made again: the `PASSLM_CACHE` variable, or the user's own."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    if chosen:
+        return Path(chosen).expanduser().absolute()
+    from platformdirs import user_cache_path
+
+    return user_cache_path("passlm")
 
 
 def _git(*arguments: str) -> str:

@@ -1,0 +1,316 @@
+// Products of a few rows with a matrix of weights, for CPUs; see products.py.
+//
+// Decoding multiplies one to some twenty rows with every weight of the model. What that costs is
+// reading the weights, as long as the rows' arithmetic keeps up: here weights are unpacked to
+// float32 in registers, and each is multiplied with all rows before the next is read. An output is
+// summed up over the inputs in their order by one chain of fused multiply-adds, whatever the number
+// of rows: a row's result does not depend on the rows beside it, bit for bit.
+//
+// Weights lie in blocks of LANES words of 32 bits for each input: a word holds 1 float32, 2 bfloat16
+// or 4 int8 weights of as many outputs, those of one word LANES outputs apart.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include <omp.h>
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+namespace {
+
+constexpr int REGISTERS = LANES == 16 ? 32 : 16;
+constexpr int WIDE = 4;    // vectors of outputs at a time, where rows are few
+constexpr int NARROW = 2;  // where they are more
+// Sums, weights and a row's number stay in registers.
+constexpr int FEW_ROWS = (REGISTERS - WIDE - 1) / WIDE;
+constexpr int MOST_ROWS = (REGISTERS - NARROW - 1) / NARROW;  // of one tile
+// Bytes asked for before they are needed, into the first cache and into the second.
+constexpr int SOON = 1024;
+constexpr int LATER = 8192;
+
+typedef float Floats __attribute__((vector_size(LANES * 4)));
+typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
+typedef int32_t Integers __attribute__((vector_size(LANES * 4)));
+
+// What a word of weights holds.
+
+struct Float32 {
+    static constexpr int weights = 1;
+    template <int at>
+    static Floats unpacked(Words words) {
+        return (Floats)words;
+    }
+};
+
+struct BFloat16 {
+    static constexpr int weights = 2;
+    template <int at>
+    static Floats unpacked(Words words) {
+        return at == 0 ? (Floats)(words << 16) : (Floats)(words & 0xffff0000u);
+    }
+};
+
+struct Int8 {
+    static constexpr int weights = 4;
+    template <int at>
+    static Floats unpacked(Words words) {
+        const Words top = at == 3 ? words : words << (24 - 8 * at);
+        return __builtin_convertvector((Integers)top >> 24, Floats);
+    }
+};
+
+template <class Kind, int first, int at, int count>
+inline __attribute__((always_inline)) void unpack(const Words* words, Floats* into) {
+    if constexpr (at < count) {
+        constexpr int place = first + at;
+        into[at] = Kind::template unpacked<place % Kind::weights>(words[place / Kind::weights]);
+        unpack<Kind, first, at + 1, count>(words, into);
+    }
+}
+
+// What becomes of the sums of some outputs: scaled, the bias added, rounded to the type of the rows.
+
+struct Output {
+    const float* scale;  // null: 1
+    const char* bias;    // null: 0; of the type of `out`
+    char* out;
+    int64_t width;
+    bool half;           // bfloat16, not float32
+
+    static float widened(const char* from) {
+        uint16_t bits;
+        std::memcpy(&bits, from, 2);
+        const uint32_t word = uint32_t(bits) << 16;
+        float value;
+        std::memcpy(&value, &word, 4);
+        return value;
+    }
+
+    void store(const float* sums, int64_t row, int64_t column, int64_t count) const {
+        float values[WIDE * LANES];
+        for (int64_t i = 0; i < count; i++) {
+            values[i] = scale ? sums[i] * scale[column + i] : sums[i];
+        }
+        if (bias && half) {
+            for (int64_t i = 0; i < count; i++) values[i] += widened(bias + 2 * (column + i));
+        } else if (bias) {
+            const float* added = reinterpret_cast<const float*>(bias) + column;
+            for (int64_t i = 0; i < count; i++) values[i] += added[i];
+        }
+        if (!half) {
+            std::memcpy(out + 4 * (row * width + column), values, 4 * count);
+            return;
+        }
+        uint16_t rounded[WIDE * LANES];
+        for (int64_t i = 0; i < count; i++) {  // to the nearest, ties to even
+            uint32_t word;
+            std::memcpy(&word, values + i, 4);
+            const uint32_t even = (word + 0x7fffu + ((word >> 16) & 1)) >> 16;
+            rounded[i] = values[i] == values[i] ? uint16_t(even) : uint16_t(0x7fc0);
+        }
+        std::memcpy(out + 2 * (row * width + column), rounded, 2 * count);
+    }
+};
+
+// Some rows times `count` vectors of outputs, from vector `first` of a block on.
+//
+// rows: [inputs, rows], float32. weights: blocks, [inputs, LANES] each.
+template <class Kind, int rows, int count, int first>
+__attribute__((noinline)) void tile(const float* __restrict given,
+                                    const uint32_t* __restrict weights, int64_t inputs,
+                                    const Output& output, int64_t row, int64_t column) {
+    constexpr int blocks = (first + count + Kind::weights - 1) / Kind::weights;
+    Floats sums[rows][count] = {};
+    for (int64_t k = 0; k < inputs; k++) {
+        Words words[blocks];
+        for (int b = 0; b < blocks; b++) {
+            const uint32_t* from = weights + (b * inputs + k) * LANES;
+            std::memcpy(&words[b], from, sizeof(Words));
+            __builtin_prefetch(reinterpret_cast<const char*>(from) + SOON, 0, 3);
+            __builtin_prefetch(reinterpret_cast<const char*>(from) + LATER, 0, 2);
+        }
+        Floats unpacked[count];
+        unpack<Kind, first, 0, count>(words, unpacked);
+        for (int r = 0; r < rows; r++) {
+            for (int v = 0; v < count; v++) sums[r][v] += unpacked[v] * given[k * rows + r];
+        }
+    }
+    const int64_t left = std::min<int64_t>(count * LANES, output.width - column);
+    for (int r = 0; r < rows && left > 0; r++) {
+        float stored[count * LANES];
+        std::memcpy(stored, sums[r], sizeof(stored));
+        output.store(stored, row + r, column, left);
+    }
+}
+
+// Some rows times the blocks from `begin` to `end`.
+template <class Kind, int rows>
+void tiles(const float* given, const uint32_t* weights, int64_t inputs, int64_t begin, int64_t end,
+           const Output& output, int64_t row) {
+    constexpr int count = rows <= FEW_ROWS ? WIDE : NARROW;
+    constexpr int wide = Kind::weights * LANES;  // outputs of a block
+    const int64_t size = inputs * LANES;
+    int64_t b = begin;
+    if constexpr (count >= Kind::weights) {
+        constexpr int together = count / Kind::weights;
+        for (; b + together <= end; b += together) {
+            tile<Kind, rows, count, 0>(given, weights + b * size, inputs, output, row, b * wide);
+        }
+        for (; b < end; b++) {
+            tile<Kind, rows, Kind::weights, 0>(given, weights + b * size, inputs, output, row,
+                                               b * wide);
+        }
+    } else {
+        for (; b < end; b++) {
+            const uint32_t* block = weights + b * size;
+            tile<Kind, rows, NARROW, 0>(given, block, inputs, output, row, b * wide);
+            tile<Kind, rows, NARROW, NARROW>(given, block, inputs, output, row,
+                                             b * wide + NARROW * LANES);
+        }
+    }
+}
+
+template <class Kind, int rows = MOST_ROWS>
+void of_rows(int64_t number, const float* given, const uint32_t* weights, int64_t inputs,
+             int64_t begin, int64_t end, const Output& output, int64_t row) {
+    if (number == rows) {
+        tiles<Kind, rows>(given, weights, inputs, begin, end, output, row);
+    } else if constexpr (rows > 1) {
+        of_rows<Kind, rows - 1>(number, given, weights, inputs, begin, end, output, row);
+    }
+}
+
+// All rows times all blocks; `starts` are the first rows of the tiles, and the end.
+template <class Kind>
+void multiply(const std::vector<int64_t>& starts, const float* given, const uint32_t* weights,
+              int64_t inputs, int64_t blocks, const Output& output, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        const int64_t part = omp_get_thread_num(), parts = omp_get_num_threads();
+        const int64_t begin = blocks * part / parts, end = blocks * (part + 1) / parts;
+        // With several tiles of rows, weights are read again from the cache, not from memory.
+        const int64_t step = starts.size() > 2 ? std::max(1, WIDE / Kind::weights) : end - begin;
+        for (int64_t b = begin; b < end; b += step) {
+            for (size_t t = 0; t + 1 < starts.size(); t++) {
+                of_rows<Kind>(starts[t + 1] - starts[t], given + starts[t] * inputs, weights,
+                              inputs, b, std::min(b + step, end), output, starts[t]);
+            }
+        }
+    }
+}
+
+struct View {
+    char* data;
+    int64_t dimensions;
+    int64_t* sizes;
+    int64_t* strides;
+    int64_t numbers;
+    int32_t type;
+
+    explicit View(AtenTensorHandle tensor) {
+        void* start;
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor, &start));
+        data = static_cast<char*>(start);
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor, &dimensions));
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor, &sizes));
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor, &strides));
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(tensor, &numbers));
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor, &type));
+    }
+};
+
+// Rows of any strides as float32, each tile as [inputs, rows].
+void lay_out(const View& rows, bool half, const std::vector<int64_t>& starts, int64_t inputs,
+             float* into) {
+    const int64_t last = rows.strides[rows.dimensions - 1];
+    for (size_t t = 0; t + 1 < starts.size(); t++) {
+        const int64_t number = starts[t + 1] - starts[t];
+        float* tile_rows = into + starts[t] * inputs;
+        for (int64_t r = 0; r < number; r++) {
+            int64_t rest = starts[t] + r, offset = 0;
+            for (int64_t d = rows.dimensions - 2; d >= 0; d--) {
+                offset += rest % rows.sizes[d] * rows.strides[d];
+                rest /= rows.sizes[d];
+            }
+            if (half) {
+                const char* from = rows.data + 2 * offset;
+                for (int64_t k = 0; k < inputs; k++) {
+                    tile_rows[k * number + r] = Output::widened(from + 2 * k * last);
+                }
+            } else {
+                const float* from = reinterpret_cast<const float*>(rows.data) + offset;
+                for (int64_t k = 0; k < inputs; k++) tile_rows[k * number + r] = from[k * last];
+            }
+        }
+    }
+}
+
+AtenTensorHandle product(AtenTensorHandle given, AtenTensorHandle packed, AtenTensorHandle scales,
+                         AtenTensorHandle biases, int64_t width, int64_t threads) {
+    const View rows(given), weights(packed), scale(scales), bias(biases);
+    const bool half = rows.type == aoti_torch_dtype_bfloat16();
+    STD_TORCH_CHECK(half || rows.type == aoti_torch_dtype_float32(),
+                    "rows must be bfloat16 or float32");
+    STD_TORCH_CHECK(rows.sizes[rows.dimensions - 1] == weights.sizes[1],
+                    "rows have another number of inputs than the weights");
+    STD_TORCH_CHECK(!bias.numbers || bias.type == rows.type, "the bias is not of the rows' type");
+    const int64_t inputs = rows.sizes[rows.dimensions - 1];
+    std::vector<int64_t> sizes(rows.sizes, rows.sizes + rows.dimensions);
+    sizes.back() = width;
+    std::vector<int64_t> strides(sizes.size(), 1);
+    for (size_t d = sizes.size() - 1; d > 0; d--) strides[d - 1] = strides[d] * sizes[d];
+    AtenTensorHandle made;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(),
+                                                    rows.type, aoti_torch_device_type_cpu(), 0,
+                                                    &made));
+    const int64_t number = inputs ? rows.numbers / inputs : 0;
+    const int64_t count = (number + MOST_ROWS - 1) / MOST_ROWS;
+    std::vector<int64_t> starts;  // tiles of rows, as equal as can be
+    for (int64_t t = 0; t <= count; t++) starts.push_back(count ? number * t / count : 0);
+    static thread_local std::vector<float> laid_out;
+    laid_out.resize(number * inputs);
+    lay_out(rows, half, starts, inputs, laid_out.data());
+    const Output output{scale.numbers ? reinterpret_cast<const float*>(scale.data) : nullptr,
+                        bias.numbers ? bias.data : nullptr, View(made).data, width, half};
+    const auto* words = reinterpret_cast<const uint32_t*>(weights.data);
+    const int64_t blocks = weights.sizes[0];
+    if (weights.type == aoti_torch_dtype_bfloat16()) {
+        multiply<BFloat16>(starts, laid_out.data(), words, inputs, blocks, output, threads);
+    } else if (weights.type == aoti_torch_dtype_int8()) {
+        multiply<Int8>(starts, laid_out.data(), words, inputs, blocks, output, threads);
+    } else {
+        multiply<Float32>(starts, laid_out.data(), words, inputs, blocks, output, threads);
+    }
+    return made;
+}
+
+using torch::stable::Tensor;
+
+Tensor boxed(Tensor rows, Tensor packed, Tensor scale, Tensor bias, int64_t width,
+             int64_t threads) {
+    return Tensor(product(rows.get(), packed.get(), scale.get(), bias.get(), width, threads));
+}
+
+}  // namespace
+
+// What compiled passes call, without torch's dispatcher between.
+extern "C" AOTITorchError aoti_torch_cpu_rows_product(AtenTensorHandle rows,
+                                                      AtenTensorHandle packed,
+                                                      AtenTensorHandle scale,
+                                                      AtenTensorHandle bias, int64_t width,
+                                                      int64_t threads, AtenTensorHandle* made) {
+    try {
+        *made = product(rows, packed, scale, bias, width, threads);
+        return AOTI_TORCH_SUCCESS;
+    } catch (...) {
+        return AOTI_TORCH_FAILURE;
+    }
+}
+
+STABLE_TORCH_LIBRARY_IMPL(passlm, CPU, library) {
+    library.impl("rows_product", TORCH_BOX(&boxed));
+}
