@@ -9,13 +9,14 @@ import torch
 from small_llama import small_llama
 from torch import nn
 
-from passlm import attention
+from passlm import attention, native
 from passlm.attention import can_group, grouped, grouped_attention
 from passlm.passes import PassRow
 from passlm.plan import Plan
 from passlm.target import Target
 
 sdpa = attention.sdpa_attention_forward
+AVAILABLE = native.available()
 
 
 class Layer(nn.Module):
@@ -34,9 +35,13 @@ def drawn(rows: int, masked: bool = True) -> tuple[Any, ...]:
     return query, key, value, mask if masked else None
 
 
+@pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("rows", [1, 2, 7])
-def test_heads_below_each_other_are_heads_apart(rows: int) -> None:
+def test_it_gives_what_transformers_gives(
+    rows: int, own: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches heads given another's keys, and rows given another's mask."""
+    monkeypatch.setattr(native, "available", lambda: own and AVAILABLE)
     given = drawn(rows)
     expected, _ = sdpa(Layer(), *given, scaling=0.3)
     found, weights = grouped_attention(Layer(), *given, scaling=0.3)
@@ -60,6 +65,7 @@ def test_what_it_does_not_know_goes_to_transformers(per_head: bool) -> None:
 
 def test_a_model_takes_it_for_the_time_of_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a model that is changed for good, one that never takes it, and another result."""
+    monkeypatch.setattr(native, "available", lambda: False)
     model = small_llama()
     calls: list[int] = []
     inner = torch.nn.functional.scaled_dot_product_attention
@@ -92,11 +98,132 @@ def test_a_fault_in_a_pass_leaves_the_model_as_it_was() -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_models_without_shared_keys_keep_their_attention() -> None:
+def test_models_that_gain_nothing_keep_their_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches models that have nothing to gain, or do not look into transformers' table."""
-    model = small_llama()
-    model.config.num_key_value_heads = model.config.num_attention_heads
-    assert not can_group(model)
     model = small_llama()
     model._supports_attention_backend = False
     assert not can_group(model)
+    model = small_llama()
+    model.config.num_key_value_heads = model.config.num_attention_heads
+    monkeypatch.setattr(native, "available", lambda: False)
+    assert not can_group(model)
+
+
+SHAPES = (  # texts, heads, heads of keys, rows, slots, numbers of a head
+    (1, 9, 3, 1, 256, 64),
+    (1, 9, 3, 5, 200, 64),
+    (2, 9, 3, 7, 129, 64),
+    (3, 4, 4, 20, 64, 128),
+    (1, 8, 1, 40, 300, 96),
+    (2, 6, 2, 3, 5, 8),
+    (1, 2, 2, 4, 17, 80),
+)
+
+
+def asked(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys, values and a mask of numbers, of which one row in five sees one slot."""
+    texts, heads, key_heads, rows, slots, width = shape
+    generator = torch.Generator().manual_seed(sum(shape))
+    query = torch.randn(texts, rows, heads, width, generator=generator).transpose(1, 2)
+    key, value = (
+        torch.randn(texts, key_heads, slots + 9, width, generator=generator)[:, :, 4 : slots + 4]
+        for _ in range(2)
+    )
+    closed = torch.rand(texts, 1, rows, slots, generator=generator) < 0.4
+    closed[:, :, ::5, 1:] = True
+    closed[..., 0] = False
+    mask = torch.zeros(closed.shape).masked_fill(closed, torch.finfo(dtype).min)
+    return query.to(dtype), key.to(dtype), value.to(dtype), mask.to(dtype)
+
+
+def computed(query: Any, key: Any, value: Any, mask: Any, scale: float = 0.2) -> torch.Tensor:
+    none = query.new_empty(0)
+    found: torch.Tensor = torch.ops.passlm.rows_attention(
+        query, key, value, none if mask is None else mask, scale, torch.get_num_threads()
+    )
+    return found
+
+
+needs_operators = pytest.mark.skipif(
+    not native.available(), reason="this machine has no AVX2, or no C++ compiler"
+)
+
+
+@needs_operators
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_our_own_attention_is_attention(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Catches a head given another's keys, slots or numbers left out at the ends, and a mask of
+    another row or text."""
+    query, key, value, mask = asked(shape, dtype)
+    for given in (mask, mask[:1], None):
+        repeats = shape[1] // shape[2]
+        keys, values = (t.double().repeat_interleave(repeats, 1) for t in (key, value))
+        scores = query.double() @ keys.transpose(2, 3) * 0.2
+        scores += 0 if given is None else given.double()
+        expected = (scores.softmax(-1) @ values).transpose(1, 2)
+        found = computed(query, key, value, given)
+        assert found.dtype == dtype
+        assert found.is_contiguous()
+        tolerance = 1e-5 if dtype == torch.float32 else 0.02
+        torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@needs_operators
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_row_attends_the_same_whatever_is_beside_it(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """Catches sums in another order for other rows, or for a longer cache: validated tokens would
+    differ from plain decoding's where two are about as likely."""
+    query, key, value, mask = asked(shape, dtype)
+    together = computed(query, key, value, mask)
+    for row in range(shape[3]):
+        part = slice(row, row + 1)
+        alone = computed(query[:, :, part], key, value, mask[:, :, part])
+        assert torch.equal(alone, together[:, part])
+    longer = [torch.cat([t, torch.randn_like(t[:, :, :1]).repeat(1, 1, 70, 1)], 2) for t in (key, value)]
+    closed = mask.new_full((*mask.shape[:3], 70), torch.finfo(dtype).min)
+    assert torch.equal(computed(query, *longer, torch.cat([mask, closed], 3)), together)
+
+
+@needs_operators
+def test_a_row_that_sees_nothing_gives_zeros() -> None:
+    """Catches fillers of a batch that are no numbers, and spread through the pass."""
+    query, key, value, mask = asked(SHAPES[2], torch.float32)
+    mask[0, 0, 3] = torch.finfo(torch.float32).min
+    found = computed(query, key, value, mask)
+    assert not found[0, 3].any()
+    assert found[0, 2].all()
+    assert found.isfinite().all()
+
+
+@needs_operators
+def test_large_scores_and_far_ones() -> None:
+    """Catches an exponential that overflows, or gives what is far below the largest a share."""
+    query = torch.full((1, 1, 1, 32), 30.0)
+    key = torch.stack([torch.full((32,), x) for x in (1.0, 0.99, -1.0, 0.5)])[None, None]
+    value = torch.eye(4, 32)[None, None]
+    found = computed(query, key, value, None, 1.0)[0, 0, 0, :4]
+    expected = (query @ key.transpose(2, 3)).double().softmax(-1)[0, 0, 0]
+    torch.testing.assert_close(found.double(), expected, rtol=5e-3, atol=1e-12)
+
+
+@needs_operators
+@pytest.mark.parametrize("what", ["float16", "mixed", "strided", "boolean"])
+def test_what_the_operator_cannot_take_is_refused(what: str) -> None:
+    """Catches memory read that is none of ours."""
+    query, key, value, mask = asked(SHAPES[0], torch.float32)
+    if what == "float16":
+        query, key, value = query.half(), key.half(), value.half()
+    elif what == "mixed":
+        key = key.bfloat16()
+    elif what == "strided":
+        query = query.repeat_interleave(2, -1)[..., ::2]
+    else:
+        mask = mask < 0
+    with pytest.raises(RuntimeError):
+        computed(query, key, value, mask)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from passlm import products
 from passlm.packing import PackedLinears, can_pack
 
 
@@ -13,12 +14,19 @@ def small_model() -> nn.Sequential:
     return layers.to(torch.bfloat16).requires_grad_(False)
 
 
-needs_bfloat16 = pytest.mark.skipif(
-    not can_pack(small_model()), reason="this CPU's oneDNN does not compute in bfloat16"
-)
+@pytest.fixture(params=["own", "oneDNN"])
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Whose products are used."""
+    if request.param == "own" and not products.preferred():
+        pytest.skip("this machine has products of its own, or none")
+    if request.param == "oneDNN":
+        monkeypatch.setattr(products, "preferred", lambda: False)
+        if not can_pack(small_model()):
+            pytest.skip("this CPU's oneDNN does not compute in bfloat16")
+    return str(request.param)
 
 
-@needs_bfloat16
+@pytest.mark.usefixtures("kind")
 @pytest.mark.parametrize("rows", [1, 2, 5, 40])
 def test_packed_rows_equal_plain_ones_up_to_rounding(rows: int) -> None:
     """Catches a layout that fits one number of rows only, and a lost bias."""
@@ -32,7 +40,7 @@ def test_packed_rows_equal_plain_ones_up_to_rounding(rows: int) -> None:
     torch.testing.assert_close(packed, plain, rtol=0.02, atol=0.02)
 
 
-@needs_bfloat16
+@pytest.mark.usefixtures("kind")
 def test_the_model_is_its_own_again_after_the_block_and_after_an_exception() -> None:
     """Catches a model that keeps computing with the copies once we are done."""
     model = small_model()
@@ -45,7 +53,7 @@ def test_the_model_is_its_own_again_after_the_block_and_after_an_exception() -> 
     assert "forward" not in vars(model[0])
 
 
-@needs_bfloat16
+@pytest.mark.usefixtures("kind")
 def test_weights_changed_in_place_are_packed_anew() -> None:
     """Catches copies that go on answering for weights that are no longer there."""
     model = small_model()
@@ -56,7 +64,7 @@ def test_weights_changed_in_place_are_packed_anew() -> None:
         assert not model(inputs).any()
 
 
-@needs_bfloat16
+@pytest.mark.usefixtures("kind")
 def test_a_layer_whose_forward_somebody_replaced_is_left_alone() -> None:
     """Catches packing that throws away another library's hook."""
     model = small_model()
@@ -66,6 +74,8 @@ def test_a_layer_whose_forward_somebody_replaced_is_left_alone() -> None:
     assert "forward" in vars(model[0])
 
 
-def test_float32_is_not_packed() -> None:
-    """Catches packing where it does not pay, and float32 text that changes with it."""
+def test_types_without_fast_products_are_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches packing where it does not pay, and layers lost to it."""
+    assert not can_pack(small_model().to(torch.float16))
+    monkeypatch.setattr(products, "preferred", lambda: False)
     assert not can_pack(small_model().to(torch.float32))

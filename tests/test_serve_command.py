@@ -182,7 +182,8 @@ def test_interrupting_is_130_and_a_second_signal_ends_at_once(
             server.process.send_signal(signal.SIGTERM)
             time.sleep(0.3)
             server.process.send_signal(signal.SIGTERM)
-            assert server.process.wait(5) == 128 + signal.SIGTERM
+            # Its own code, or the signal's where the process was past listening to signals.
+            assert server.process.wait(5) in (128 + signal.SIGTERM, -signal.SIGTERM)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,10 @@
-"""Attention of a few rows over a long cache, keys and values read once for all their query heads.
+"""Attention of a few rows over a long cache on a CPU, keys and values read once for all rows.
 
-Where several query heads share keys and values, transformers copies these for each head before it
-calls torch's attention with a mask. Here the heads' queries stand below each other as further rows
-instead, each with its row's mask: the same products, without the copies. It is handed to models
-through transformers' own table of attention functions, for the time of a pass.
+Handed to models through transformers' own table of attention functions, for the time of a pass. Where
+this machine has our own operators (`native.py`), `cpp/attention.cpp` computes it: what a row gives
+does not depend on the rows beside it. Elsewhere torch's does; transformers copies keys and values
+that several query heads share for each of them before it calls that with a mask, so here the heads'
+queries stand below each other instead, as further rows with their row's mask.
 """
 
 from __future__ import annotations
@@ -18,8 +19,25 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from passlm import native
+
 NAME = "passlm_grouped"
 _ELSEWHERE = ("position_bias", "cache", "softcap", "output_attentions")  # what sdpa knows as well
+_TYPES = (torch.bfloat16, torch.float32)
+_OPERATOR = "passlm::rows_attention"
+
+torch.library.define(
+    _OPERATOR,
+    "(Tensor query, Tensor keys, Tensor values, Tensor mask, float scale, int threads) -> Tensor",
+)
+
+
+@torch.library.register_fake(_OPERATOR)
+def _shape(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float, threads: int
+) -> Tensor:
+    batch, heads, rows, width = query.shape
+    return query.new_empty(batch, rows, heads, width)
 
 
 def grouped_attention(
@@ -38,7 +56,7 @@ def grouped_attention(
         query: `[B, heads, Q, d_head]`.
         key: `[B, key heads, S, d_head]`.
         value: like `key`.
-        attention_mask: `[B, 1, Q, S]`; without one, or with one for each head, transformers'
+        attention_mask: `[B, 1, Q, S]`, numbers that are added; with one for each head transformers'
             function is called.
         scaling: of the products.
         **given: whatever else the layer says.
@@ -46,10 +64,21 @@ def grouped_attention(
     Returns:
         `[B, Q, heads, d_head]`, and no weights.
     """
-    batch, heads, rows, _ = query.shape
+    batch, heads, rows, width = query.shape
     groups = heads // key.shape[1]
     special = any(given.get(name) is not None for name in _ELSEWHERE)
-    if groups == 1 or attention_mask is None or attention_mask.shape[1] != 1 or special:
+    by_head = attention_mask is not None and attention_mask.shape[1] != 1
+    if not special and not by_head and _has_operator(query, key, value, attention_mask):
+        computed: Tensor = torch.ops.passlm.rows_attention(
+            query,
+            key,
+            value,
+            query.new_empty(0) if attention_mask is None else attention_mask,
+            width**-0.5 if scaling is None else scaling,
+            torch.get_num_threads(),
+        )
+        return computed, None
+    if groups == 1 or attention_mask is None or by_head or special:
         plain, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **given
         )
@@ -68,12 +97,20 @@ def grouped_attention(
     return by_head.clone(memory_format=torch.contiguous_format), None
 
 
+def _has_operator(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Whether our own operator computes this."""
+    # Without a mask several rows may mean a causal one.
+    plain = query.shape[2] == 1 if mask is None else mask.dtype in _TYPES
+    same = query.dtype in _TYPES and key.shape[-1] == value.shape[-1] == query.shape[-1]
+    return plain and same and native.available()
+
+
 AttentionInterface.register(NAME, grouped_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def can_group(model: PreTrainedModel) -> bool:
-    """Whether its layers take their attention from transformers' table, and have one to gain.
+    """Whether its layers take their attention from transformers' table, and gain by ours.
 
     On a GPU torch's kernels share keys and values on their own.
     """
@@ -81,7 +118,8 @@ def can_group(model: PreTrainedModel) -> bool:
     heads = getattr(config, "num_attention_heads", 1)
     shared = (getattr(config, "num_key_value_heads", None) or heads) < heads
     takes = bool(getattr(model, "_supports_attention_backend", False))
-    return shared and takes and config._attn_implementation == "sdpa" and model.device.type == "cpu"
+    gains = shared or native.available()
+    return gains and takes and config._attn_implementation == "sdpa" and model.device.type == "cpu"
 
 
 @contextmanager

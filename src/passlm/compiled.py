@@ -33,7 +33,7 @@ import passlm.lora
 import passlm.packing
 import passlm.products
 import passlm.quantize
-from passlm import products
+from passlm import native, products
 from passlm.attention import can_group, grouped
 from passlm.lora import AppliedLora, RowSplit
 from passlm.packing import PackedLinears
@@ -319,14 +319,16 @@ def _settings() -> Iterator[None]:
     import torch._inductor.config as inductor
     import torch.fx.experimental._config as symbols
 
-    if products.compiler() is None:
+    if native.compiler() is None:
         raise CompileError("there is no C++ compiler here: install g++")
     oblivious: Any = symbols
     # Layers of one input are computed in one call.
     options: dict[str, Any] = {"freezing": True, "cpp.enable_concat_linear": True}
-    if products.available():
-        shims = {torch.ops.passlm.rows_product.default: [products.C_SHIM]}
-        options["aot_inductor.custom_ops_to_c_shims"] = shims
+    if native.available():
+        options["aot_inductor.custom_ops_to_c_shims"] = {
+            getattr(torch.ops.passlm, name).default: [shim]
+            for name, shim in native.C_SHIMS.items()
+        }
     with inductor.patch(options), oblivious.patch(backed_size_oblivious=True):
         yield  # oblivious: a graph traced with 2 texts and 5 rows serves 1 of each as well
 

@@ -170,15 +170,22 @@ class Row:
         """
         candidates = self.candidates
         real = 1 + len(candidates)
-        p = self.request.distribution(logits[:real], self.tokens, candidates)
-        noise = self._noise(len(self.tokens), real, Purpose.SETTLE, p.shape[1])
-        if self.request.judge == "coupled":
-            verdict = judge.coupled(p, candidates, noise)
+        distribution = self.request.distribution
+        if distribution.greedy:
+            settled = distribution.best(logits[:real], self.tokens, candidates).tolist()
+            verdict = judge.greedy(settled, candidates)
         else:
-            uniform = self.noise.uniform(len(self.tokens), len(candidates), Purpose.ACCEPT)
-            verdict = judge.rejection(p, self._drawn_from(p), candidates, uniform, noise)
+            verdict = self._verdict(distribution(logits[:real], self.tokens, candidates))
         self._chooser.learn(self.choice, verdict.accepted)
         return [*candidates[: verdict.accepted], verdict.token]
+
+    def _verdict(self, p: Tensor) -> judge.Verdict:
+        """On the candidates, where tokens are drawn from `p`, `[1 + M, V]`."""
+        noise = self._noise(len(self.tokens), len(p), Purpose.SETTLE, p.shape[1])
+        if self.request.judge == "coupled":
+            return judge.coupled(p, self.candidates, noise)
+        uniform = self.noise.uniform(len(self.tokens), len(self.candidates), Purpose.ACCEPT)
+        return judge.rejection(p, self._drawn_from(p), self.candidates, uniform, noise)
 
     def _drawn_from(self, p: Tensor) -> Tensor | None:
         """`q` of the candidates: a copied one is no draw, so its `q` is one-hot."""

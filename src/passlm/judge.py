@@ -37,6 +37,19 @@ def draw(probabilities: Tensor, exponential: Tensor | None) -> Tensor:
     return (probabilities / exponential.to(probabilities)).argmax(-1)
 
 
+def greedy(settled: Sequence[int], candidates: Sequence[int]) -> Verdict:
+    """Accept the candidates that are what settles anyway: both judges where `p` is one-hot.
+
+    Args:
+        settled: the target's tokens after the root and after each candidate, `1 + M`.
+        candidates: the `M` draft tokens.
+    """
+    accepted = 0
+    while accepted < len(candidates) and candidates[accepted] == settled[accepted]:
+        accepted += 1
+    return Verdict(accepted, settled[accepted])
+
+
 def coupled(p: Tensor, candidates: Sequence[int], exponential: Tensor | None) -> Verdict:
     """Settle what plain sampling with the same noise would; a candidate is a guess at it.
 
@@ -48,11 +61,7 @@ def coupled(p: Tensor, candidates: Sequence[int], exponential: Tensor | None) ->
         candidates: the `M` draft tokens.
         exponential: the positions' own noise, `[1 + M, V]`; None where `p` is one-hot.
     """
-    settled = draw(p, exponential).tolist()
-    accepted = 0
-    while accepted < len(candidates) and candidates[accepted] == settled[accepted]:
-        accepted += 1
-    return Verdict(accepted, settled[accepted])
+    return greedy(draw(p, exponential).tolist(), candidates)
 
 
 def acceptance(p: Tensor, q: Tensor, candidates: Tensor) -> Tensor:

@@ -21,7 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from passlm import products
 from passlm.errors import InputError
+from passlm.products import RowsProduct
 
 PROBE_ROWS = 8
 Group = tuple[str, ...]
@@ -185,27 +187,30 @@ class AppliedLora:
         layers = dict(model.named_modules())
         self._bound = model, lora
         self._lock = threading.RLock()
-        self._updates: list[tuple[nn.Module, _Update]] = []
+        self._updates: list[tuple[nn.Module, _Shared, int]] = []  # the last: which of its group
         ups = iter(lora.up)
         for group, down in zip(lora.groups, lora.down, strict=True):
             mine: list[Tensor] = [next(ups) for _ in group]
             shared = _Shared(down, mine)
             if traced:
-                shared = _Traced(down.detach().clone(), [up.detach().clone() for up in mine])
+                down, mine = down.detach().clone(), [up.detach().clone() for up in mine]
+                shared = _Traced(down, mine)
+                if products.preferred():
+                    shared = _Products(down, mine, next(model.parameters()).dtype)
             elif dtype is not None:
                 shared = shared.copied(_device(layers[group[0]]), dtype)
-            self._updates += [(layers[name], _Update(shared, at)) for at, name in enumerate(group)]
+            self._updates += [(layers[name], shared, at) for at, name in enumerate(group)]
 
     def traced(self) -> AppliedLora:
-        """The same updates as sums that a compiler makes loops of."""
+        """The same updates in words for a compiler."""
         model, lora = self._bound
         return AppliedLora(model, lora, None, traced=True)
 
     @property
     def tensors(self) -> list[Tensor]:
         """The matrices, those that layers share once."""
-        shared = {id(update.shared): update.shared for _, update in self._updates}
-        return [t for one in shared.values() for t in (one.down, *one.ups)]
+        own = {id(shared): shared for _, shared, _ in self._updates}
+        return [t for one in own.values() for t in (one.down, *one.ups)]
 
     @contextmanager
     def applied(self, split: RowSplit) -> Iterator[None]:
@@ -217,10 +222,10 @@ class AppliedLora:
         before = []
         with self._lock:  # a second thread would take the forwards away in mid-pass
             try:
-                for layer, update in self._updates:
+                for layer, shared, at in self._updates:
                     own = vars(layer)
                     before.append((layer, own.get("forward")))
-                    own["forward"] = update.around(layer.forward, split)
+                    own["forward"] = shared.around(layer.forward, split, at)
                 yield
             finally:
                 for layer, forward in before:
@@ -228,8 +233,8 @@ class AppliedLora:
                         del vars(layer)["forward"]
                     else:
                         vars(layer)["forward"] = forward
-                for _, update in self._updates:
-                    update.shared.forget()
+                for _, shared, _ in self._updates:
+                    shared.forget()
 
 
 @dataclass
@@ -262,6 +267,16 @@ class _Shared:
             self._seen, self._updates = rows, self._computed(split.take(rows))
         return self._updates
 
+    def around(
+        self, forward: Callable[[Tensor], Tensor], split: RowSplit, at: int
+    ) -> Callable[[Tensor], Tensor]:
+        """The forward of the `at`th layer, with its update."""
+
+        def updated(rows: Tensor) -> Tensor:
+            return split.add(forward(rows), self.of(rows, split)[at])
+
+        return updated
+
     def _computed(self, taken: Tensor) -> Sequence[Tensor]:
         low = nn.functional.linear(taken, self.down.to(taken))
         parts = low.chunk(len(self.ups), dim=1)
@@ -288,7 +303,7 @@ class _Copied(_Shared):
 
 
 class _Traced(_Shared):
-    """The same for a compiler, in float32.
+    """The same for a compiler, in float32 and as sums.
 
     Library calls for products this small cost more than the products; loops are fused with what
     comes before and after them.
@@ -300,20 +315,33 @@ class _Traced(_Shared):
         return [(p[:, :, None] * up.T[None]).sum(1) for p, up in zip(parts, self.ups, strict=True)]
 
 
-@dataclass(frozen=True)
-class _Update:
-    """The update of one layer, the `at`th of its group."""
+class _Products(_Shared):
+    """The same for a compiler, by our own products.
 
-    shared: _Shared
-    at: int
+    `A x` are further inputs of the layers, whose weights for them are `B`: one call more for each
+    group. Layers that have other products get calls of their own.
+    """
+
+    def __init__(self, down: Tensor, ups: list[Tensor], dtype: torch.dtype) -> None:
+        super().__init__(down, ups)
+        self._down = RowsProduct(down.to(dtype))
+        self._alone = [RowsProduct(up.to(dtype)) for up in ups]
+
+    def _computed(self, taken: Tensor) -> Sequence[Tensor]:
+        """What the layers take further, not yet their updates."""
+        parts = len(self.ups)
+        return self._down.forward(taken).split([len(self.down) // parts] * parts, 1)
 
     def around(
-        self, forward: Callable[[Tensor], Tensor], split: RowSplit
+        self, forward: Callable[[Tensor], Tensor], split: RowSplit, at: int
     ) -> Callable[[Tensor], Tensor]:
-        """A forward that adds the update to what `forward` gives."""
+        layer = getattr(forward, "__self__", None)
+        if isinstance(layer, RowsProduct):
+            extended = layer.extended(self.ups[at])
+            return lambda rows: extended.forward(rows, self.of(rows, split)[at])
 
         def updated(rows: Tensor) -> Tensor:
-            return split.add(forward(rows), self.shared.of(rows, split)[self.at])
+            return split.add(forward(rows), self._alone[at].forward(self.of(rows, split)[at]))
 
         return updated
 

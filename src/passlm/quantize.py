@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from passlm import products
+from passlm import native, products
 from passlm.card import SAMPLES, spread
 from passlm.errors import InputError
 from passlm.params import QUANTIZED
@@ -63,7 +63,7 @@ class Int8Linear(nn.Module):
     @property
     def nbytes(self) -> int:
         """Bytes that a pass reads."""
-        return self._product.packed.nbytes + self._product.scale.nbytes
+        return self.in_features * self.out_features + self._product.scale.nbytes
 
     def forward(self, rows: Tensor) -> Tensor:
         """`[..., in]` to `[..., out]`, in the type of `rows`."""
@@ -88,7 +88,7 @@ def quantized(model: PreTrainedModel, kind: str = "int8") -> PreTrainedModel:
     device = next(model.parameters()).device
     if device.type != "cpu":
         raise QuantizeError(f"int8 weights are for CPUs alone, the model is on {device}")
-    if not products.available():
+    if not native.available():
         raise QuantizeError(
             "int8 weights need a CPU with AVX2 or AVX-512, and a C++ compiler: install g++, or leave "
             "quantize out"

@@ -158,6 +158,10 @@ class TokenDistribution:
             return torch.zeros_like(scores).scatter_(1, scores.argmax(-1, keepdim=True), 1.0)
         return scores.softmax(-1)
 
+    def best(self, logits: Tensor, history: Sequence[int], tail: Sequence[int] = ()) -> Tensor:
+        """The likeliest token behind each row, `[R]`; arguments as of a call."""
+        return self._processed(logits.float(), history, tail).argmax(-1)
+
     def _processed(self, scores: Tensor, history: Sequence[int], tail: Sequence[int]) -> Tensor:
         if not self.processors:
             return scores

@@ -9,16 +9,11 @@
 // Weights lie in blocks of LANES words of 32 bits for each input: a word holds 1 float32, 2 bfloat16
 // or 4 int8 weights of as many outputs, those of one word LANES outputs apart.
 
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
 #include <vector>
 
 #include <omp.h>
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
+#include "vectors.h"
 
 namespace {
 
@@ -31,10 +26,7 @@ constexpr int MOST_ROWS = (REGISTERS - NARROW - 1) / NARROW;  // of one tile
 // Bytes asked for before they are needed, into the first cache and into the second.
 constexpr int SOON = 1024;
 constexpr int LATER = 8192;
-
-typedef float Floats __attribute__((vector_size(LANES * 4)));
-typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
-typedef int32_t Integers __attribute__((vector_size(LANES * 4)));
+constexpr int64_t ALONE = 32768;  // bytes of weights that one thread reads faster than several
 
 // What a word of weights holds.
 
@@ -64,7 +56,7 @@ struct Int8 {
 };
 
 template <class Kind, int first, int at, int count>
-inline __attribute__((always_inline)) void unpack(const Words* words, Floats* into) {
+ALWAYS_INLINE void unpack(const Words* words, Floats* into) {
     if constexpr (at < count) {
         constexpr int place = first + at;
         into[at] = Kind::template unpacked<place % Kind::weights>(words[place / Kind::weights]);
@@ -81,15 +73,6 @@ struct Output {
     int64_t width;
     bool half;           // bfloat16, not float32
 
-    static float widened(const char* from) {
-        uint16_t bits;
-        std::memcpy(&bits, from, 2);
-        const uint32_t word = uint32_t(bits) << 16;
-        float value;
-        std::memcpy(&value, &word, 4);
-        return value;
-    }
-
     void store(const float* sums, int64_t row, int64_t column, int64_t count) const {
         float values[WIDE * LANES];
         for (int64_t i = 0; i < count; i++) {
@@ -105,14 +88,11 @@ struct Output {
             std::memcpy(out + 4 * (row * width + column), values, 4 * count);
             return;
         }
-        uint16_t rounded[WIDE * LANES];
-        for (int64_t i = 0; i < count; i++) {  // to the nearest, ties to even
-            uint32_t word;
-            std::memcpy(&word, values + i, 4);
-            const uint32_t even = (word + 0x7fffu + ((word >> 16) & 1)) >> 16;
-            rounded[i] = values[i] == values[i] ? uint16_t(even) : uint16_t(0x7fc0);
-        }
-        std::memcpy(out + 2 * (row * width + column), rounded, 2 * count);
+        uint32_t words[WIDE * LANES];
+        std::memcpy(words, values, 4 * count);
+        uint16_t halves[WIDE * LANES];
+        for (int64_t i = 0; i < count; i++) halves[i] = rounded(words[i]) >> 16;
+        std::memcpy(out + 2 * (row * width + column), halves, 2 * count);
     }
 };
 
@@ -188,7 +168,8 @@ void of_rows(int64_t number, const float* given, const uint32_t* weights, int64_
 template <class Kind>
 void multiply(const std::vector<int64_t>& starts, const float* given, const uint32_t* weights,
               int64_t inputs, int64_t blocks, const Output& output, int threads) {
-#pragma omp parallel num_threads(threads)
+    const bool few = blocks * inputs * int64_t(sizeof(Words)) <= ALONE;
+#pragma omp parallel num_threads(few ? 1 : threads)
     {
         const int64_t part = omp_get_thread_num(), parts = omp_get_num_threads();
         const int64_t begin = blocks * part / parts, end = blocks * (part + 1) / parts;
@@ -203,33 +184,14 @@ void multiply(const std::vector<int64_t>& starts, const float* given, const uint
     }
 }
 
-struct View {
-    char* data;
-    int64_t dimensions;
-    int64_t* sizes;
-    int64_t* strides;
-    int64_t numbers;
-    int32_t type;
-
-    explicit View(AtenTensorHandle tensor) {
-        void* start;
-        TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor, &start));
-        data = static_cast<char*>(start);
-        TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor, &dimensions));
-        TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor, &sizes));
-        TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor, &strides));
-        TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(tensor, &numbers));
-        TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor, &type));
-    }
-};
-
-// Rows of any strides as float32, each tile as [inputs, rows].
-void lay_out(const View& rows, bool half, const std::vector<int64_t>& starts, int64_t inputs,
+// Rows of any strides as float32: each tile as [inputs, rows], from input `first` of `inputs` on.
+void lay_out(const View& rows, const std::vector<int64_t>& starts, int64_t first, int64_t inputs,
              float* into) {
-    const int64_t last = rows.strides[rows.dimensions - 1];
+    const bool half = rows.half();
+    const int64_t width = rows.width(), last = rows.strides[rows.dimensions - 1];
     for (size_t t = 0; t + 1 < starts.size(); t++) {
         const int64_t number = starts[t + 1] - starts[t];
-        float* tile_rows = into + starts[t] * inputs;
+        float* tile_rows = into + starts[t] * inputs + first * number;
         for (int64_t r = 0; r < number; r++) {
             int64_t rest = starts[t] + r, offset = 0;
             for (int64_t d = rows.dimensions - 2; d >= 0; d--) {
@@ -238,47 +200,43 @@ void lay_out(const View& rows, bool half, const std::vector<int64_t>& starts, in
             }
             if (half) {
                 const char* from = rows.data + 2 * offset;
-                for (int64_t k = 0; k < inputs; k++) {
-                    tile_rows[k * number + r] = Output::widened(from + 2 * k * last);
+                for (int64_t k = 0; k < width; k++) {
+                    tile_rows[k * number + r] = widened(from + 2 * k * last);
                 }
             } else {
                 const float* from = reinterpret_cast<const float*>(rows.data) + offset;
-                for (int64_t k = 0; k < inputs; k++) tile_rows[k * number + r] = from[k * last];
+                for (int64_t k = 0; k < width; k++) tile_rows[k * number + r] = from[k * last];
             }
         }
     }
 }
 
-AtenTensorHandle product(AtenTensorHandle given, AtenTensorHandle packed, AtenTensorHandle scales,
-                         AtenTensorHandle biases, int64_t width, int64_t threads) {
-    const View rows(given), weights(packed), scale(scales), bias(biases);
-    const bool half = rows.type == aoti_torch_dtype_bfloat16();
-    STD_TORCH_CHECK(half || rows.type == aoti_torch_dtype_float32(),
-                    "rows must be bfloat16 or float32");
-    STD_TORCH_CHECK(rows.sizes[rows.dimensions - 1] == weights.sizes[1],
-                    "rows have another number of inputs than the weights");
+AtenTensorHandle product(AtenTensorHandle given, AtenTensorHandle more, AtenTensorHandle packed,
+                         AtenTensorHandle scales, AtenTensorHandle biases, int64_t width,
+                         int64_t threads) {
+    const View rows(given), further(more), weights(packed), scale(scales), bias(biases);
+    const int64_t own = rows.width(), inputs = own + (further.numbers ? further.width() : 0);
+    STD_TORCH_CHECK(rows.half() || rows.full(), "rows must be bfloat16 or float32");
+    STD_TORCH_CHECK(inputs == weights.sizes[1], "rows have not as many inputs as the weights");
     STD_TORCH_CHECK(!bias.numbers || bias.type == rows.type, "the bias is not of the rows' type");
-    const int64_t inputs = rows.sizes[rows.dimensions - 1];
+    STD_TORCH_CHECK(!further.numbers || further.type == rows.type,
+                    "the further inputs are not of the rows' type");
     std::vector<int64_t> sizes(rows.sizes, rows.sizes + rows.dimensions);
     sizes.back() = width;
-    std::vector<int64_t> strides(sizes.size(), 1);
-    for (size_t d = sizes.size() - 1; d > 0; d--) strides[d - 1] = strides[d] * sizes[d];
-    AtenTensorHandle made;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(),
-                                                    rows.type, aoti_torch_device_type_cpu(), 0,
-                                                    &made));
-    const int64_t number = inputs ? rows.numbers / inputs : 0;
+    const AtenTensorHandle made = empty(sizes.data(), rows.dimensions, rows.type);
+    const int64_t number = own ? rows.numbers / own : 0;
     const int64_t count = (number + MOST_ROWS - 1) / MOST_ROWS;
     std::vector<int64_t> starts;  // tiles of rows, as equal as can be
     for (int64_t t = 0; t <= count; t++) starts.push_back(count ? number * t / count : 0);
     static thread_local std::vector<float> laid_out;
     laid_out.resize(number * inputs);
-    lay_out(rows, half, starts, inputs, laid_out.data());
+    lay_out(rows, starts, 0, inputs, laid_out.data());
+    if (further.numbers) lay_out(further, starts, own, inputs, laid_out.data());
     const Output output{scale.numbers ? reinterpret_cast<const float*>(scale.data) : nullptr,
-                        bias.numbers ? bias.data : nullptr, View(made).data, width, half};
+                        bias.numbers ? bias.data : nullptr, View(made).data, width, rows.half()};
     const auto* words = reinterpret_cast<const uint32_t*>(weights.data);
     const int64_t blocks = weights.sizes[0];
-    if (weights.type == aoti_torch_dtype_bfloat16()) {
+    if (weights.half()) {
         multiply<BFloat16>(starts, laid_out.data(), words, inputs, blocks, output, threads);
     } else if (weights.type == aoti_torch_dtype_int8()) {
         multiply<Int8>(starts, laid_out.data(), words, inputs, blocks, output, threads);
@@ -290,21 +248,20 @@ AtenTensorHandle product(AtenTensorHandle given, AtenTensorHandle packed, AtenTe
 
 using torch::stable::Tensor;
 
-Tensor boxed(Tensor rows, Tensor packed, Tensor scale, Tensor bias, int64_t width,
+Tensor boxed(Tensor rows, Tensor more, Tensor packed, Tensor scale, Tensor bias, int64_t width,
              int64_t threads) {
-    return Tensor(product(rows.get(), packed.get(), scale.get(), bias.get(), width, threads));
+    return Tensor(product(rows.get(), more.get(), packed.get(), scale.get(), bias.get(), width,
+                          threads));
 }
 
 }  // namespace
 
 // What compiled passes call, without torch's dispatcher between.
-extern "C" AOTITorchError aoti_torch_cpu_rows_product(AtenTensorHandle rows,
-                                                      AtenTensorHandle packed,
-                                                      AtenTensorHandle scale,
-                                                      AtenTensorHandle bias, int64_t width,
-                                                      int64_t threads, AtenTensorHandle* made) {
+extern "C" AOTITorchError aoti_torch_cpu_rows_product(
+    AtenTensorHandle rows, AtenTensorHandle more, AtenTensorHandle packed, AtenTensorHandle scale,
+    AtenTensorHandle bias, int64_t width, int64_t threads, AtenTensorHandle* made) {
     try {
-        *made = product(rows, packed, scale, bias, width, threads);
+        *made = product(rows, more, packed, scale, bias, width, threads);
         return AOTI_TORCH_SUCCESS;
     } catch (...) {
         return AOTI_TORCH_FAILURE;

@@ -1,0 +1,68 @@
+// Registers of LANES numbers, tensors as torch's C interface gives them, and what both kernels need.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+typedef float Floats __attribute__((vector_size(LANES * 4)));
+typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
+typedef int32_t Integers __attribute__((vector_size(LANES * 4)));
+
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
+inline float widened(const char* bfloat16) {
+    uint16_t bits;
+    std::memcpy(&bits, bfloat16, 2);
+    const uint32_t word = uint32_t(bits) << 16;
+    float value;
+    std::memcpy(&value, &word, 4);
+    return value;
+}
+
+// The bits of the nearest bfloat16, ties to even, in the upper half; the lower half is not cleared.
+inline uint32_t rounded(uint32_t word) {
+    const bool number = (word & 0x7fffffffu) <= 0x7f800000u;
+    return number ? word + 0x7fffu + ((word >> 16) & 1) : word | 0x400000u;
+}
+
+struct View {
+    char* data;
+    int64_t dimensions;
+    int64_t* sizes;
+    int64_t* strides;
+    int64_t numbers;
+    int32_t type;
+
+    explicit View(AtenTensorHandle tensor) {
+        void* start;
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor, &start));
+        data = static_cast<char*>(start);
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor, &dimensions));
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor, &sizes));
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor, &strides));
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(tensor, &numbers));
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor, &type));
+    }
+
+    int64_t width() const { return sizes[dimensions - 1]; }
+    bool half() const { return type == aoti_torch_dtype_bfloat16(); }
+    bool full() const { return type == aoti_torch_dtype_float32(); }
+};
+
+// A contiguous tensor that is not filled.
+inline AtenTensorHandle empty(const int64_t* sizes, int64_t dimensions, int32_t type) {
+    int64_t strides[8];
+    STD_TORCH_CHECK(dimensions >= 1 && dimensions <= 8, "a tensor has 1 to 8 dimensions here");
+    strides[dimensions - 1] = 1;
+    for (int64_t d = dimensions - 1; d > 0; d--) strides[d - 1] = strides[d] * sizes[d];
+    AtenTensorHandle made;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dimensions, sizes, strides, type,
+                                                    aoti_torch_device_type_cpu(), 0, &made));
+    return made;
+}

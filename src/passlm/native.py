@@ -1,0 +1,124 @@
+"""Operators of our own in C++ (`cpp/`), compiled when first used and kept in the user's cache folder.
+
+They are for CPUs with AVX2 or AVX-512. What they compute is said in `products.py` and `attention.py`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from passlm.provenance import cache_folder, environment
+
+SOURCES = tuple(sorted((Path(__file__).parent / "cpp").iterdir()))
+_LANES = {"AVX512": 16, "AVX2": 8}  # numbers of 32 bits in a register
+_BUILD_SECONDS = 300
+_COMPILERS = ("g++", "clang++")
+
+C_SHIMS = {
+    "rows_product": """AOTITorchError aoti_torch_cpu_rows_product(
+        AtenTensorHandle rows, AtenTensorHandle more, AtenTensorHandle packed,
+        AtenTensorHandle scale, AtenTensorHandle bias, int64_t width, int64_t threads,
+        AtenTensorHandle* made)""",
+    "rows_attention": """AOTITorchError aoti_torch_cpu_rows_attention(
+        AtenTensorHandle query, AtenTensorHandle keys, AtenTensorHandle values,
+        AtenTensorHandle mask, double scale, int64_t threads, AtenTensorHandle* made)""",
+}
+"""How compiled passes call each operator."""
+
+_log = logging.getLogger(__name__)
+_lock = threading.Lock()
+_loaded: bool | None = None
+
+
+def available() -> bool:
+    """Whether this machine has the operators; compiles them, some seconds, the first time.
+
+    Without a C++ compiler they are not there, which is said once as a warning.
+    """
+    global _loaded
+    with _lock:
+        if _loaded is None:
+            _loaded = capability() in _LANES and _load()
+        return _loaded
+
+
+def lanes() -> int:
+    """Numbers of 32 bits in a register, where the operators are available."""
+    return _LANES[capability()]
+
+
+def capability() -> str:
+    """What torch calls the vector instructions that are used."""
+    return str(torch.backends.cpu.get_cpu_capability())  # type: ignore[no-untyped-call]
+
+
+def compiler() -> str | None:
+    """The C++ compiler: the variable `CXX`, or one that is installed."""
+    return next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), *_COMPILERS))), None)
+
+
+def _load() -> bool:
+    """Load the library, compiled first where it is not there yet."""
+    using = compiler()
+    if using is None:
+        _log.warning("there is no C++ compiler here, so passes take longer: install g++")
+        return False
+    command = _command(using)
+    made_for = torch.__version__, str(environment()["machine"]["processor"])
+    key = "\0".join((*command, *made_for, *(source.read_text() for source in SOURCES)))
+    name = hashlib.sha256(key.encode()).hexdigest()[:32]
+    library = cache_folder() / "native" / f"{name}.so"
+    try:
+        if not library.is_file():
+            _log.info("compiling our own operators, once; kept as %s", library)
+            _build(command, library)
+        try:
+            ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)  # compiled passes look for its symbols
+        except OSError:
+            library.unlink()  # a file cut short: the next start makes it anew
+            raise
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        _log.warning("our own operators cannot be used, so passes take longer: %s", said.split("\n")[0])
+        return False
+    return True
+
+
+def _command(using: str) -> list[str]:
+    """How to compile, without the names of the files."""
+    torch_folder = Path(torch.__file__).parent
+    flags = f"-std=c++17 -O3 -march=native -mprefer-vector-width={32 * lanes()} -ffp-contract=fast"
+    folders = [f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}"]
+    return [using, *shlex.split(flags), f"-DLANES={lanes()}", "-fopenmp", "-fPIC", *folders]
+
+
+def _build(command: Sequence[str], library: Path) -> None:
+    """Make the library; there whole or not at all.
+
+    Raises:
+        OSError, subprocess.SubprocessError: it cannot be compiled or written.
+    """
+    code = [str(source) for source in SOURCES if source.suffix == ".cpp"]
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix="unfinished-") as folder:
+        staged = Path(folder) / library.name
+        subprocess.run(
+            [*command, "-shared", *code, "-ltorch_cpu", "-o", str(staged)],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=_BUILD_SECONDS,
+        )
+        os.replace(staged, library)

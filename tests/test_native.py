@@ -1,0 +1,112 @@
+"""Our own operators: compiled once, and done without loudly where that cannot be."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from passlm import native, quantize
+from passlm.packing import can_pack
+from passlm.quantize import QuantizeError, quantized
+
+from small_llama import small_llama
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """As in a process that has not asked for them, with a cache folder of its own."""
+    monkeypatch.setattr(native, "_loaded", None)
+    monkeypatch.setattr(native, "cache_folder", lambda: tmp_path)
+    return tmp_path / "native"
+
+
+def test_the_library_is_compiled_once(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches seconds of compiling in every process, and half a library left in the folder."""
+    if native.compiler() is None or native.capability() not in ("AVX2", "AVX512"):
+        pytest.skip("there is no C++ compiler here")
+    built: list[Path] = []
+
+    def build(command: list[str], library: Path) -> None:
+        built.append(library)
+        library.parent.mkdir(exist_ok=True)
+        library.write_bytes(b"")
+
+    opened: list[str] = []
+    monkeypatch.setattr(native, "_build", build)
+    monkeypatch.setattr(native.ctypes, "CDLL", lambda path, mode: opened.append(path))
+    for _ in range(2):
+        monkeypatch.setattr(native, "_loaded", None)
+        assert native.available()
+    assert native.available()
+    assert len(built) == 1
+    assert opened == [str(built[0])] * 2
+
+
+def test_without_a_compiler_passes_run_by_torch(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a crash, a warning for every layer, and int8 weights promised for nothing."""
+    monkeypatch.setattr(native.shutil, "which", lambda _: None)
+    with caplog.at_level(logging.WARNING, "passlm"):
+        assert not native.available()
+        can_pack(small_llama())
+        with pytest.raises(QuantizeError, match="install g\\+\\+"):
+            quantized(small_llama())
+    warnings = [record.message for record in caplog.records]
+    assert len(warnings) == 1
+    assert "install g++" in warnings[0]
+    assert not can_pack(small_llama())
+
+
+def test_a_compiler_that_fails_is_told(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a traceback, a silent fallback, and files that a failed try leaves behind."""
+    if native.capability() not in ("AVX2", "AVX512"):
+        pytest.skip("this CPU has no AVX2")
+
+    def run(command: list[str], **_: object) -> None:
+        raise subprocess.CalledProcessError(1, command, stderr="cpp: error: no such header\nmore")
+
+    monkeypatch.setattr(native, "compiler", lambda: "/usr/bin/g++")
+    monkeypatch.setattr(native.subprocess, "run", run)
+    with caplog.at_level(logging.WARNING, "passlm"):
+        assert not native.available()
+        assert not native.available()
+    assert [record.message.rpartition(": ")[2] for record in caplog.records] == ["no such header"]
+    assert os.listdir(fresh) == []
+
+
+def test_a_library_that_cannot_be_loaded_is_told(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a file cut short by a full disk that ends every later start."""
+    if native.compiler() is None or native.capability() not in ("AVX2", "AVX512"):
+        pytest.skip("there is no C++ compiler here")
+
+    def build(command: list[str], library: Path) -> None:
+        library.parent.mkdir(exist_ok=True)
+        library.write_bytes(b"half a library")
+
+    monkeypatch.setattr(native, "_build", build)
+    with caplog.at_level(logging.WARNING, "passlm"):
+        assert not native.available()
+    assert "cannot be used" in caplog.text
+    assert list(fresh.iterdir()) == [], "the next start would fail as well"
+
+
+def test_other_processors_do_without(monkeypatch: pytest.MonkeyPatch, fresh: Path) -> None:
+    """Catches a compiler started, or a warning, where there is nothing to gain."""
+    monkeypatch.setattr(native, "capability", lambda: "DEFAULT")
+    monkeypatch.setattr(native, "compiler", lambda: pytest.fail("asked for a compiler"))
+    assert not native.available()
+    assert not can_pack(small_llama())
+    assert quantize.QUANTIZED == ("int8",)
+    assert torch.get_num_threads() >= 1

@@ -1,0 +1,169 @@
+"""Products of few rows: right for every size and type, and rows that do not depend on each other."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from passlm import native
+from passlm.products import RowsProduct
+
+pytestmark = pytest.mark.skipif(
+    not native.available(), reason="this machine has no AVX2, or no C++ compiler"
+)
+
+EVERY_TILE = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 29, 64)
+SIZES = ((64, 48), (70, 33), (5, 3), (200, 1))  # outputs and inputs: whole blocks, parts, and few
+KINDS = ("float32", "bfloat16", "int8")
+
+
+def layer_of(kind: str, outputs: int, inputs: int, bias: bool) -> tuple[RowsProduct, Tensor]:
+    """A layer and its matrix, float64; bias of 1 to `outputs` where it has one."""
+    weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(outputs))
+    added = torch.arange(1.0, outputs + 1) if bias else None
+    if kind != "int8":
+        weight = weight.to(getattr(torch, kind))
+        own = None if added is None else added.to(weight.dtype)
+        return RowsProduct(weight, bias=own), weight.double()
+    scale = torch.rand(outputs) + 0.5
+    whole = (weight * 40).round().clamp(-128, 127).to(torch.int8)
+    return RowsProduct(whole, scale, added), whole.double() * scale.double()[:, None]
+
+
+def rows_of(number: int, inputs: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    drawn = torch.randn(100, inputs, generator=torch.Generator().manual_seed(inputs))
+    return drawn[:number].to(dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_are_those_of_the_matrix(kind: str, size: tuple[int, int], bias: bool) -> None:
+    """Catches weights unpacked to another output's place, blocks cut short or read beyond their
+    end, a scale or bias of another output, and a number of rows without a kernel."""
+    layer, matrix = layer_of(kind, *size, bias)
+    for number in EVERY_TILE:
+        rows = rows_of(number, size[1], torch.bfloat16 if kind == "bfloat16" else torch.float32)
+        expected = rows.double() @ matrix.T
+        if bias:
+            expected += torch.arange(1.0, size[0] + 1)
+        found = layer.forward(rows)
+        assert found.dtype == rows.dtype
+        tolerance = 0.005 if kind == "bfloat16" else 1e-5
+        torch.testing.assert_close(
+            found.double(), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())
+        )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_gives_the_same_bits_whatever_is_beside_it(kind: str, dtype: torch.dtype) -> None:
+    """Catches sums in another order for other numbers of rows: validated tokens would differ from
+    plain decoding's where two are about as likely."""
+    layer, _ = layer_of(kind, 200, 96, bias=False)
+    alone = torch.cat([layer.forward(row[None]) for row in rows_of(64, 96, dtype)])
+    for number in EVERY_TILE:
+        assert torch.equal(layer.forward(rows_of(number, 96, dtype)), alone[:number])
+
+
+def test_bfloat16_is_rounded_to_the_nearest() -> None:
+    """Catches numbers cut off, ties rounded up, and what is not a number made one."""
+    layer = RowsProduct(torch.eye(16))
+    values = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-15, -1 - 2**-8, 3e38, 1e-40])
+    rows = torch.zeros(3, 16)
+    rows[0, :6] = values
+    rows[1] = torch.inf
+    rows[2] = torch.nan
+    halves = RowsProduct(torch.eye(16, dtype=torch.bfloat16))
+    given = torch.cat([rows[:1], torch.zeros(2, 16)])
+    assert torch.equal(layer.forward(given)[0, :6], values)
+    summed = RowsProduct(torch.ones(16, 2)).forward(torch.tensor([[1.0, 2**-8]]))
+    assert torch.equal(summed, torch.full((1, 16), 1 + 2**-8))
+    wide = RowsProduct(torch.ones(16, 2, dtype=torch.bfloat16))
+    ties = torch.tensor([[1.0, 2**-8], [1.0, 3 * 2**-8], [1.0, 2**-7]]).bfloat16()
+    assert torch.equal(wide.forward(ties), ties.float().sum(1).bfloat16()[:, None].expand(3, 16))
+    assert wide.forward(torch.full((1, 2), torch.nan).bfloat16()).isnan().all()
+    assert (wide.forward(torch.full((1, 2), torch.inf).bfloat16()) == torch.inf).all()
+    assert halves.forward(rows[1:2].bfloat16()).isnan().all(), "0 times infinity is no number"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_lie_in_memory_as_they_like(dtype: torch.dtype) -> None:
+    """Catches rows of a part, a transpose or a repeated tensor read as if they lay side by side."""
+    layer, _ = layer_of("bfloat16" if dtype == torch.bfloat16 else "float32", 40, 24, bias=True)
+    base = torch.randn(4, 6, 48, generator=torch.Generator().manual_seed(0)).to(dtype)
+    views = (
+        base[:, :, 24:],
+        base[:, :, ::2],
+        base[..., :24].transpose(0, 1),
+        base[1:2, :, :24].expand(3, 6, 24),
+        base[0, 0, :24],
+    )
+    for view in views:
+        found = layer.forward(view)
+        assert found.shape == (*view.shape[:-1], 40)
+        assert torch.equal(found, layer.forward(view.clone(memory_format=torch.contiguous_format)))
+
+
+def test_further_inputs_are_further_columns() -> None:
+    """Catches look-ahead rows that get another's update, and real rows changed by one of zeros."""
+    layer, matrix = layer_of("float32", 40, 24, bias=True)
+    columns = torch.randn(40, 5)
+    rows, more = rows_of(7, 24).view(1, 7, 24), rows_of(7, 5)
+    more[:3] = 0
+    found = layer.extended(columns).forward(rows, more)
+    expected = layer.forward(rows)
+    assert torch.equal(found[:, :3], expected[:, :3])
+    torch.testing.assert_close(found, expected + (more @ columns.T)[None], rtol=1e-5, atol=1e-5)
+    rounded, _ = layer_of("int8", 40, 24, bias=False)
+    with pytest.raises(ValueError, match="no further inputs"):
+        rounded.extended(columns)
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (torch.zeros(2, 24, dtype=torch.float16), "must be bfloat16 or float32"),
+        (torch.zeros(2, 23), "not as many inputs"),
+        (torch.zeros(2, 24, dtype=torch.bfloat16), "bias is not of the rows' type"),
+    ],
+)
+def test_what_does_not_fit_is_refused(rows: Tensor, said: str) -> None:
+    """Catches memory read that is none of ours."""
+    layer, _ = layer_of("float32", 40, 24, bias=True)
+    with pytest.raises(RuntimeError, match=said):
+        layer.forward(rows)
+
+
+def test_no_rows_and_many_threads() -> None:
+    """Catches a division by the rows there are not, and threads without a block to compute."""
+    layer, _ = layer_of("float32", 5, 24, bias=False)
+    assert layer.forward(torch.zeros(0, 24)).shape == (0, 5)
+    before = torch.get_num_threads()
+    expected = layer.forward(rows_of(3, 24))
+    try:
+        torch.set_num_threads(5)
+        assert torch.equal(layer.forward(rows_of(3, 24)), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_shorter_registers() -> None:
+    """Catches a layout or a kernel that fits AVX-512 alone."""
+    check = f"{__file__}::{test_products_are_those_of_the_matrix.__name__}"
+    other = f"{__file__}::{test_a_row_gives_the_same_bits_whatever_is_beside_it.__name__}"
+    attention = os.path.join(os.path.dirname(__file__), "test_attention.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", check, other, attention],
+        env={**os.environ, "ATEN_CPU_CAPABILITY": "avx2"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert " skipped" not in done.stdout
