@@ -185,7 +185,9 @@ def test_a_row_attends_the_same_whatever_is_beside_it(
         part = slice(row, row + 1)
         alone = computed(query[:, :, part], key, value, mask[:, :, part])
         assert torch.equal(alone, together[:, part])
-    longer = [torch.cat([t, torch.randn_like(t[:, :, :1]).repeat(1, 1, 70, 1)], 2) for t in (key, value)]
+    longer = [
+        torch.cat([t, torch.randn_like(t[:, :, :1]).repeat(1, 1, 70, 1)], 2) for t in (key, value)
+    ]
     closed = mask.new_full((*mask.shape[:3], 70), torch.finfo(dtype).min)
     assert torch.equal(computed(query, *longer, torch.cat([mask, closed], 3)), together)
 

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_llama import small_llama
 
 from passlm import native, quantize
 from passlm.packing import can_pack
 from passlm.quantize import QuantizeError, quantized
-
-from small_llama import small_llama
 
 
 @pytest.fixture
@@ -25,9 +24,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "native"
 
 
-def test_the_library_is_compiled_once(
-    fresh: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_library_is_compiled_once(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches seconds of compiling in every process, and half a library left in the folder."""
     if native.compiler() is None or native.capability() not in ("AVX2", "AVX512"):
         pytest.skip("there is no C++ compiler here")

@@ -1,4 +1,4 @@
-"""Products of few rows: right for every size and type, and rows that do not depend on each other."""
+"""Products of few rows: right for every size and type, and no row depends on another."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_rows_lie_in_memory_as_they_like(dtype: torch.dtype) -> None:
 
 def test_further_inputs_are_further_columns() -> None:
     """Catches look-ahead rows that get another's update, and real rows changed by one of zeros."""
-    layer, matrix = layer_of("float32", 40, 24, bias=True)
+    layer, _ = layer_of("float32", 40, 24, bias=True)
     columns = torch.randn(40, 5)
     rows, more = rows_of(7, 24).view(1, 7, 24), rows_of(7, 5)
     more[:3] = 0

@@ -1,10 +1,10 @@
 """Attention of a few rows over a long cache on a CPU, keys and values read once for all rows.
 
-Handed to models through transformers' own table of attention functions, for the time of a pass. Where
-this machine has our own operators (`native.py`), `cpp/attention.cpp` computes it: what a row gives
-does not depend on the rows beside it. Elsewhere torch's does; transformers copies keys and values
-that several query heads share for each of them before it calls that with a mask, so here the heads'
-queries stand below each other instead, as further rows with their row's mask.
+Handed to models through transformers' own table of attention functions, for the time of a pass.
+Where this machine has our own operators (`native.py`), `cpp/attention.cpp` computes it: what a row
+gives does not depend on the rows beside it. Elsewhere torch's does. Transformers copies keys and
+values that several query heads share for each of them before it calls that with a mask; here the
+heads' queries stand below each other instead, as further rows with their row's mask.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ torch.library.define(
 )
 
 
-@torch.library.register_fake(_OPERATOR)
+@torch.library.register_fake(_OPERATOR)  # type: ignore[untyped-decorator]
 def _shape(
     query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float, threads: int
 ) -> Tensor:
@@ -93,8 +93,8 @@ def grouped_attention(
         attn_mask=attention_mask.repeat(1, 1, groups, 1),
         scale=scaling,
     ).clone(memory_format=torch.contiguous_format)
-    by_head = output.view(batch, heads, rows, value.shape[-1]).transpose(1, 2)
-    return by_head.clone(memory_format=torch.contiguous_format), None
+    apart = output.view(batch, heads, rows, value.shape[-1]).transpose(1, 2)
+    return apart.clone(memory_format=torch.contiguous_format), None
 
 
 def _has_operator(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:

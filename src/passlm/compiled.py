@@ -326,8 +326,7 @@ def _settings() -> Iterator[None]:
     options: dict[str, Any] = {"freezing": True, "cpp.enable_concat_linear": True}
     if native.available():
         options["aot_inductor.custom_ops_to_c_shims"] = {
-            getattr(torch.ops.passlm, name).default: [shim]
-            for name, shim in native.C_SHIMS.items()
+            getattr(torch.ops.passlm, name).default: [shim] for name, shim in native.C_SHIMS.items()
         }
     with inductor.patch(options), oblivious.patch(backed_size_oblivious=True):
         yield  # oblivious: a graph traced with 2 texts and 5 rows serves 1 of each as well

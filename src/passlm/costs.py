@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from passlm import products
 from passlm.cache import RowCache
 from passlm.decode import Decoder, Request
 from passlm.lookahead import LookAhead, fingerprint
@@ -27,7 +28,6 @@ from passlm.params import SamplingParams
 from passlm.passes import LookAheadRows
 from passlm.plan import Chain, Choice, Chooser, Limits, Plan, Shared
 from passlm.planner import AutoPlan, CostCurve
-from passlm import products
 from passlm.provenance import cache_folder, environment, provenance, write_atomically
 from passlm.quantize import Int8Linear
 from passlm.target import Target

@@ -15,6 +15,7 @@ from torch import Tensor
 from passlm import judge
 from passlm.cache import RowCache
 from passlm.errors import InputError
+from passlm.judge import Verdict
 from passlm.lookup import PromptLookup
 from passlm.outputs import FinishReason, Step
 from passlm.params import Draft, Judge, SamplingParams
@@ -179,7 +180,7 @@ class Row:
         self._chooser.learn(self.choice, verdict.accepted)
         return [*candidates[: verdict.accepted], verdict.token]
 
-    def _verdict(self, p: Tensor) -> judge.Verdict:
+    def _verdict(self, p: Tensor) -> Verdict:
         """On the candidates, where tokens are drawn from `p`, `[1 + M, V]`."""
         noise = self._noise(len(self.tokens), len(p), Purpose.SETTLE, p.shape[1])
         if self.request.judge == "coupled":

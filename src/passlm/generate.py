@@ -25,8 +25,8 @@ from passlm.lookahead import LookAhead, load_for
 from passlm.models import DEFAULT_MODEL, load_model
 from passlm.outputs import Chunk, FinishReason, Output, Stats, Step
 from passlm.params import METHODS, ParameterError, SamplingParams, StopParams
-from passlm.provenance import cache_folder
 from passlm.plan import Adaptive, Strategy, strategy
+from passlm.provenance import cache_folder
 from passlm.quantize import quantized
 from passlm.stopping import StopStrings
 from passlm.target import Target

@@ -330,7 +330,7 @@ class _Products(_Shared):
     def _computed(self, taken: Tensor) -> Sequence[Tensor]:
         """What the layers take further, not yet their updates."""
         parts = len(self.ups)
-        return self._down.forward(taken).split([len(self.down) // parts] * parts, 1)
+        return self._down.forward(taken).chunk(parts, dim=1)
 
     def around(
         self, forward: Callable[[Tensor], Tensor], split: RowSplit, at: int

@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from passlm.gguf_copy import (
-    CACHE_VARIABLE,
     ModelError,
-    cache_folder,
     load_copy,
     one_line,
     whole_copy,
 )
+from passlm.provenance import CACHE_VARIABLE, cache_folder
 
 if TYPE_CHECKING:
     import torch

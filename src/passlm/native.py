@@ -1,6 +1,7 @@
-"""Operators of our own in C++ (`cpp/`), compiled when first used and kept in the user's cache folder.
+"""Operators of our own in C++ (`cpp/`), compiled when first used and kept in the cache folder.
 
-They are for CPUs with AVX2 or AVX-512. What they compute is said in `products.py` and `attention.py`.
+They are for CPUs with AVX2 or AVX-512; what they compute is said in `products.py` and
+`attention.py`.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def lanes() -> int:
 
 def capability() -> str:
     """What torch calls the vector instructions that are used."""
-    return str(torch.backends.cpu.get_cpu_capability())  # type: ignore[no-untyped-call]
+    return str(torch.backends.cpu.get_cpu_capability())
 
 
 def compiler() -> str | None:
@@ -85,13 +86,17 @@ def _load() -> bool:
             _log.info("compiling our own operators, once; kept as %s", library)
             _build(command, library)
         try:
-            ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)  # compiled passes look for its symbols
+            ctypes.CDLL(
+                str(library), mode=ctypes.RTLD_GLOBAL
+            )  # compiled passes look for its symbols
         except OSError:
             library.unlink()  # a file cut short: the next start makes it anew
             raise
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
-        _log.warning("our own operators cannot be used, so passes take longer: %s", said.split("\n")[0])
+        _log.warning(
+            "our own operators cannot be used, so passes take longer: %s", said.split("\n")[0]
+        )
         return False
     return True
 

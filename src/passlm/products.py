@@ -27,7 +27,7 @@ torch.library.define(
 )
 
 
-@torch.library.register_fake(_OPERATOR)
+@torch.library.register_fake(_OPERATOR)  # type: ignore[untyped-decorator]
 def _shape(
     rows: Tensor,
     more: Tensor,

@@ -1,9 +1,9 @@
 """Int8 weights for a CPU.
 
-Weights are rounded once, with a scale for each output; they are unpacked to float32 in registers and
-multiplied with rows as they are (`products.py`), so that nothing but the weights is rounded, and a
-row's result does not depend on the rows beside it: validated rows give what plain decoding gives.
-The rounded model is another model, and decoding is lossless with respect to it.
+Weights are rounded once, with a scale for each output; they are unpacked to float32 in registers
+and multiplied with rows as they are (`products.py`). Nothing but the weights is rounded, and a row's
+result does not depend on the rows beside it: validated rows give what plain decoding gives. The
+rounded model is another model, and decoding is lossless with respect to it.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ def quantized(model: PreTrainedModel, kind: str = "int8") -> PreTrainedModel:
         raise QuantizeError(f"int8 weights are for CPUs alone, the model is on {device}")
     if not native.available():
         raise QuantizeError(
-            "int8 weights need a CPU with AVX2 or AVX-512, and a C++ compiler: install g++, or leave "
-            "quantize out"
+            "int8 weights need a CPU with AVX2 or AVX-512, and a C++ compiler: install g++, or "
+            "leave quantize out"
         )
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     made = copy.deepcopy(model, shared)  # new modules around the same tensors
