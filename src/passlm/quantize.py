@@ -1,8 +1,8 @@
 """Int8 weights for a CPU.
 
 Weights are rounded once, with a scale for each output; they are unpacked to float32 in registers
-and multiplied with rows as they are (`products.py`). Nothing but the weights is rounded, and a row's
-result does not depend on the rows beside it: validated rows give what plain decoding gives. The
+and multiplied with rows as they are (`products.py`). Nothing but the weights is rounded, and what a
+row gives does not depend on the rows beside it: validated rows give what plain decoding gives. The
 rounded model is another model, and decoding is lossless with respect to it.
 """
 
