@@ -463,8 +463,8 @@ class Target:
         self, cache: RowCache, layouts: Sequence[Layout], longest: int, positions: Tensor
     ) -> Any:
         """What the model's `forward` takes as its mask: none, one, or one for each layer kind."""
-        if len(layouts) == 1 and longest == 1 and not self._windowed(cache):
-            return None  # one row that sees all that is filled
+        if len(layouts) == longest == 1 and not self._windowed(cache) and not self._grouped:
+            return None  # one row that sees all that is filled; transformers makes a boolean of it
         full = visibility(cache.lengths, [layout.visible for layout in layouts], self.device)
         return self._by_kind(full, cache, positions)
 
