@@ -22,7 +22,7 @@ import torch
 
 from passlm.provenance import cache_folder, environment
 
-SOURCES = tuple(sorted((Path(__file__).parent / "cpp").iterdir()))
+SOURCES = tuple(sorted((Path(__file__).parent / "cpp").glob("*.[ch]*")))
 _LANES = {"AVX512": 16, "AVX2": 8}  # numbers of 32 bits in a register
 _BUILD_SECONDS = 300
 _COMPILERS = ("g++", "clang++")
