@@ -6,6 +6,7 @@ from itertools import product
 
 import pytest
 
+from passlm import planner
 from passlm.decode import Request, Row, agreed_pass
 from passlm.params import SamplingParams
 from passlm.plan import Adaptive, Chain, Choice, Limits, Plan, Shared, Strategy, autoregressive
@@ -136,6 +137,8 @@ def _value(
     ends = [now - later for now, later in zip(reached, [*reached[1:], 0.0], strict=True)]
     worth = sum(end * chooser._worth[rows] for end, rows in zip(ends, groups, strict=True))
     cost = curve.of(len(groups), sum(groups), max(groups))
+    if len(groups) + sum(groups) > 1:
+        cost *= planner._CAUTION
     return sum(reached) + worth - chooser.rate * cost
 
 
@@ -181,7 +184,7 @@ def test_look_ahead_rows_of_one_text_are_paid_for_by_all() -> None:
     assert max(chooser.choose([], Limits(1000, shared=plain)).plan.groups) == 0
     assert max(chooser.choose([], Limits(1000, shared=dear)).plan.groups) == 4
     cost = chooser._settings.cost
-    assert cost(5, 0, 0, dear) == pytest.approx(cost(5, 0, 0, plain) + 0.5)
+    assert cost(5, 0, 0, dear) == pytest.approx(cost(5, 0, 0, plain) + 0.5 * planner._CAUTION)
     unsure = AutoPlan(curve, (0.0,) * 4).begin()
     assert unsure.worth([], plain) > unsure.worth([], dear)
 

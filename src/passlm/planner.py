@@ -26,6 +26,8 @@ _LOOKS_A_WORTH = 4  # of these, what groups are worth is reckoned anew at one: i
 _FIRST_ROUNDS = 3  # of weighing groups by plans and plans by groups, before the first pass
 _MEMORY = 0.97  # what counts keep of their weight when one more is counted
 _LONG_MEMORY = 0.998  # and from pass to pass, so that what failed once is tried again
+_CAUTION = 1.03  # times what a pass of several rows is said to cost: the best of many estimates is
+# on average one that is too good
 _PRIOR_WEIGHT = 4.0  # how many counted candidates the prior is worth
 # How often the next token is as it was behind the last place where k tokens agreed, k = 1 to 16:
 # greedy answers of SmolLM2-135M-Instruct to recipes/make_prompts.py's prompts, 33,000 tokens.
@@ -163,6 +165,11 @@ class AutoPlan:
 
     def _cost(self, real: int, look_ahead: int, drafted: int, shared: Shared | None) -> float:
         """Seconds of a pass; infinite for one that is not what was agreed on."""
+        seconds = self._seconds(real, look_ahead, drafted, shared)
+        rows = real + look_ahead if shared is None else shared.rows
+        return seconds if rows == 1 else seconds * _CAUTION
+
+    def _seconds(self, real: int, look_ahead: int, drafted: int, shared: Shared | None) -> float:
         if shared is None:
             return self.curve.of(real, look_ahead, drafted)
         if real + look_ahead > shared.rows or (look_ahead and not shared.look_ahead):
