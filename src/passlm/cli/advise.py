@@ -287,7 +287,7 @@ class _Trial:
 
 
 def screen(advised: Advised) -> str:
-    """The answer: at most 24 lines of 100 columns."""
+    """The answer: at most 24 lines of 100 columns, but for the flags, which are to be copied."""
     advice, pilot = advised.advice, advised.pilot
     stopped = f" ({advised.stopped})" if advised.stopped else ""
     lines = [
