@@ -396,6 +396,22 @@ def test_the_worker_serves_and_ends(lm: Generator) -> None:
         worker.submit(asks, told)
 
 
+def test_a_worker_gives_memory_back_when_it_is_done(
+    lm: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches memory that is given back at the next request only, or never."""
+    worker = Worker(lm, SETTINGS)
+    given: list[bool] = []
+    monkeypatch.setattr(
+        "passlm.serve.worker.give_back", lambda: given.append(worker._scheduler.busy)
+    )
+    worker.start()
+    worker.submit([ask(lm, "def f(x):")], Told())
+    assert worker.stop(grace=60)
+    assert given
+    assert not given[-1]
+
+
 def test_a_worker_without_grace_ends_texts_where_they_are(worker: Worker, lm: Generator) -> None:
     """Catches a shutdown that waits for texts longer than it may, or leaves listeners waiting."""
     told = Told()

@@ -79,8 +79,10 @@ def run(arguments: argparse.Namespace) -> None:
             )
         raise_file_limit()
         from passlm.serve.app import create_app
+        from passlm.serve.memory import keep_large_blocks_apart
         from passlm.serve.worker import Worker, model_thread
 
+        keep_large_blocks_apart()
         thread = model_thread()
         lm = thread.submit(loaded, arguments).result()
         worker = Worker(lm, worker_settings, thread)

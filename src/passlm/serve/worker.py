@@ -16,7 +16,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from passlm.decode import PromptError
 from passlm.generate import Generator
 from passlm.serve.jobs import Ask, ClosedError, Deliver, Job, QueueFullError, State, WorkerSettings
+from passlm.serve.memory import give_back
 from passlm.serve.scheduler import Scheduler
+
+_TIDY_SECONDS = 2.0  # between two times that freed memory is given back under load
 
 _log = logging.getLogger(__name__)
 
@@ -52,6 +55,7 @@ class Worker:
         self._finished = True
         self._thread = model_thread() if thread is None else thread
         self._running: Future[None] | None = None
+        self._tidied = time.monotonic()
 
     @property
     def max_context(self) -> int:
@@ -167,7 +171,15 @@ class Worker:
                 self._finished = self._finished and not self._scheduler.busy
                 self._scheduler.cancel_all()
             self._guarded(self._scheduler.tick)
+            self._tidy()
         self._ready = False
+
+    def _tidy(self) -> None:
+        """Give freed memory back: now and then, and when there is nothing left to do."""
+        now = time.monotonic()
+        if now - self._tidied > _TIDY_SECONDS or not self._scheduler.busy:
+            self._tidied = now
+            give_back()
 
     def _wait(self) -> bool:
         """Wait for something to do; False once there is nothing and will be nothing."""
