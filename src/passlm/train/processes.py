@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
-from torch.distributed import all_reduce
+from torch.distributed import ProcessGroup, all_reduce, new_group
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -76,6 +76,8 @@ class AcceleratedProcesses:
                 f"accelerate was configured for {kind} and --device is {device}: look-ahead rows "
                 "train on several CPUs or GPUs, with or without FSDP"
             )
+        # FSDP's meshes keep the group that they use alive, with its threads, after its destruction.
+        self._group: ProcessGroup | None = new_group()
 
     @property
     def device(self) -> str:
@@ -125,18 +127,20 @@ class AcceleratedProcesses:
     def ending_together(self) -> Iterator[None]:
         """Let all processes end at the same time, with nothing of their exchange left running.
 
-        One that ends first would take the connection of the others away, and threads that are
-        alive when the interpreter ends can abort it.
+        One that ends first would take the connection of the others away. A thread that lets go of
+        an exchanged tensor while the interpreter ends aborts it; the threads of our group have
+        ended when it is destroyed.
         """
         try:
             yield
             self.any(False)
         finally:
+            self._group = None
             self._state.destroy_process_group()
 
     def _add_up(self, values: Tensor) -> None:
         try:
-            all_reduce(values)
+            all_reduce(values, group=self._group)
         except RuntimeError as error:  # the connection broke
             raise ProcessesError(
                 "another of the processes is gone: see what it said, then go on with --resume"
