@@ -111,6 +111,39 @@ def test_equal_lengths_take_the_same_slots_as_unequal_ones() -> None:
     assert settled(unequal) == [[1, 3, 4], [11, 12, 13, 14]]
 
 
+def test_texts_come_and_go_in_the_same_memory() -> None:
+    """Catches a batch copied as a whole for each text that joins or leaves, rows moved over others
+    that are still to be moved, and one written over by the text that joins."""
+    cache = ragged()
+    cache.append(ragged())  # grows: room for six
+    memory = cache.row_layers[0].keys
+    assert memory is not None
+    cache.keep([1, 2, 3, 5])
+    joining = RowCache(LAYERS)
+    write(joining, [[31, 32]])
+    keep_counts(joining, [2])
+    cache.append(joining)
+    last = cache.row_layers[0].keys
+    assert last is not None
+    assert last.data_ptr() == memory.data_ptr()
+    for layer in range(LAYERS):
+        assert settled(cache, layer) == [[11], [21, 22], [1, 2, 3], [21, 22], [31, 32]]
+    write(cache, [[12], [23], [4], [23], [33]])
+    keep_counts(cache, [1] * 5)
+    assert settled(cache) == [[11, 12], [21, 22, 23], [1, 2, 3, 4], [21, 22, 23], [31, 32, 33]]
+
+
+def test_all_layers_lie_in_one_block() -> None:
+    """Catches a tensor for each layer: what texts of all lengths leave would fit nothing later."""
+    cache = RowCache(LAYERS, batch=0)
+    cache.append(ragged())
+    cache.append(ragged().copied(1, 1))
+    stored = [one for layer in cache.row_layers for one in layer.stored or ()]
+    assert len({tensor.untyped_storage().data_ptr() for tensor in stored}) == 1
+    cache.keep([])
+    assert sum(one.numel() for layer in cache.row_layers for one in layer.stored or ()) == 0
+
+
 def test_keep_takes_rows_in_the_order_asked() -> None:
     """Catches lengths and keys that are re-ordered differently."""
     cache = ragged()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from passlm import native
-from passlm.products import RowsProduct
+from passlm.products import RowsProduct, Update
 
 pytestmark = pytest.mark.skipif(
     not native.available(), reason="this machine has no AVX2, or no C++ compiler"
@@ -110,19 +110,34 @@ def test_rows_lie_in_memory_as_they_like(dtype: torch.dtype) -> None:
         assert torch.equal(found, layer.forward(view.clone(memory_format=torch.contiguous_format)))
 
 
-def test_further_inputs_are_further_columns() -> None:
-    """Catches look-ahead rows that get another's update, and real rows changed by one of zeros."""
-    layer, _ = layer_of("float32", 40, 24, bias=True)
-    columns = torch.randn(40, 5)
-    rows, more = rows_of(7, 24).view(1, 7, 24), rows_of(7, 5)
-    more[:3] = 0
-    found = layer.extended(columns).forward(rows, more)
-    expected = layer.forward(rows)
-    assert torch.equal(found[:, :3], expected[:, :3])
-    torch.testing.assert_close(found, expected + (more @ columns.T)[None], rtol=1e-5, atol=1e-5)
-    rounded, _ = layer_of("int8", 40, 24, bias=False)
-    with pytest.raises(ValueError, match="no further inputs"):
-        rounded.extended(columns)
+@pytest.mark.parametrize("kind", KINDS)
+def test_joined_layers_and_their_updates(kind: str) -> None:
+    """Catches look-ahead rows that get another layer's update, real rows changed by those of
+    others, a scale or bias of another layer, and updates left out of rows in a second tile."""
+    widths, rank, inputs = (64, 128, 70), 5, 48
+    pairs = [layer_of(kind, width, inputs, bias=width != 128) for width in widths]
+    layers = [layer for layer, _ in pairs]
+    drawn = torch.Generator().manual_seed(3)
+    down = [torch.randn(rank, inputs, generator=drawn).bfloat16().float() for _ in widths]
+    up = [torch.randn(width, rank, generator=drawn).bfloat16().float() for width in widths]
+    joined = RowsProduct.joined(layers, Update(down, up))
+    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+    for number in EVERY_TILE:
+        rows = rows_of(number, inputs, dtype)
+        alone = torch.cat([layer.forward(rows) for layer in layers], -1)
+        assert torch.equal(joined.forward(rows), alone)
+        assert torch.equal(joined.forward(rows, torch.zeros(number)), alone)
+        gate = (torch.arange(number) % 3 > 0).to(dtype)
+        found = joined.forward(rows.view(1, number, inputs), gate)[0]
+        assert torch.equal(found[gate == 0], alone[gate == 0])
+        low = [rows.double() @ one.double().T for one in down]
+        update = torch.cat([a @ b.double().T for a, b in zip(low, up, strict=True)], -1)
+        expected = alone.double() + gate[:, None].double() * update
+        size = float(expected.abs().max())
+        tolerance = 0.01 if kind == "bfloat16" else 1e-5
+        torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance * size)
+    with pytest.raises(RuntimeError, match="gate is not one number for each row"):
+        joined.forward(rows_of(3, inputs, dtype), torch.ones(2))
 
 
 @pytest.mark.parametrize(

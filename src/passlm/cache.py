@@ -3,11 +3,16 @@
 A pass writes its rows behind each batch row's length; settling is setting the length, and what
 lies behind it is overwritten by the next pass. Capacity grows in blocks. Which slots a row may
 see is left to `target.py`, which makes the masks.
+
+All layers lie in one block of memory: many smaller ones, of texts that come and go, would leave
+holes that fit nothing later. Batch rows that leave make room for those that join.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -22,39 +27,37 @@ class RowLayer(StaticLayer):  # type: ignore[no-untyped-call]  # its base's hook
     def __init__(self, cache: RowCache) -> None:
         super().__init__(max_cache_len=0)
         self.cache = cache
+        self.stored: tuple[Tensor, Tensor] | None = None  # of all rows that there is room for
+
+    def hold(self, keys: Tensor, values: Tensor) -> None:
+        """Take these tensors, `[held, heads, capacity, d_head]`, for its own."""
+        self.stored = keys, values
+        self.show()
+
+    def show(self) -> None:
+        """Let `keys` and `values` be those of the batch rows that there are."""
+        if self.stored is not None:
+            count = len(self.cache.lengths)
+            self.keys, self.values = self.stored[0][:count], self.stored[1][:count]
+            self.is_initialized = True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Write the pass's keys and values `[B, heads, Q, d_head]`; give all filled slots."""
-        if self.keys is None or self.values is None:
-            self.keys = self._empty(key_states)
-            self.values = self._empty(value_states)
-            self.is_initialized = True
-        self.keys = self._grown(self.keys)
-        self.values = self._grown(self.values)
+        if self.stored is None:
+            self.hold(self._empty(key_states), self._empty(value_states))
+        assert self.keys is not None, "just made"
+        assert self.values is not None, "just made"
         self._write(self.keys, key_states)
         self._write(self.values, value_states)
         filled = self.cache.filled
         return self.keys[:, :, :filled], self.values[:, :, :filled]
 
-    def slots(self, heads: int, d_head: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """See `RowCache.slots`."""
-        if self.keys is None or self.values is None:
-            none = torch.empty(len(self.cache.lengths), heads, 0, d_head, dtype=dtype)
-            self.keys, self.values = self._empty(none), self._empty(none)
-            self.is_initialized = True
-        self.keys, self.values = self._grown(self.keys), self._grown(self.values)
-        return self.keys, self.values
-
     def _empty(self, states: Tensor) -> Tensor:
-        batch, heads, _, d_head = states.shape
+        _, heads, _, d_head = states.shape
         # Zeros, not garbage: a masked slot has weight 0, and 0 times a NaN would be a NaN.
-        return states.new_zeros(batch, heads, self.cache.capacity, d_head)
-
-    def _grown(self, stored: Tensor) -> Tensor:
-        missing = self.cache.capacity - stored.shape[2]
-        return stored if missing <= 0 else torch.nn.functional.pad(stored, (0, 0, 0, missing))
+        return states.new_zeros(self.cache.held, heads, self.cache.capacity, d_head)
 
     def _write(self, stored: Tensor, states: Tensor) -> None:
         start, slots = self.cache.write_slots
@@ -77,17 +80,45 @@ class RowLayer(StaticLayer):  # type: ignore[no-untyped-call]  # its base's hook
         return self.cache.filled, 0
 
 
+@dataclass(frozen=True)
+class _Shape:
+    """Of one row and slot of a layer, and what its numbers are."""
+
+    heads: int
+    d_head: int
+    like: Tensor
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some batch rows of a cache, as far as they are filled."""
+
+    cache: RowCache
+    rows: Sequence[int]
+    slots: int
+
+    def runs(self) -> Iterator[tuple[int, slice]]:
+        """Rows that follow each other: where they go to, and where they are."""
+        start = 0
+        for at in range(1, 1 + len(self.rows)):
+            if at == len(self.rows) or self.rows[at] != self.rows[at - 1] + 1:
+                yield start, slice(self.rows[start], self.rows[at - 1] + 1)
+                start = at
+
+
 class RowCache(Cache):
     """The cache of a batch whose rows advance at their own pace.
 
     Attributes:
         lengths: settled rows of each batch row; slots at and behind it are free.
+        held: batch rows that there is room for.
         capacity: slots allocated for each batch row.
         filled: slots in use by the pass under way.
     """
 
     def __init__(self, layers: int, batch: int = 1) -> None:
         self.lengths = [0] * batch
+        self.held = batch
         self.capacity = 0
         self.filled = 0
         self.write_slots: tuple[int, Tensor | None] = (0, None)
@@ -97,7 +128,8 @@ class RowCache(Cache):
     def begin(self, rows: int, device: torch.device) -> None:
         """Make room for a pass of `rows` rows behind every batch row's length."""
         self.filled = max(self.lengths) + rows
-        self.capacity = max(self.capacity, _blocks(self.filled))
+        if self.filled > self.capacity:
+            self._renew(_blocks(self.filled), [self._all()])
         start = self.lengths[0]
         if all(length == start for length in self.lengths):
             self.write_slots = (start, None)  # one slice: no index to build, no gather
@@ -114,10 +146,16 @@ class RowCache(Cache):
             sizes: heads and `d_head` of each layer.
             dtype: of layers never written before.
         """
-        return [
-            layer.slots(heads, d_head, dtype)
-            for layer, (heads, d_head) in zip(self.row_layers, sizes, strict=True)
-        ]
+        if any(layer.stored is None for layer in self.row_layers):
+            none = torch.empty(0, dtype=dtype)
+            shapes = [_Shape(heads, d_head, none) for heads, d_head in sizes]
+            self._renew(self.capacity, [self._all()], shapes=shapes)
+        shown = []
+        for layer in self.row_layers:
+            assert layer.keys is not None, "just made"
+            assert layer.values is not None, "just made"
+            shown.append((layer.keys, layer.values))
+        return shown
 
     def settle(self, row: int, count: int) -> None:
         """Keep the first `count` rows that the last pass wrote for batch row `row`."""
@@ -125,34 +163,99 @@ class RowCache(Cache):
 
     def append(self, other: RowCache) -> None:
         """Take over the batch rows of `other`, which must not be used any more."""
-        self.capacity = max(self.capacity, other.capacity)
-        counts = len(self.lengths), len(other.lengths)
+        before, count = len(self.lengths), len(self.lengths) + len(other.lengths)
+        joining = other._all()
+        if count > self.held or other.capacity > self.capacity or not self._alike(other):
+            capacity = max(self.capacity, other.capacity)
+            held = max(count, 2 * before) if before else count  # few copies while a batch grows
+            parts = [self._all(), joining]
+            self.lengths = self.lengths + other.lengths
+            self._renew(capacity, parts, held)
+            return
+        self.lengths = self.lengths + other.lengths
         for mine, theirs in zip(self.row_layers, other.row_layers, strict=True):
-            mine.keys = _joined((mine.keys, theirs.keys), counts, self.capacity)
-            mine.values = _joined((mine.values, theirs.values), counts, self.capacity)
-            mine.is_initialized = mine.keys is not None
-        self.lengths += other.lengths
+            if mine.stored is not None and theirs.stored is not None:
+                with torch.inference_mode(mine.stored[0].is_inference()):
+                    _copy(joining, theirs.stored, mine.stored, before)
+            mine.show()
 
     def copied(self, row: int, count: int) -> RowCache:
         """The first `count` settled slots of one batch row, as a cache of its own."""
         copy = RowCache(len(self.row_layers))
-        copy.lengths, copy.capacity = [count], _blocks(count)
-        for mine, theirs in zip(self.row_layers, copy.row_layers, strict=True):
-            if mine.keys is not None and mine.values is not None:
-                theirs.keys = _first(mine.keys[row : row + 1], count, copy.capacity)
-                theirs.values = _first(mine.values[row : row + 1], count, copy.capacity)
-                theirs.is_initialized = True
+        copy.lengths = [count]
+        copy._renew(_blocks(count), [_Part(self, [row], count)])
         return copy
 
     def keep(self, rows: Sequence[int]) -> None:
         """Keep only these batch rows, in this order, and the blocks that they fill."""
-        self.lengths = [self.lengths[row] for row in rows]
-        self.capacity = _blocks(max(self.lengths, default=0))
+        kept = [self.lengths[row] for row in rows]
+        part = _Part(self, list(rows), max(kept, default=0))
+        self.lengths = kept
+        moves_up = all(a < b for a, b in pairwise([-1, *rows]))
+        if not moves_up or 2 * _blocks(part.slots) <= self.capacity:
+            self._renew(_blocks(part.slots), [part], len(rows))
+            return
         for layer in self.row_layers:
-            if layer.keys is not None and layer.values is not None:
-                index = torch.tensor(list(rows), device=layer.keys.device, dtype=torch.long)
-                layer.keys = layer.keys[:, :, : self.capacity].index_select(0, index)
-                layer.values = layer.values[:, :, : self.capacity].index_select(0, index)
+            if layer.stored is not None:
+                with torch.inference_mode(layer.stored[0].is_inference()):
+                    _copy(part, layer.stored, layer.stored, 0)  # upwards: nothing is lost
+            layer.show()
+
+    def _all(self) -> _Part:
+        return _Part(self, range(len(self.lengths)), max(self.lengths, default=0))
+
+    def _alike(self, other: RowCache) -> bool:
+        """Whether each has the layers that the other has."""
+        pairs = zip(self.row_layers, other.row_layers, strict=True)
+        return all((mine.stored is None) == (theirs.stored is None) for mine, theirs in pairs)
+
+    def _renew(
+        self,
+        capacity: int,
+        parts: Sequence[_Part],
+        held: int | None = None,
+        shapes: Sequence[_Shape] | None = None,
+    ) -> None:
+        """Put the layers into new memory, and what these parts hold into them, one behind another.
+
+        Args:
+            capacity: slots for each row.
+            parts: the batch rows that there are to be.
+            held: rows that there is to be room for; None for as many as now.
+            shapes: of the layers, where not all are known yet.
+        """
+        self.capacity, self.held = capacity, self.held if held is None else held
+        known = [self._shape(at, parts, shapes) for at in range(len(self.row_layers))]
+        sizes = [0 if s is None else self.held * s.heads * capacity * s.d_head for s in known]
+        like = next((shape.like for shape in known if shape is not None), None)
+        if like is None:
+            return
+        with torch.inference_mode(like.is_inference() or torch.is_inference_mode_enabled()):
+            # Zeros: see `RowLayer._empty`.
+            whole = torch.split(
+                like.new_zeros(2 * sum(sizes)), [n for n in sizes for _ in range(2)]
+            )
+            for at, (layer, shape) in enumerate(zip(self.row_layers, known, strict=True)):
+                if shape is None:
+                    continue
+                size = self.held, shape.heads, capacity, shape.d_head
+                stored = whole[2 * at].view(size), whole[2 * at + 1].view(size)
+                first = 0
+                for part in parts:
+                    theirs = part.cache.row_layers[at].stored
+                    if theirs is not None:
+                        _copy(part, theirs, stored, first)
+                    first += len(part.rows)
+                layer.hold(*stored)
+
+    @staticmethod
+    def _shape(at: int, parts: Sequence[_Part], shapes: Sequence[_Shape] | None) -> _Shape | None:
+        for part in parts:
+            stored = part.cache.row_layers[at].stored
+            if stored is not None:
+                _, heads, _, d_head = stored[0].shape
+                return _Shape(heads, d_head, stored[0])
+        return None if shapes is None else shapes[at]
 
 
 class PrefixLayer(StaticLayer):  # type: ignore[no-untyped-call]  # its base's hook
@@ -195,21 +298,20 @@ def _blocks(slots: int) -> int:
     return -(-slots // BLOCK) * BLOCK
 
 
-def _first(stored: Tensor, count: int, capacity: int) -> Tensor:
-    """A copy of the first slots, with free ones behind them."""
-    return torch.nn.functional.pad(stored[:, :, :count], (0, 0, 0, capacity - count)).clone()
+def _copy(
+    part: _Part, given: tuple[Tensor, Tensor], into: tuple[Tensor, Tensor], first: int
+) -> None:
+    """The filled slots of a part's rows, to the rows from `first` on."""
+    for at, rows in part.runs():
+        for mine, theirs in zip(into, given, strict=True):
+            to = slice(first + at, first + at + rows.stop - rows.start)
+            if mine is not theirs or to != rows:
+                _copy_rows(mine, theirs, to, rows, part.slots)
 
 
-def _joined(
-    parts: tuple[Tensor | None, Tensor | None], counts: tuple[int, int], capacity: int
-) -> Tensor | None:
-    """Both parts along the batch, at one capacity; a part never written counts as zeros."""
-    written = [part for part in parts if part is not None]
-    if not written:
-        return None
-    padded = []
-    for part, count in zip(parts, counts, strict=True):
-        if part is None:
-            part = written[0].new_zeros(count, *written[0].shape[1:])
-        padded.append(torch.nn.functional.pad(part, (0, 0, 0, capacity - part.shape[2])))
-    return torch.cat(padded)
+def _copy_rows(mine: Tensor, theirs: Tensor, to: slice, rows: slice, slots: int) -> None:
+    if mine is theirs and to.stop > rows.start:  # what is read must not have been written
+        for row in range(rows.stop - rows.start):
+            mine[to.start + row, :, :slots] = theirs[rows.start + row, :, :slots]
+    else:
+        mine[to, :, :slots] = theirs[rows, :, :slots]

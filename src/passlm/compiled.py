@@ -5,8 +5,9 @@ of texts, rows and cache slots, its weights frozen into the layout the machine m
 and packed into a file that a later start only loads (AOTInductor). The output layer is left out:
 which rows need logits is known only to `decode.py`.
 
-Look-ahead rows have a second package, in which the LoRA is computed for every row and multiplied by
-0 for real ones: that adds an exact zero to what the untouched weights give.
+Where look-ahead rows are to be expected, the package computes their LoRA as well, multiplied by 0
+for real rows: that adds an exact zero to what the untouched weights give. Our own products skip it
+in passes without such rows; where a machine has others, those passes have a package of their own.
 """
 
 from __future__ import annotations
@@ -29,12 +30,14 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, StaticLayer
 
 import passlm.attention
+import passlm.joined
 import passlm.lora
 import passlm.packing
 import passlm.products
 import passlm.quantize
 from passlm import native, products
 from passlm.attention import can_group, grouped
+from passlm.joined import JoinedLinears, joinable
 from passlm.lora import AppliedLora, RowSplit
 from passlm.packing import PackedLinears
 from passlm.provenance import environment
@@ -43,7 +46,10 @@ MOST_ROWS = 1024  # of one pass
 _MOST_TEXTS = 256
 _MOST_SLOTS = 2**20
 _UNFINISHED = "unfinished-"  # of folders in which passes are being compiled
-_PARTS = (passlm.attention, passlm.lora, passlm.packing, passlm.products, passlm.quantize)
+_PARTS = (
+    *(passlm.attention, passlm.joined, passlm.lora),
+    *(passlm.packing, passlm.products, passlm.quantize),
+)
 _TRACED = (__file__, *(str(part.__file__) for part in _PARTS))  # what a package is made by
 _EXAMPLE = (2, 5, 256)  # texts, rows and slots to trace with: any would do
 
@@ -103,10 +109,11 @@ class _GatedSplit(RowSplit):
 class _Body(nn.Module):
     """The pass as a function of tensors alone."""
 
-    def __init__(self, body: nn.Module, lora: AppliedLora | None) -> None:
+    def __init__(self, body: nn.Module, joined: JoinedLinears, lora: AppliedLora | None) -> None:
         super().__init__()
         self.body = body
-        self.lora = lora
+        self.joined = joined
+        self.lora = lora  # of layers that are not joined
 
     def forward(
         self,
@@ -122,6 +129,7 @@ class _Body(nn.Module):
         with ExitStack() as stack:
             if self.lora is not None:
                 stack.enter_context(self.lora.applied(_GatedSplit(gate)))
+            stack.enter_context(self.joined.applied(gate))
             output = self.body(
                 inputs_embeds=inputs,
                 position_ids=positions,
@@ -157,13 +165,23 @@ class CompiledPasses:
         model: its weights are copied into what is compiled; later changes do not reach it.
         shapes: of what a pass is given.
         folder: where packages are kept.
+        probe: runs the model on a short text; see `lora.groups_of`.
     """
 
-    def __init__(self, model: PreTrainedModel, shapes: Shapes, folder: Path) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        shapes: Shapes,
+        folder: Path,
+        probe: Callable[[], object],
+    ) -> None:
         self.shapes = shapes
         self._model = model
         self._folder = folder
+        self._probe = probe
+        self._expected: AppliedLora | None = None
         self._digest: str | None = None
+        self._packages: dict[str, Callable[..., Tensor]] = {}
         self._loaded: dict[int, tuple[AppliedLora | None, Callable[..., Tensor]]] = {}
         self._lock = threading.Lock()
 
@@ -191,20 +209,28 @@ class CompiledPasses:
         Raises:
             CompileError: it has to be compiled and cannot be.
         """
-        run = self._package(lora if gate is not None else None)
-        gates = positions if gate is None else gate
+        if gate is None or lora is None:
+            lora, gate = self._expected, torch.zeros_like(positions)
+        run, gates = self._package(lora), gate
         keys, values = ([layer[at] for layer in layers] for at in (0, 1))
         return run(inputs, positions, mask, slots, gates.to(inputs.dtype), keys, values)
+
+    def expect(self, lora: AppliedLora | None) -> None:
+        """Hear what acts on look-ahead rows to come: its package then serves all passes."""
+        skipped = lora is not None and all(map(joinable, lora.of_layers()))
+        self._expected = lora if skipped else None
 
     def _package(self, lora: AppliedLora | None) -> Callable[..., Tensor]:
         with self._lock:
             known = self._loaded.get(id(lora))
             if known is None:
-                known = self._loaded[id(lora)] = (lora, self._made(lora))  # keeps the id its own
+                key = self._key(lora)
+                if key not in self._packages:
+                    self._packages[key] = self._made(lora, self._folder / f"{key}.pt2")
+                known = self._loaded[id(lora)] = lora, self._packages[key]  # keeps the id its own
             return known[1]
 
-    def _made(self, lora: AppliedLora | None) -> Callable[..., Tensor]:
-        path = self._folder / f"{self._key(lora)}.pt2"
+    def _made(self, lora: AppliedLora | None, path: Path) -> Callable[..., Tensor]:
         if not path.is_file():
             _compile(self._example(lora), path)
         try:
@@ -229,7 +255,7 @@ class CompiledPasses:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
     def _example(self, lora: AppliedLora | None) -> _Traced:
-        return _Traced(self._model, self.shapes, lora)
+        return _Traced(self._model, self.shapes, lora, self._probe)
 
 
 @dataclass(frozen=True)
@@ -239,6 +265,7 @@ class _Traced:
     model: PreTrainedModel
     shapes: Shapes
     lora: AppliedLora | None
+    probe: Callable[[], object]
 
     def exported(self) -> torch.export.ExportedProgram:
         """The pass for any number of texts, rows and slots."""
@@ -262,10 +289,11 @@ class _Traced:
         with ExitStack() as stack:
             if can_group(self.model):
                 stack.enter_context(grouped(self.model))
+            joined = JoinedLinears(self.model, self.probe, self.lora)
             if products.preferred():
-                stack.enter_context(PackedLinears(body).applied())
+                stack.enter_context(PackedLinears(body, without=joined.layers).applied())
             return torch.export.export(
-                _Body(body, self.lora and self.lora.traced()),
+                _Body(body, joined, self.lora and self.lora.traced(without=joined.layers)),
                 self._inputs(),
                 dynamic_shapes=dynamic,
                 strict=False,

@@ -203,6 +203,7 @@ class Generator:
         self.tokenizer = tokenizer
         self.look_ahead = look_ahead
         self.rows = None if look_ahead is None else look_ahead.rows(target)
+        target.expect(self.rows)
         self.costs = Costs(target, look_ahead, self.rows)
         self.eos = _eos_ids(target, tokenizer)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -21,9 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passlm import products
 from passlm.errors import InputError
-from passlm.products import RowsProduct
 
 PROBE_ROWS = 8
 Group = tuple[str, ...]
@@ -182,12 +180,18 @@ class AppliedLora:
     """Updates bound to a model's layers; see `GatedLora.on`."""
 
     def __init__(
-        self, model: nn.Module, lora: GatedLora, dtype: torch.dtype | None, traced: bool = False
+        self,
+        model: nn.Module,
+        lora: GatedLora,
+        dtype: torch.dtype | None,
+        traced: bool = False,
+        without: Collection[nn.Module] = (),
     ) -> None:
         layers = dict(model.named_modules())
         self._bound = model, lora
         self._lock = threading.RLock()
         self._updates: list[tuple[nn.Module, _Shared, int]] = []  # the last: which of its group
+        others = set(without)
         ups = iter(lora.up)
         for group, down in zip(lora.groups, lora.down, strict=True):
             mine: list[Tensor] = [next(ups) for _ in group]
@@ -195,16 +199,28 @@ class AppliedLora:
             if traced:
                 down, mine = down.detach().clone(), [up.detach().clone() for up in mine]
                 shared = _Traced(down, mine)
-                if products.preferred():
-                    shared = _Products(down, mine, next(model.parameters()).dtype)
             elif dtype is not None:
                 shared = shared.copied(_device(layers[group[0]]), dtype)
-            self._updates += [(layers[name], shared, at) for at, name in enumerate(group)]
+            self._updates += [
+                (layers[name], shared, at)
+                for at, name in enumerate(group)
+                if layers[name] not in others
+            ]
 
-    def traced(self) -> AppliedLora:
-        """The same updates in words for a compiler."""
+    def traced(self, without: Collection[nn.Module] = ()) -> AppliedLora:
+        """The same updates in words for a compiler, of all layers but some."""
         model, lora = self._bound
-        return AppliedLora(model, lora, None, traced=True)
+        return AppliedLora(model, lora, None, traced=True, without=without)
+
+    def of_layers(self) -> dict[nn.Module, tuple[Tensor, Tensor]]:
+        """`A`, `[rank, in]`, and `B`, `[out, rank]`, of each layer."""
+        model, lora = self._bound
+        ups = iter(lora.up)
+        return {
+            model.get_submodule(name): (down.detach(), next(ups).detach())
+            for group, joined in zip(lora.groups, lora.down, strict=True)
+            for name, down in zip(group, joined.chunk(len(group)), strict=True)
+        }
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -313,37 +329,6 @@ class _Traced(_Shared):
         low = (taken.float()[:, None] * self.down[None]).sum(-1)  # [N, layers * rank]
         parts = low.chunk(len(self.ups), dim=1)
         return [(p[:, :, None] * up.T[None]).sum(1) for p, up in zip(parts, self.ups, strict=True)]
-
-
-class _Products(_Shared):
-    """The same for a compiler, by our own products.
-
-    `A x` are further inputs of the layers, whose weights for them are `B`: one call more for each
-    group. Layers that have other products get calls of their own.
-    """
-
-    def __init__(self, down: Tensor, ups: list[Tensor], dtype: torch.dtype) -> None:
-        super().__init__(down, ups)
-        self._down = RowsProduct(down.to(dtype))
-        self._alone = [RowsProduct(up.to(dtype)) for up in ups]
-
-    def _computed(self, taken: Tensor) -> Sequence[Tensor]:
-        """What the layers take further, not yet their updates."""
-        parts = len(self.ups)
-        return self._down.forward(taken).chunk(parts, dim=1)
-
-    def around(
-        self, forward: Callable[[Tensor], Tensor], split: RowSplit, at: int
-    ) -> Callable[[Tensor], Tensor]:
-        layer = getattr(forward, "__self__", None)
-        if isinstance(layer, RowsProduct):
-            extended = layer.extended(self.ups[at])
-            return lambda rows: extended.forward(rows, self.of(rows, split)[at])
-
-        def updated(rows: Tensor) -> Tensor:
-            return split.add(forward(rows), self._alone[at].forward(self.of(rows, split)[at]))
-
-        return updated
 
 
 def features(layer: nn.Module) -> tuple[int, int] | None:

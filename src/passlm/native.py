@@ -29,9 +29,9 @@ _COMPILERS = ("g++", "clang++")
 
 C_SHIMS = {
     "rows_product": """AOTITorchError aoti_torch_cpu_rows_product(
-        AtenTensorHandle rows, AtenTensorHandle more, AtenTensorHandle packed,
-        AtenTensorHandle scale, AtenTensorHandle bias, int64_t width, int64_t threads,
-        AtenTensorHandle* made)""",
+        AtenTensorHandle rows, AtenTensorHandle gate, AtenTensorHandle packed,
+        AtenTensorHandle scale, AtenTensorHandle bias, AtenTensorHandle down, AtenTensorHandle up,
+        AtenTensorHandle parts, int64_t width, int64_t threads, AtenTensorHandle* made)""",
     "rows_attention": """AOTITorchError aoti_torch_cpu_rows_attention(
         AtenTensorHandle query, AtenTensorHandle keys, AtenTensorHandle values,
         AtenTensorHandle mask, double scale, int64_t threads, AtenTensorHandle* made)""",

@@ -10,7 +10,7 @@ copies inside a `with` block only.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import TypeGuard
 
@@ -33,10 +33,13 @@ class PackedLinears:
     Args:
         model: its plain `nn.Linear` layers are packed where `can_pack` says so; others stay as
             they are.
+        without: layers of it that stay as they are, too.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._layers = [module for module in model.modules() if _packable(module)]
+    def __init__(self, model: nn.Module, without: Collection[nn.Module] = ()) -> None:
+        others = set(without)
+        found = [module for module in model.modules() if _packable(module)]
+        self._layers = [layer for layer in found if layer not in others]
         self._forwards: list[Callable[[Tensor], Tensor]] = []
         self._packed_from: list[tuple[int, int, int]] = []
         self._lock = threading.RLock()  # a second thread would take the forwards away in mid-pass
@@ -79,6 +82,16 @@ class PackedLinears:
                     vars(layer).pop("forward", None)
 
 
+def has_product(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether it is a plain layer with a product of few rows, and no other is faster here."""
+    return _packable(layer) and products.preferred()
+
+
+def packed_product(layer: nn.Linear) -> products.RowsProduct:
+    """The product of such a layer."""
+    return products.RowsProduct(layer.weight, bias=layer.bias)
+
+
 def _packable(module: nn.Module) -> TypeGuard[nn.Linear]:
     if type(module) is not nn.Linear or module.weight.device.type != "cpu":
         return False
@@ -94,9 +107,9 @@ def _has_onednn() -> bool:
 
 
 def _packed_forward(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
+    if has_product(layer):
+        return packed_product(layer).forward
     bias = layer.bias
-    if products.preferred():
-        return products.RowsProduct(layer.weight, bias=bias).forward
     packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), _ROWS)
     product = torch.ops.mkldnn._linear_pointwise.default
 

@@ -11,6 +11,9 @@ CPUs with matrix instructions (AMX) multiply bfloat16 faster in torch's librarie
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -22,22 +25,46 @@ _OPERATOR = "passlm::rows_product"
 
 torch.library.define(
     _OPERATOR,
-    "(Tensor rows, Tensor more, Tensor packed, Tensor scale, Tensor bias, int width, int threads)"
-    " -> Tensor",
+    "(Tensor rows, Tensor gate, Tensor packed, Tensor scale, Tensor bias, Tensor down, Tensor up, "
+    "Tensor parts, int width, int threads) -> Tensor",
 )
 
 
 @torch.library.register_fake(_OPERATOR)  # type: ignore[untyped-decorator]
 def _shape(
     rows: Tensor,
-    more: Tensor,
+    gate: Tensor,
     packed: Tensor,
     scale: Tensor,
     bias: Tensor,
+    down: Tensor,
+    up: Tensor,
+    parts: Tensor,
     width: int,
     threads: int,
 ) -> Tensor:
     return rows.new_empty(*rows.shape[:-1], width)
+
+
+@dataclass(frozen=True)
+class Update:
+    """Low-rank updates of the layers of a product, `B A x` (LoRA), for some of its rows.
+
+    Attributes:
+        down: `A` of each layer, `[rank, in]`.
+        up: `B` of each layer, `[out, rank]`; of all but the last, a multiple of `block` outputs.
+    """
+
+    down: Sequence[Tensor]
+    up: Sequence[Tensor]
+
+    def packed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """`A` and `B` in bfloat16, and for each register of outputs its layer's first `A x`."""
+        down, up = torch.cat(list(self.down)), torch.cat(list(self.up))
+        sizes = [-(-len(up) // native.lanes()) for up in self.up]
+        starts = torch.arange(len(self.up)) * up.shape[1]
+        parts = starts.repeat_interleave(torch.tensor(sizes))
+        return _packed(down.detach().bfloat16()), _packed(up.detach().bfloat16()), parts
 
 
 class RowsProduct(nn.Module):
@@ -47,52 +74,87 @@ class RowsProduct(nn.Module):
         weight: `[out, in]` on the CPU, bfloat16, float32 or int8.
         scale: what one of an output's weights is worth, `[out]`, float32; 1 if not given.
         bias: `[out]`, of the type of the rows.
+        update: what is added for rows that are gated.
     """
 
     packed: Tensor
     scale: Tensor
     bias: Tensor
+    down: Tensor
+    up: Tensor
+    parts: Tensor
 
     def __init__(
-        self, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None
+        self,
+        weight: Tensor,
+        scale: Tensor | None = None,
+        bias: Tensor | None = None,
+        update: Update | None = None,
     ) -> None:
         super().__init__()
-        self._width = len(weight)
-        self._weight = weight.detach() if scale is None else None  # to be extended
+        self.width = len(weight)
         none = torch.empty(0)
+        down, up, parts = (none, none, none) if update is None else update.packed()
         self.register_buffer("packed", _packed(weight.detach()))
-        self.register_buffer("scale", none if scale is None else scale.detach().contiguous())
+        whole = -(-self.width // block()) * block() - self.width
+        scale = none if scale is None else nn.functional.pad(scale.detach(), (0, whole))
+        self.register_buffer("scale", scale)
         self.register_buffer("bias", none if bias is None else bias.detach().contiguous())
+        self.register_buffer("down", down)
+        self.register_buffer("up", up)
+        self.register_buffer("parts", parts)
         self.register_buffer("none", none)
 
-    def forward(self, rows: Tensor, more: Tensor | None = None) -> Tensor:
+    @classmethod
+    def joined(cls, layers: Sequence[RowsProduct], update: Update | None = None) -> RowsProduct:
+        """Layers that take the same rows as one, their outputs side by side.
+
+        Args:
+            layers: with weights of one type; all have scales, or none.
+            update: of all of them.
+        """
+        weight = torch.cat([layer.weight for layer in layers])
+        scales = [layer.scale[: layer.width] for layer in layers if layer.scale.numel()]
+        biases = [layer.bias for layer in layers if layer.bias.numel()]
+        bias = None
+        if biases:
+            zeros = biases[0].new_zeros
+            parts = [one.bias if one.bias.numel() else zeros(one.width) for one in layers]
+            bias = torch.cat(parts)
+        return cls(weight, torch.cat(scales) if scales else None, bias, update)
+
+    @property
+    def weight(self) -> Tensor:
+        """A copy of the weights as they were given, `[out, in]`."""
+        inputs = self.packed.shape[1]
+        return self.packed.permute(0, 3, 2, 1).reshape(-1, inputs)[: self.width]
+
+    def forward(self, rows: Tensor, gate: Tensor | None = None) -> Tensor:
         """`[..., in]`, bfloat16 or float32, to `[..., out]` in the same type.
 
         Args:
             rows: the rows.
-            more: their further inputs, where the layer was `extended`, `[..., columns]`.
+            gate: what each row's update is multiplied by, `[N]`, 0 for rows that have none;
+                without it no row has one.
         """
         made: Tensor = torch.ops.passlm.rows_product(
             rows,
-            self.none if more is None else more,
+            self.none if gate is None else gate,
             self.packed,
             self.scale,
             self.bias,
-            self._width,
+            self.down,
+            self.up,
+            self.parts,
+            self.width,
             torch.get_num_threads(),
         )
         return made
 
-    def extended(self, columns: Tensor) -> RowsProduct:
-        """A layer that takes further inputs, with these weights, `[out, columns]`.
 
-        Raises:
-            ValueError: its weights are rounded, so there is no common scale.
-        """
-        if self._weight is None:
-            raise ValueError("a layer with scales has no further inputs")
-        weight = torch.cat([self._weight, columns.to(self._weight)], 1)
-        return RowsProduct(weight, bias=self.bias if self.bias.numel() else None)
+def block() -> int:
+    """Outputs that weights of any type lie together in whole blocks of."""
+    return native.lanes() * _WORD
 
 
 def preferred() -> bool:

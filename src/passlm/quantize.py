@@ -39,6 +39,7 @@ class Int8Linear(nn.Module):
     Attributes:
         in_features: numbers that it takes.
         out_features: numbers that it gives.
+        product: what multiplies.
         sample: some of the weights as they were, by which a model is known.
     """
 
@@ -56,20 +57,20 @@ class Int8Linear(nn.Module):
         bias: Tensor | None = layer.bias  # type: ignore[assignment]
         if bias is not None and bias.dtype not in _TYPES:
             bias = bias.float()
-        self._product = products.RowsProduct(rounded, scale[:, 0], bias)
+        self.product = products.RowsProduct(rounded, scale[:, 0], bias)
         self.register_buffer("sample", spread(weight, SAMPLES // 2))
         self.weight = layer.weight if keep else None
 
     @property
     def nbytes(self) -> int:
         """Bytes that a pass reads."""
-        return self.in_features * self.out_features + self._product.scale.nbytes
+        return self.in_features * self.out_features + self.product.scale.nbytes
 
     def forward(self, rows: Tensor) -> Tensor:
         """`[..., in]` to `[..., out]`, in the type of `rows`."""
         if rows.dtype in _TYPES:
-            return self._product.forward(rows)
-        return self._product.forward(rows.float()).to(rows.dtype)
+            return self.product.forward(rows)
+        return self.product.forward(rows.float()).to(rows.dtype)
 
 
 def quantized(model: PreTrainedModel, kind: str = "int8") -> PreTrainedModel:

@@ -80,6 +80,11 @@ class Target:
             self._packed = PackedLinears(self._output_layer if self._compiled else model)
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
 
+    def expect(self, look_ahead: LookAheadRows | None) -> None:
+        """Hear which look-ahead rows passes are going to have: compiled ones are made for them."""
+        if self._compiled is not None:
+            self._compiled.expect(None if look_ahead is None else look_ahead.lora)
+
     @property
     def device(self) -> torch.device:
         """Where the input embeddings lie."""
@@ -354,7 +359,7 @@ class Target:
             kinds,
             self.dtype if self._additive else torch.bool,
         )
-        return CompiledPasses(self.model, shapes, folder)
+        return CompiledPasses(self.model, shapes, folder, self.probe)
 
     def _run_compiled(
         self,

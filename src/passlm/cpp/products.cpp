@@ -8,6 +8,8 @@
 //
 // Weights lie in blocks of LANES words of 32 bits for each input: a word holds 1 float32, 2 bfloat16
 // or 4 int8 weights of as many outputs, those of one word LANES outputs apart.
+//
+// Some rows may have an update, B A x (LoRA), which goes on where the sum over the inputs ends.
 
 #include <vector>
 
@@ -64,20 +66,35 @@ ALWAYS_INLINE void unpack(const Words* words, Floats* into) {
     }
 }
 
-// What becomes of the sums of some outputs: scaled, the bias added, rounded to the type of the rows.
+// What is added to the sums of some rows: B times what A gave for them.
+
+struct Update {
+    const float* low;      // A x of all layers, 0 for rows without update: tiles of [numbers, rows]
+    int64_t numbers;       // of a row; 0: no row has an update
+    const uint32_t* up;    // B: blocks of bfloat16, [rank, LANES] each
+    const int64_t* parts;  // for each LANES outputs, where the numbers of their layer begin
+    int64_t rank;
+
+    // B of some LANES outputs, for number `k` of their layer.
+    Floats weights(int64_t lanes, int64_t k) const {
+        Words words;
+        std::memcpy(&words, up + (lanes / 2 * rank + k) * LANES, sizeof(Words));
+        return lanes % 2 ? BFloat16::unpacked<1>(words) : BFloat16::unpacked<0>(words);
+    }
+};
+
+// What becomes of the sums of some outputs: scaled, updated, the bias added, rounded to the type of
+// the rows.
 
 struct Output {
-    const float* scale;  // null: 1
+    const float* scale;  // null: 1; for whole blocks
     const char* bias;    // null: 0; of the type of `out`
     char* out;
     int64_t width;
     bool half;           // bfloat16, not float32
+    Update update;
 
-    void store(const float* sums, int64_t row, int64_t column, int64_t count) const {
-        float values[WIDE * LANES];
-        for (int64_t i = 0; i < count; i++) {
-            values[i] = scale ? sums[i] * scale[column + i] : sums[i];
-        }
+    void store(float* values, int64_t row, int64_t column, int64_t count) const {
         if (bias && half) {
             for (int64_t i = 0; i < count; i++) values[i] += widened(bias + 2 * (column + i));
         } else if (bias) {
@@ -117,6 +134,20 @@ __attribute__((noinline)) void tile(const float* __restrict given,
         unpack<Kind, first, 0, count>(words, unpacked);
         for (int r = 0; r < rows; r++) {
             for (int v = 0; v < count; v++) sums[r][v] += unpacked[v] * given[k * rows + r];
+        }
+    }
+    for (int v = 0; v < count && output.scale; v++) {
+        Floats scale;
+        std::memcpy(&scale, output.scale + column + v * LANES, sizeof(Floats));
+        for (int r = 0; r < rows; r++) sums[r][v] *= scale;
+    }
+    const Update& update = output.update;
+    for (int v = 0; v < count && update.numbers && column + v * LANES < output.width; v++) {
+        const int64_t lanes = column / LANES + v;
+        const float* low = update.low + row * update.numbers + update.parts[lanes] * rows;
+        for (int64_t k = 0; k < update.rank; k++) {
+            const Floats up = update.weights(lanes, k);
+            for (int r = 0; r < rows; r++) sums[r][v] += up * low[k * rows + r];
         }
     }
     const int64_t left = std::min<int64_t>(count * LANES, output.width - column);
@@ -184,14 +215,13 @@ void multiply(const std::vector<int64_t>& starts, const float* given, const uint
     }
 }
 
-// Rows of any strides as float32: each tile as [inputs, rows], from input `first` of `inputs` on.
-void lay_out(const View& rows, const std::vector<int64_t>& starts, int64_t first, int64_t inputs,
-             float* into) {
+// Rows of any strides as float32: each tile as [inputs, rows].
+void lay_out(const View& rows, const std::vector<int64_t>& starts, int64_t inputs, float* into) {
     const bool half = rows.half();
-    const int64_t width = rows.width(), last = rows.strides[rows.dimensions - 1];
+    const int64_t last = rows.strides[rows.dimensions - 1];
     for (size_t t = 0; t + 1 < starts.size(); t++) {
         const int64_t number = starts[t + 1] - starts[t];
-        float* tile_rows = into + starts[t] * inputs + first * number;
+        float* tile_rows = into + starts[t] * inputs;
         for (int64_t r = 0; r < number; r++) {
             int64_t rest = starts[t] + r, offset = 0;
             for (int64_t d = rows.dimensions - 2; d >= 0; d--) {
@@ -200,40 +230,76 @@ void lay_out(const View& rows, const std::vector<int64_t>& starts, int64_t first
             }
             if (half) {
                 const char* from = rows.data + 2 * offset;
-                for (int64_t k = 0; k < width; k++) {
+                for (int64_t k = 0; k < inputs; k++) {
                     tile_rows[k * number + r] = widened(from + 2 * k * last);
                 }
             } else {
                 const float* from = reinterpret_cast<const float*>(rows.data) + offset;
-                for (int64_t k = 0; k < width; k++) tile_rows[k * number + r] = from[k * last];
+                for (int64_t k = 0; k < inputs; k++) tile_rows[k * number + r] = from[k * last];
             }
         }
     }
 }
 
-AtenTensorHandle product(AtenTensorHandle given, AtenTensorHandle more, AtenTensorHandle packed,
-                         AtenTensorHandle scales, AtenTensorHandle biases, int64_t width,
+// Which rows have an update, and what it is of: `gate` is 0 for those without.
+//
+// starts: of the tiles of rows. laid_out: the rows, as `lay_out` left them.
+Update updates(const View& gate, const View& down, const View& up, const View& parts,
+               const std::vector<int64_t>& starts, const std::vector<float>& laid_out,
+               int64_t inputs, int threads) {
+    const int64_t rows = starts.back(), numbers = down.numbers / (inputs ? inputs : 1);
+    std::vector<float> factors(gate.numbers);
+    for (int64_t r = 0; r < gate.numbers; r++) {
+        const int64_t at = r * gate.strides[0];
+        factors[r] = gate.half() ? widened(gate.data + 2 * at)
+                                 : reinterpret_cast<const float*>(gate.data)[at];
+    }
+    const bool none = std::all_of(factors.begin(), factors.end(), [](float f) { return f == 0; });
+    if (none || !numbers) return {};
+    STD_TORCH_CHECK(gate.numbers == rows, "the gate is not one number for each row");
+    static thread_local std::vector<float> made, low;
+    made.resize(rows * numbers);
+    low.resize(rows * numbers);
+    const Output output{nullptr, nullptr, reinterpret_cast<char*>(made.data()), numbers, false, {}};
+    multiply<BFloat16>(starts, laid_out.data(), reinterpret_cast<const uint32_t*>(down.data),
+                       inputs, down.sizes[0], output, threads);
+    for (size_t t = 0; t + 1 < starts.size(); t++) {
+        const int64_t number = starts[t + 1] - starts[t];
+        for (int64_t r = starts[t]; r < starts[t + 1]; r++) {
+            float* into = low.data() + starts[t] * numbers + (r - starts[t]);
+            for (int64_t k = 0; k < numbers; k++) {
+                into[k * number] = factors[r] == 0 ? 0 : factors[r] * made[r * numbers + k];
+            }
+        }
+    }
+    return {low.data(), numbers, reinterpret_cast<const uint32_t*>(up.data),
+            reinterpret_cast<const int64_t*>(parts.data), up.sizes[1]};
+}
+
+AtenTensorHandle product(AtenTensorHandle given, AtenTensorHandle gates, AtenTensorHandle packed,
+                         AtenTensorHandle scales, AtenTensorHandle biases, AtenTensorHandle downs,
+                         AtenTensorHandle ups, AtenTensorHandle places, int64_t width,
                          int64_t threads) {
-    const View rows(given), further(more), weights(packed), scale(scales), bias(biases);
-    const int64_t own = rows.width(), inputs = own + (further.numbers ? further.width() : 0);
+    const View rows(given), weights(packed), scale(scales), bias(biases);
+    const int64_t inputs = rows.width();
     STD_TORCH_CHECK(rows.half() || rows.full(), "rows must be bfloat16 or float32");
     STD_TORCH_CHECK(inputs == weights.sizes[1], "rows have not as many inputs as the weights");
     STD_TORCH_CHECK(!bias.numbers || bias.type == rows.type, "the bias is not of the rows' type");
-    STD_TORCH_CHECK(!further.numbers || further.type == rows.type,
-                    "the further inputs are not of the rows' type");
     std::vector<int64_t> sizes(rows.sizes, rows.sizes + rows.dimensions);
     sizes.back() = width;
     const AtenTensorHandle made = empty(sizes.data(), rows.dimensions, rows.type);
-    const int64_t number = own ? rows.numbers / own : 0;
+    const int64_t number = inputs ? rows.numbers / inputs : 0;
     const int64_t count = (number + MOST_ROWS - 1) / MOST_ROWS;
     std::vector<int64_t> starts;  // tiles of rows, as equal as can be
     for (int64_t t = 0; t <= count; t++) starts.push_back(count ? number * t / count : 0);
     static thread_local std::vector<float> laid_out;
     laid_out.resize(number * inputs);
-    lay_out(rows, starts, 0, inputs, laid_out.data());
-    if (further.numbers) lay_out(further, starts, own, inputs, laid_out.data());
+    lay_out(rows, starts, inputs, laid_out.data());
+    const Update update = updates(View(gates), View(downs), View(ups), View(places), starts,
+                                  laid_out, inputs, threads);
     const Output output{scale.numbers ? reinterpret_cast<const float*>(scale.data) : nullptr,
-                        bias.numbers ? bias.data : nullptr, View(made).data, width, rows.half()};
+                        bias.numbers ? bias.data : nullptr, View(made).data, width, rows.half(),
+                        update};
     const auto* words = reinterpret_cast<const uint32_t*>(weights.data);
     const int64_t blocks = weights.sizes[0];
     if (weights.half()) {
@@ -248,20 +314,21 @@ AtenTensorHandle product(AtenTensorHandle given, AtenTensorHandle more, AtenTens
 
 using torch::stable::Tensor;
 
-Tensor boxed(Tensor rows, Tensor more, Tensor packed, Tensor scale, Tensor bias, int64_t width,
-             int64_t threads) {
-    return Tensor(product(rows.get(), more.get(), packed.get(), scale.get(), bias.get(), width,
-                          threads));
+Tensor boxed(Tensor rows, Tensor gate, Tensor packed, Tensor scale, Tensor bias, Tensor down,
+             Tensor up, Tensor parts, int64_t width, int64_t threads) {
+    return Tensor(product(rows.get(), gate.get(), packed.get(), scale.get(), bias.get(),
+                          down.get(), up.get(), parts.get(), width, threads));
 }
 
 }  // namespace
 
 // What compiled passes call, without torch's dispatcher between.
 extern "C" AOTITorchError aoti_torch_cpu_rows_product(
-    AtenTensorHandle rows, AtenTensorHandle more, AtenTensorHandle packed, AtenTensorHandle scale,
-    AtenTensorHandle bias, int64_t width, int64_t threads, AtenTensorHandle* made) {
+    AtenTensorHandle rows, AtenTensorHandle gate, AtenTensorHandle packed, AtenTensorHandle scale,
+    AtenTensorHandle bias, AtenTensorHandle down, AtenTensorHandle up, AtenTensorHandle parts,
+    int64_t width, int64_t threads, AtenTensorHandle* made) {
     try {
-        *made = product(rows, more, packed, scale, bias, width, threads);
+        *made = product(rows, gate, packed, scale, bias, down, up, parts, width, threads);
         return AOTI_TORCH_SUCCESS;
     } catch (...) {
         return AOTI_TORCH_FAILURE;
