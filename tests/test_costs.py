@@ -11,7 +11,7 @@ import pytest
 from small_llama import small_llama
 
 from passlm import compiled, costs
-from passlm.costs import GROUPS, REAL_ROWS, Costs, measure
+from passlm.costs import GROUPS, REAL_ROWS, Costs, measure, rising
 from passlm.lookahead import LookAhead
 from passlm.planner import CostCurve
 from passlm.target import Target
@@ -59,6 +59,20 @@ def test_real_passes_are_measured(target: Target, batch: int) -> None:
     assert all(seconds > 0 for seconds in curve.seconds)
     bare = measure(target, None, batch, context=20, rounds=1)
     assert bare.groups == ()
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([1.0, 2.0, 3.0], (1.0, 2.0, 3.0)),
+        ([1.0, 3.0, 2.0, 4.0], (1.0, 2.5, 2.5, 4.0)),
+        ([3.0, 2.0, 1.0], (2.0, 2.0, 2.0)),
+        ([], ()),
+    ],
+)
+def test_costs_rise_with_the_rows(values: list[float], expected: tuple[float, ...]) -> None:
+    """Catches one bad measurement that makes a longer group look cheaper than a shorter one."""
+    assert rising(values) == pytest.approx(expected)
 
 
 def test_a_short_context_is_measured_as_far_as_it_goes() -> None:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -35,9 +35,12 @@ from passlm.target import Target
 REAL_ROWS = (1, 2, 3, 5, 9, 13)
 GROUPS = (1, 2, 3, 4, 6, 8)
 _WIDE = (4, 2)  # candidates, and rows of a group on each: tells what more groups cost
-ROUNDS = 6
+_LEAST_ROUNDS = 6
+_MOST_ROUNDS = 24
+_ENOUGH_SECONDS = 3.0  # of measuring one curve, once there are the least rounds
+_ROUNDS_A_SITTING = 3  # behind texts that are read anew
 CONTEXTS = (128, 512, 2048, 8192)  # a curve is measured behind so many tokens
-_MARGIN = 80  # tokens that one round of measuring may need behind them
+_MARGIN = 144  # tokens that one sitting may need behind them
 _STAGGER = 3  # tokens by which the texts of a batch differ in length
 _BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
@@ -75,16 +78,17 @@ def measure(
     rows: LookAheadRows | None,
     batch: int = 1,
     context: int = CONTEXTS[0],
-    rounds: int = ROUNDS,
+    rounds: int | None = None,
 ) -> CostCurve:
-    """Time steps of decoding, plans interleaved in random order; medians.
+    """Time steps of decoding, plans interleaved in random order; medians that rise with the rows.
 
     Args:
         target: the model.
         rows: its look-ahead rows; None for the costs of real rows alone.
         batch: texts decoded at a time.
         context: tokens before them; fewer where the model takes no more.
-        rounds: how often each plan is timed, after one round to warm up.
+        rounds: how often each plan is timed, after one round to warm up; None for as often as some
+            seconds allow.
     """
     if target.context is not None:
         context = max(1, min(context, target.context - _MARGIN))
@@ -97,18 +101,23 @@ def measure(
     seconds: dict[Plan, list[float]] = {plan: [] for plan in plans}
     prompt = [1 + place % (target.vocabulary - 1) for place in range(context)]
     read = target.prefill(prompt[:-1])
-    for _ in range(1 + rounds):
-        for plan, took in _one_round(target, rows, plans, batch, prompt, read):
+    begun, done = time.perf_counter(), 0
+    while done <= (_LEAST_ROUNDS if rounds is None else rounds) or (
+        rounds is None and done <= _MOST_ROUNDS and time.perf_counter() - begun < _ENOUGH_SECONDS
+    ):
+        for plan, took in _sitting(target, rows, plans, batch, prompt, read, done):
             seconds[plan].append(took)
+        done += _ROUNDS_A_SITTING
     medians = {plan: median(took[1:]) for plan, took in seconds.items() if len(took) > 1}
     real = {
         count: medians[plan]
         for count, plan in zip(REAL_ROWS, plans, strict=False)
         if plan in medians
     }
-    curve = CostCurve(tuple(real), tuple(real.values()))
+    curve = CostCurve(tuple(real), rising(list(real.values())))
     hung = {n: medians[Plan(0, (n,))] for n in groups if Plan(0, (n,)) in medians}
-    dearer = [max(0.0, took - curve.of(1 + n)) for n, took in hung.items()]
+    risen = zip(hung, rising(list(hung.values())), strict=True)
+    dearer = [max(0.0, took - curve.of(1 + n)) for n, took in risen]
     curve = replace(curve, groups=tuple(hung), group_seconds=tuple(dearer))
     if wide is None or wide not in medians:
         return curve
@@ -116,15 +125,18 @@ def measure(
     return replace(curve, row_seconds=max(0.0, rest / sum(wide.groups[1:])))
 
 
-def _one_round(
+def _sitting(
     target: Target,
     rows: LookAheadRows | None,
     plans: Sequence[Plan],
     batch: int,
     prompt: Sequence[int],
     read: RowCache,
+    seed: int,
 ) -> list[tuple[Plan, float]]:
-    """Each plan once; the texts differ in length, as those of a batch do.
+    """Each plan some times, rounds in orders of their own, once a first pass has made room.
+
+    The texts differ in length, as those of a batch do.
 
     Args:
         target: the model.
@@ -133,14 +145,17 @@ def _one_round(
         batch: texts decoded at a time.
         prompt: what they follow, or its beginning.
         read: keys and values of all of it but the last token.
+        seed: of the orders.
     """
-    script, order = _Script(), random.Random(0).sample(plans, len(plans))
-    needed = sum(1 + plan.candidates for plan in plans) + max(plan.rows for plan in plans)
+    script, draw = _Script(), random.Random(seed)
+    order = [plan for _ in range(_ROUNDS_A_SITTING) for plan in draw.sample(plans, len(plans))]
+    needed = 1 + sum(1 + plan.candidates for plan in order) + max(plan.rows for plan in plans)
     decoder = Decoder(target, rows)
     for text in range(batch):
         count = max(1, len(prompt) - _STAGGER * text)
         request = Request.of(prompt[:count], SamplingParams(), needed, script)
         decoder.admit(decoder.begin(request, read.copied(0, count - 1)))
+    decoder.step()
     taken = []
     for plan in order:
         if len(decoder.rows) < batch:  # the model's context is full
@@ -150,6 +165,20 @@ def _one_round(
         decoder.step()
         taken.append((plan, time.perf_counter() - begun))
     return taken
+
+
+def rising(values: Sequence[float]) -> tuple[float, ...]:
+    """The nearest numbers that never fall: neighbours in the wrong order become their mean.
+
+    Isotonic regression by pooling adjacent violators (Ayer et al., 1955): a pass of more rows takes
+    no less time, whatever a busy machine says.
+    """
+    pools: list[list[float]] = []
+    for value in values:
+        pools.append([value])
+        while len(pools) > 1 and mean(pools[-2]) > mean(pools[-1]):
+            pools[-2:] = [pools[-2] + pools[-1]]
+    return tuple(mean(pool) for pool in pools for _ in pool)
 
 
 @dataclass
@@ -242,7 +271,7 @@ class Costs:
             "dtype": str(self.target.dtype),
             "device": str(self.target.device),
             "environment": environment(),
-            "stagger": _STAGGER,
+            "sittings": [_STAGGER, _ROUNDS_A_SITTING],
             "look_ahead": card and [card.look_ahead_tokens, card.lora, card.sampler],
         }
 
