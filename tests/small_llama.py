@@ -53,9 +53,11 @@ _SIZES = {
 }
 
 
-def small_llama(vocabulary: int = VOCABULARY, seed: int = 0, scale: float = 0.1) -> PreTrainedModel:
-    """A llama of random weights of this standard deviation, float32."""
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **_SIZES)).eval()
+def small_llama(
+    vocabulary: int = VOCABULARY, seed: int = 0, scale: float = 0.1, **sizes: int
+) -> PreTrainedModel:
+    """A llama of random weights of this standard deviation, float32; of other sizes where given."""
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **{**_SIZES, **sizes})).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in model.parameters():

@@ -12,7 +12,7 @@ import torch
 from small_llama import randomised, small_llama
 from transformers import PreTrainedModel
 
-from passlm import compiled
+from passlm import compiled, products
 from passlm.decode import Decoder, Request
 from passlm.lookahead import LookAhead
 from passlm.params import SamplingParams
@@ -78,6 +78,26 @@ def test_compiled_passes_write_the_same(
     assert alone == texts(eager, look_ahead, plan, sampling, PROMPTS[2:])[0]
     assert fast.engine == "compiled"
     assert expected[1] > 0 or plan is autoregressive
+
+
+def test_one_package_serves_passes_with_and_without_look_ahead_rows(folder: Path) -> None:
+    """Catches a second copy of the weights in memory, layers joined in another order than they are
+    called in, and the update of one of them added to its neighbour."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    model = small_llama(**sizes, num_key_value_heads=4)
+    model.config.max_position_embeddings = 512
+    eager, fast = Target(model), Target(model, compiled=folder)
+    look_ahead = randomised(
+        LookAhead.mean(eager, 3, "small").extended(eager, 4, (), 16), 0.2, shortlist=16
+    )
+    fast.expect(look_ahead.rows(fast))
+    for plan in (autoregressive, OnePass(2)):
+        assert texts(fast, look_ahead, plan, GREEDY) == texts(eager, look_ahead, plan, GREEDY)
+    assert texts(fast, None, autoregressive, GREEDY) == texts(eager, None, autoregressive, GREEDY)
+    assert fast.engine == "compiled"
+    if products.preferred():
+        assert fast._compiled is not None
+        assert len(fast._compiled._packages) == 1
 
 
 def test_layers_of_two_kinds(folder: Path, tiny_target: Callable[[str], Target]) -> None:

@@ -165,9 +165,9 @@ class RowCache(Cache):
         """Take over the batch rows of `other`, which must not be used any more."""
         before, count = len(self.lengths), len(self.lengths) + len(other.lengths)
         joining = other._all()
-        if count > self.held or other.capacity > self.capacity or not self._alike(other):
-            capacity = max(self.capacity, other.capacity)
-            held = max(count, 2 * before) if before else count  # few copies while a batch grows
+        capacity = max(self.capacity, _blocks(joining.slots))
+        if count > self.held or capacity > self.capacity or not self._alike(other):
+            held = max(count, self.held, 2 * before)  # few copies while a batch grows
             parts = [self._all(), joining]
             self.lengths = self.lengths + other.lengths
             self._renew(capacity, parts, held)
@@ -180,10 +180,13 @@ class RowCache(Cache):
             mine.show()
 
     def copied(self, row: int, count: int) -> RowCache:
-        """The first `count` settled slots of one batch row, as a cache of its own."""
+        """The first `count` settled slots of one batch row, as a cache of its own.
+
+        It has no free slots, so that remembering a short text takes little memory.
+        """
         copy = RowCache(len(self.row_layers))
         copy.lengths = [count]
-        copy._renew(_blocks(count), [_Part(self, [row], count)])
+        copy._renew(count, [_Part(self, [row], count)])
         return copy
 
     def keep(self, rows: Sequence[int]) -> None:
