@@ -181,6 +181,7 @@ def build(
     check_assistant(asked.names, others.assistant)
     model = lm.target.model
     target = TimedTarget(model if quantize is None else quantized(model, quantize), pack, compiled)
+    target.expect(None if lm.look_ahead is None else lm.look_ahead.rows(target))
     made = []
     for name, tokens in asked.variants:
         if name in OURS:
