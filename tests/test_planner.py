@@ -20,6 +20,7 @@ STEEP = CostCurve((1, 11), (1.0, 11.0), (1, 4), (0.5, 0.5), 0.5)
 DRAFT = Chain((5, 6, 7, 8))
 COPIED = Chain(tuple(range(12)), "lookup", 16)
 PRIOR = (0.7, 0.5, 0.4, 0.3)
+WRONG = 99  # a token that no chain guesses
 
 
 def test_a_curve_is_linear_between_and_beyond_what_was_measured() -> None:
@@ -84,17 +85,25 @@ def test_rows_that_cost_little_are_used() -> None:
     assert chooser.choose([DRAFT, weak], WIDE).chain is DRAFT
 
 
-def test_a_source_that_fails_is_left_and_tried_again() -> None:
-    """Catches acceptance that is not counted by source, and a source given up for ever."""
+def test_a_source_that_fails_is_left_until_it_would_have_been_right() -> None:
+    """Catches acceptance that is not counted by source, and a source given up for ever because
+    what is not verified is not counted."""
     chooser = AutoPlan(FLAT, PRIOR).begin()
-    used = []
-    for _ in range(1500):
-        choice = chooser.choose([Chain((5,) * 4), Chain((1,) * 12, "lookup", 3)], WIDE)
-        used.append(None if choice.chain is None else choice.chain.source)
-        chooser.learn(choice, min(1, choice.plan.candidates) if used[-1] == "look-ahead" else 0)
-    assert used[0] == "lookup"
-    assert used[40:].count("look-ahead") > 1300
-    assert "lookup" in used[100:]
+
+    def used(passes: int, right: str) -> list[str | None]:
+        """Which chains were verified while those of one source go on as the text does."""
+        sources: list[str | None] = []
+        for _ in range(passes):
+            choice = chooser.choose([Chain((5,) * 4), Chain((1,) * 12, "lookup", 3)], WIDE)
+            sources.append(None if choice.chain is None else choice.chain.source)
+            token = 5 if right == "look-ahead" else 1
+            chooser.learn(choice, [token, 9] if sources[-1] == right else [token])
+        return sources
+
+    first = used(400, "look-ahead")
+    assert first[0] == "lookup"
+    assert first[40:].count("look-ahead") > 300
+    assert used(200, "lookup")[60:].count("lookup") > 120
 
 
 def test_passes_without_gain_come_to_plain_decoding() -> None:
@@ -105,7 +114,7 @@ def test_passes_without_gain_come_to_plain_decoding() -> None:
     rows, chain = [], None
     for _ in range(1500):
         choice = chooser.choose([] if chain is None else [chain], WIDE)
-        chooser.learn(choice, 0)
+        chooser.learn(choice, [WRONG])
         length = choice.plan.groups[0]
         chain = Chain((1,) * length) if length else None
         rows.append(choice.plan.rows)
@@ -202,7 +211,7 @@ def test_a_batch_that_changes_changes_the_costs_and_not_what_was_learnt() -> Non
     chooser = AutoPlan(curves[1], curves=known).begin()
     chain = Chain((1,) * 4, "lookup", 8)
     for _ in range(20):
-        chooser.learn(chooser.choose([chain], WIDE), 2)
+        chooser.learn(chooser.choose([chain], WIDE), [1, 1, WRONG])
     rows, rate = chooser.choose([chain], WIDE).plan.rows, chooser.rate
     chooser.resize(4)
     assert chooser.rate == pytest.approx(rate / 2)
@@ -220,8 +229,8 @@ def test_what_a_pass_took_counts_for_every_text_of_it() -> None:
     curve = CostCurve((1, 5), (1.0, 2.0))
     alone, together = AutoPlan(curve).begin(), AutoPlan(curve).begin()
     for _ in range(100):
-        alone.learn(alone.choose([], WIDE), 0)
-        together.learn(together.choose([], Limits(1000, shared=Shared(5))), 0)
+        alone.learn(alone.choose([], WIDE), [WRONG])
+        together.learn(together.choose([], Limits(1000, shared=Shared(5))), [WRONG])
     assert alone.rate == pytest.approx(1.0, rel=0.05)
     assert together.rate == pytest.approx(0.5, rel=0.05)
 
@@ -235,7 +244,7 @@ def test_the_same_text_gives_the_same_plans() -> None:
         for step in range(60):
             chains = [DRAFT] if step % 3 else [DRAFT, Chain((1, 2), "lookup", 1 + step % 5)]
             made.append(chooser.choose(chains, WIDE))
-            chooser.learn(made[-1], min(step % 4, made[-1].plan.candidates))
+            chooser.learn(made[-1], [*made[-1].candidates[: step % 4], WRONG])
         return made
 
     assert plans() == plans()

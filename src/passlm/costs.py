@@ -69,7 +69,7 @@ class _Script:
         count = self.plan.candidates
         return Choice(Chain((0,) * count) if count else None, self.plan)
 
-    def learn(self, choice: Choice, accepted: int) -> None:
+    def learn(self, choice: Choice, settled: Sequence[int]) -> None:
         pass
 
 

@@ -177,8 +177,9 @@ class Row:
             verdict = judge.greedy(settled, candidates)
         else:
             verdict = self._verdict(distribution(logits[:real], self.tokens, candidates))
-        self._chooser.learn(self.choice, verdict.accepted)
-        return [*candidates[: verdict.accepted], verdict.token]
+        block = [*candidates[: verdict.accepted], verdict.token]
+        self._chooser.learn(self.choice, block)
+        return block
 
     def _verdict(self, p: Tensor) -> Verdict:
         """On the candidates, where tokens are drawn from `p`, `[1 + M, V]`."""

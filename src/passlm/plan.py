@@ -198,8 +198,8 @@ class Chooser(Protocol):
         """The next pass, given the chains at hand: none, one, or one of each source."""
         ...
 
-    def learn(self, choice: Choice, accepted: int) -> None:
-        """Hear how many candidates of the pass were accepted."""
+    def learn(self, choice: Choice, settled: Sequence[int]) -> None:
+        """Hear what the pass settled: the candidates accepted and the token drawn behind them."""
         ...
 
 
@@ -238,7 +238,7 @@ class FixedChooser:
         plan = self.strategy(candidates, limits.group(candidates))
         return Choice(chain if plan.candidates else None, plan)
 
-    def learn(self, choice: Choice, accepted: int) -> None:
+    def learn(self, choice: Choice, settled: Sequence[int]) -> None:
         """Nothing to learn."""
 
 

@@ -234,6 +234,7 @@ class AutoChooser:
         self._worth = [0.0] * (1 + len(settings.prior))  # of a group of so many rows, in tokens
         self._weighed: dict[tuple[_Key, Shared | None], tuple[float, Plan]] = {}
         self._passes = 0
+        self._at_hand: Sequence[Chain] = ()
         self._texts = 1
         self._shared: Shared | None = None  # the last pass, where it was agreed with other texts
         for _ in range(_FIRST_ROUNDS):
@@ -270,7 +271,7 @@ class AutoChooser:
     def choose(self, chains: Sequence[Chain], limits: Limits) -> Choice:
         """The chain to verify and the plan of the pass; see `plan.Chooser`."""
         self._passes += 1
-        self._shared = limits.shared
+        self._at_hand, self._shared = chains, limits.shared
         apart = _PASSES_A_LOOK * min(self._texts, _MOST_LOOKS_APART)
         if self._passes % (apart * (1 if self._texts == 1 else _LOOKS_A_WORTH)) == 0:
             self._weigh_anew()
@@ -292,15 +293,21 @@ class AutoChooser:
                 value, best = worth, Choice(chain if its_plan.candidates else None, its_plan)
         return value, best
 
-    def learn(self, choice: Choice, accepted: int) -> None:
-        """Count what a pass accepted of the chain that it verified."""
-        plan, chain = choice.plan, choice.chain
+    def learn(self, choice: Choice, settled: Sequence[int]) -> None:
+        """Count how far the chains at hand went along with what was settled.
+
+        Those that were not verified as well: where a token is drawn whatever the candidates are, it
+        tells what they would have come to. So what looks bad at first is not given up for ever.
+        """
+        plan, accepted = choice.plan, len(settled) - 1
         for acceptance in (self._ahead, self._copied):
             acceptance.forget()
-        if chain is not None:
+        for chain in self._at_hand:
             counts = self._ahead if chain.source == "look-ahead" else self._copied
-            for place in range(min(accepted + 1, plan.candidates)):
-                counts.count(_level(chain.source, chain.evidence, place), place < accepted)
+            for place, (guess, token) in enumerate(zip(chain.tokens, settled, strict=False)):
+                counts.count(_level(chain.source, chain.evidence, place), guess == token)
+                if guess != token:
+                    break
         self._tokens = self._tokens * _MEMORY + 1 + accepted
         cost = self._settings.cost(
             1 + plan.candidates, sum(plan.groups), plan.groups[accepted], self._shared
