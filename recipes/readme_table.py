@@ -13,8 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-RESULTS = ("humaneval-compiled", "all-compiled", "int8-compiled", "humaneval")
-DISTURBED = {"all-compiled": ("humaneval",)}  # other programs ran meanwhile: measured again
+RESULTS = ("all-compiled", "int8-compiled", "humaneval")
 NAMES = {
     "ar": "plain decoding, tokens/s",
     "lookup": "prompt lookup alone",
@@ -28,10 +27,10 @@ BEGIN, END = "<!-- measured: recipes/readme_table.py -->\n", "<!-- /measured -->
 def tables(name: str) -> str:
     """One result file: a table for each temperature, and a line on where it comes from."""
     results = json.loads((ROOT / "docs/results" / name / "results.json").read_text())
-    runs = [run for run in results["runs"] if run["suite"] not in DISTURBED.get(name, ())]
+    runs = results["runs"]
     temperatures = sorted({run["temperature"] for run in runs})
     made = [table([r for r in runs if r["temperature"] == t], t) for t in temperatures]
-    return "\n\n".join([*made, source(name, results | {"runs": runs})]) + "\n"
+    return "\n\n".join([*made, source(name, results)]) + "\n"
 
 
 def table(runs: list[dict[str, Any]], temperature: float) -> str:
