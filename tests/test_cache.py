@@ -144,6 +144,28 @@ def test_all_layers_lie_in_one_block() -> None:
     assert sum(one.numel() for layer in cache.row_layers for one in layer.stored or ()) == 0
 
 
+def test_without_memory_all_stays_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a batch row without keys, for which all later passes fail."""
+    cache = ragged()
+    before = settled(cache)
+
+    def none_left(*_: object, **__: object) -> Tensor:
+        raise RuntimeError("not enough memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "new_zeros", none_left)
+        for grow in (
+            lambda: cache.append(ragged()),
+            lambda: cache.keep([2, 0]),
+            lambda: cache.begin(1000, CPU),
+        ):
+            with pytest.raises(RuntimeError, match="not enough memory"):
+                grow()
+    assert cache.lengths == [3, 1, 2]
+    assert cache.capacity == BLOCK
+    assert settled(cache) == before
+
+
 def test_keep_takes_rows_in_the_order_asked() -> None:
     """Catches lengths and keys that are re-ordered differently."""
     cache = ragged()

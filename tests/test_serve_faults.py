@@ -339,13 +339,22 @@ def test_an_event_for_nobody_is_dropped(lm: Generator) -> None:
 # Going down
 
 
-def test_a_server_that_goes_down_finishes_and_refuses() -> None:
+def test_a_server_that_goes_down_finishes_and_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches texts that are cut although there was time, and requests that hang."""
     with served(byte_generator()) as server:
         expected = server.text(PROMPT, max_tokens=64)
+        taken: list[object] = []
+        submit = server.worker.submit
+
+        def counted(*given: Any) -> Any:
+            job = submit(*given)
+            taken.append(job)
+            return job
+
+        monkeypatch.setattr(server.worker, "submit", counted)
         with ThreadPoolExecutor(8) as pool:
             running = [pool.submit(server.text, PROMPT, max_tokens=64) for _ in range(6)]
-            until(lambda: server.worker.state().running > 0)
+            until(lambda: len(taken) == 6)
             stopped = pool.submit(server.worker.stop, 30.0)
             until(lambda: not server.worker.state().ready)
             refused = server.post("completions", LONG)

@@ -169,8 +169,7 @@ class RowCache(Cache):
         if count > self.held or capacity > self.capacity or not self._alike(other):
             held = max(count, self.held, 2 * before)  # few copies while a batch grows
             parts = [self._all(), joining]
-            self.lengths = self.lengths + other.lengths
-            self._renew(capacity, parts, held)
+            self._renew(capacity, parts, held, [*self.lengths, *other.lengths])
             return
         self.lengths = self.lengths + other.lengths
         for mine, theirs in zip(self.row_layers, other.row_layers, strict=True):
@@ -185,19 +184,18 @@ class RowCache(Cache):
         It has no free slots, so that remembering a short text takes little memory.
         """
         copy = RowCache(len(self.row_layers))
-        copy.lengths = [count]
-        copy._renew(count, [_Part(self, [row], count)])
+        copy._renew(count, [_Part(self, [row], count)], lengths=[count])
         return copy
 
     def keep(self, rows: Sequence[int]) -> None:
         """Keep only these batch rows, in this order, and the blocks that they fill."""
         kept = [self.lengths[row] for row in rows]
         part = _Part(self, list(rows), max(kept, default=0))
-        self.lengths = kept
         moves_up = all(a < b for a, b in pairwise([-1, *rows]))
         if not moves_up or 2 * _blocks(part.slots) <= self.capacity:
-            self._renew(_blocks(part.slots), [part], len(rows))
+            self._renew(_blocks(part.slots), [part], len(rows), kept)
             return
+        self.lengths = kept
         for layer in self.row_layers:
             if layer.stored is not None:
                 with torch.inference_mode(layer.stored[0].is_inference()):
@@ -217,31 +215,35 @@ class RowCache(Cache):
         capacity: int,
         parts: Sequence[_Part],
         held: int | None = None,
+        lengths: Sequence[int] | None = None,
         shapes: Sequence[_Shape] | None = None,
     ) -> None:
         """Put the layers into new memory, and what these parts hold into them, one behind another.
+
+        Where there is no memory for it, all stays as it was.
 
         Args:
             capacity: slots for each row.
             parts: the batch rows that there are to be.
             held: rows that there is to be room for; None for as many as now.
+            lengths: of the batch rows; None for those that there are.
             shapes: of the layers, where not all are known yet.
         """
-        self.capacity, self.held = capacity, self.held if held is None else held
+        held = self.held if held is None else held
         known = [self._shape(at, parts, shapes) for at in range(len(self.row_layers))]
-        sizes = [0 if s is None else self.held * s.heads * capacity * s.d_head for s in known]
-        like = next((shape.like for shape in known if shape is not None), None)
-        if like is None:
-            return
+        sizes = [0 if s is None else held * s.heads * capacity * s.d_head for s in known]
+        like = next((shape.like for shape in known if shape is not None), torch.empty(0))
         with torch.inference_mode(like.is_inference() or torch.is_inference_mode_enabled()):
             # Zeros: see `RowLayer._empty`.
             whole = torch.split(
                 like.new_zeros(2 * sum(sizes)), [n for n in sizes for _ in range(2)]
             )
+            self.capacity, self.held = capacity, held
+            self.lengths = self.lengths if lengths is None else list(lengths)
             for at, (layer, shape) in enumerate(zip(self.row_layers, known, strict=True)):
                 if shape is None:
                     continue
-                size = self.held, shape.heads, capacity, shape.d_head
+                size = held, shape.heads, capacity, shape.d_head
                 stored = whole[2 * at].view(size), whole[2 * at + 1].view(size)
                 first = 0
                 for part in parts:
