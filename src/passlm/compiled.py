@@ -211,9 +211,9 @@ class CompiledPasses:
         """
         if gate is None or lora is None:
             lora, gate = self._expected, torch.zeros_like(positions)
-        run, gates = self._package(lora), gate
+        run = self._package(lora)
         keys, values = ([layer[at] for layer in layers] for at in (0, 1))
-        return run(inputs, positions, mask, slots, gates.to(inputs.dtype), keys, values)
+        return run(inputs, positions, mask, slots, gate.to(inputs.dtype), keys, values)
 
     def expect(self, lora: AppliedLora | None) -> None:
         """Hear what acts on look-ahead rows to come: its package then serves all passes."""
