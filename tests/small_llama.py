@@ -129,7 +129,9 @@ def trainer(
     mean = LookAhead.mean(target, config.lookahead_tokens, "counting")
     rank = 0 if config.kind == "embeddings" else config.lora_rank
     width = config.sampler_width if config.kind == "sampler" else 0
-    look_ahead = mean.extended(target, rank, config.lora_layers, width, config.seed)
+    look_ahead = mean.extended(
+        target, rank, config.lora_layers, width, config.seed, config.sampler_tokens
+    )
     return training(folder, config, look_ahead, target, text_seed)
 
 
@@ -171,7 +173,9 @@ def counting_look_ahead() -> LookAhead:
 def counting_look_ahead_with_parts() -> LookAhead:
     """The same with a gated LoRA and a sampler head, random ones that were trained for a moment."""
     target = counting_llama()
-    look_ahead = randomised(counting_look_ahead().extended(target, 4, (), 16), 0.2)
+    look_ahead = randomised(
+        counting_look_ahead().extended(target, 4, (), 16, sampler_tokens=2), 0.2
+    )
     config = replace(_BRIEFLY, kind="sampler", lora_rank=4, sampler_width=16, steps=8)
     with TemporaryDirectory() as folder:
         for _ in training(Path(folder), config, look_ahead, target).run():

@@ -379,7 +379,7 @@ def test_parts_are_kept_in_bfloat16_and_read_in_float32(tmp_path: Path) -> None:
     made.save(tmp_path)
     loaded = load(tmp_path)
     assert loaded.card == made.card
-    assert loaded.card.sampler == {"width": 16, "shortlist": 6}
+    assert loaded.card.sampler == {"width": 16, "shortlist": 6, "tokens": 2}
     assert loaded.card.lora is not None
     assert loaded.card.lora["rank"] == 4
     assert loaded.card.lora["groups"][0] == [f"model.layers.0.self_attn.{n}_proj" for n in "qkv"]
@@ -408,6 +408,12 @@ def test_a_card_of_before_there_were_parts_still_loads(folder: Path) -> None:
         loaded = load(folder)
         assert loaded.lora is None
         assert loaded.sampler is None
+
+
+def test_a_head_of_before_it_was_told_several_tokens_still_loads(parts_folder: Path) -> None:
+    """Catches files that are refused for what they could not know."""
+    _with(parts_folder, ["sampler", "tokens"], ..., with_parts().card)
+    assert load(parts_folder).sampler is not None
 
 
 def test_only_parts_of_a_kind_may_be_kept(tmp_path: Path) -> None:
@@ -482,6 +488,7 @@ PART_VALUES: list[tuple[list[str], list[Any]]] = [
     (["sampler", "width"], [4, 6, 0, -5, None, [5], "five", 10**300, float("inf"), ...]),
     (["sampler", "width"], [float("nan")]),
     (["sampler", "shortlist"], [0, -1, 2.5, "3", None, True, [3], float("inf"), ...]),
+    (["sampler", "tokens"], [0, -1, 2, 1.5, "1", None, True, [1], 10**300]),
     (["sampler"], [1, "text", [], [["width", 5]], {}]),
 ]
 
@@ -537,7 +544,7 @@ def test_extending_keeps_the_embeddings_and_says_so_on_the_card() -> None:
         "rank": 3,
         "groups": [[f"model.layers.{n}.self_attn.{p}_proj" for p in "qk"] for n in range(2)],
     }
-    assert whole.card.sampler == {"width": 7, "shortlist": 64}
+    assert whole.card.sampler == {"width": 7, "shortlist": 64, "tokens": 1}
     bare = whole.extended(target, 0, [], 0)
     assert (bare.lora, bare.sampler, bare.card.lora, bare.card.sampler) == (None,) * 4
     other = mean.extended(target, 3, ["q_proj", "k_proj"], 7, seed=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +22,7 @@ from passlm.sampler import OUT_OF_REACH, Embeddings, GroupSampler, SamplerHead, 
 from passlm.sampling import Noise, Purpose
 from passlm.supported import UnsupportedModelError
 from passlm.target import Target
+from passlm.train.loss import Part
 
 D, WIDTH, WORDS, SHORT, ROWS = 8, 5, 40, 6, 3
 
@@ -31,9 +33,11 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 
 @pytest.fixture
-def head() -> SamplerHead:
-    """A head that weighs six tokens."""
-    return SamplerHead(noise(WIDTH, D), noise(WIDTH, D, seed=1), noise(D, WIDTH, seed=2), SHORT)
+def head(request: pytest.FixtureRequest) -> SamplerHead:
+    """A head that weighs six tokens, told as many tokens as is asked for."""
+    told = getattr(request, "param", 2)
+    token_in = noise(WIDTH, told * D, seed=1)
+    return SamplerHead(noise(WIDTH, D), token_in, noise(D, WIDTH, seed=2), SHORT)
 
 
 @pytest.fixture
@@ -47,28 +51,34 @@ def group() -> tuple[Tensor, Tensor]:
     return noise(ROWS, WORDS, seed=5), 7 * noise(ROWS, D, seed=6)
 
 
-def naive(head: SamplerHead, tables: Embeddings, row: int, before: int) -> dict[int, float]:
+def naive(head: SamplerHead, tables: Embeddings, row: int, history: list[int]) -> dict[int, float]:
     """The logit of each token that the head may give, by the formula of its description."""
     logits, hidden = group()
 
     def normed(vector: Tensor) -> Tensor:
         return vector / vector.square().mean().sqrt()
 
-    inner = head.hidden_in @ normed(hidden[row]) + head.token_in @ normed(tables.inputs[before])
+    inner = head.hidden_in @ normed(hidden[row])
+    for back in range(head.tokens):  # the last token first, each with a block of its own
+        token = history[-1 - back] if back < len(history) else history[0]
+        block = head.token_in[:, back * D : (back + 1) * D]
+        inner = inner + block @ normed(tables.inputs[token])
     correction = head.out @ silu(inner)
     best = logits[row].argsort(descending=True)[: head.shortlist].tolist()
     return {t: float(logits[row, t] + tables.outputs[t] @ correction.detach()) for t in best}
 
 
-@pytest.mark.parametrize("before", [0, 17, WORDS - 1])
+@pytest.mark.parametrize("head", [1, 2, 3], indirect=True)
+@pytest.mark.parametrize("history", [[0], [5, 17], [2, 9, 0, WORDS - 1]])
 @pytest.mark.parametrize("row", range(ROWS))
 def test_a_rows_shortlist_is_weighed_by_the_formula(
-    head: SamplerHead, tables: Embeddings, row: int, before: int
+    head: SamplerHead, tables: Embeddings, row: int, history: list[int]
 ) -> None:
     """Catches another row's hidden state, the table of outputs where inputs are due, a shortlist
-    of the worst, and a token off the shortlist that could still be drawn."""
-    given = GroupSampler(head, tables, *group()).logits(row, before)
-    expected = naive(head, tables, row, before)
+    of the worst, tokens told in another order, and a token off the shortlist that could still be
+    drawn."""
+    given = GroupSampler(head, tables, *group()).logits(row, history)
+    expected = naive(head, tables, row, history)
     assert given.shape == (1, WORDS)
     assert given.dtype == torch.float32
     assert len(expected) == SHORT
@@ -76,15 +86,18 @@ def test_a_rows_shortlist_is_weighed_by_the_formula(
         assert logit == pytest.approx(expected.get(token, OUT_OF_REACH), rel=1e-4, abs=1e-4)
 
 
+@pytest.mark.parametrize("head", [1, 2, 3], indirect=True)
 def test_training_weighs_as_decoding_does(head: SamplerHead, tables: Embeddings) -> None:
     """Catches a head that is trained on other numbers than it drafts with."""
     logits, hidden = group()
-    before = [3, 0, 21]
-    tokens, given = weighed(head, tables, logits, hidden, torch.tensor(before))
+    text = torch.tensor([[8, 3, 0, 21]])
+    at = torch.zeros(ROWS, dtype=torch.long), torch.tensor([0, 2, 3])
+    part = Part(hidden, logits, torch.ones(ROWS), text, at)
+    tokens, given = weighed(head, tables, logits, hidden, part.before(head.tokens))
     drafting = GroupSampler(head, tables, logits, hidden)
     assert tokens.shape == given.shape == (ROWS, SHORT)
-    for row, token in enumerate(before):
-        expected = drafting.logits(row, token)[0, tokens[row]]
+    for row, position in enumerate(at[1].tolist()):
+        expected = drafting.logits(row, text[0, : position + 1].tolist())[0, tokens[row]]
         torch.testing.assert_close(given[row], expected, rtol=1e-5, atol=1e-5)
 
 
@@ -95,11 +108,11 @@ def test_a_fresh_head_changes_nothing_on_the_shortlist(
     """Catches a start of training that is worse than none."""
     fresh = SamplerHead.start(D, WIDTH, SHORT).copied(torch.device("cpu"), dtype)
     logits, hidden = (tensor.to(dtype) for tensor in group())
-    tokens, given = weighed(fresh, tables, logits, hidden, torch.tensor([1, 2, 3]))
+    tokens, given = weighed(fresh, tables, logits, hidden, torch.tensor([[1], [2], [3]]))
     assert torch.equal(given.detach().float(), logits.float().gather(1, tokens))
     sampler = GroupSampler(fresh, tables, logits, hidden)
     for row in range(ROWS):
-        now = sampler.logits(row, 5)[0]
+        now = sampler.logits(row, [5])[0]
         assert int((now > OUT_OF_REACH).sum()) == SHORT
         assert torch.equal(now[tokens[row]], logits[row, tokens[row]].float())
     assert bool(fresh.hidden_in.any())
@@ -111,8 +124,8 @@ def test_a_shortlist_longer_than_the_vocabulary_is_all_of_it(
 ) -> None:
     """Catches an error for models of few tokens."""
     head.shortlist = WORDS + 1
-    assert bool((GroupSampler(head, tables, *group()).logits(0, 1) > OUT_OF_REACH).all())
-    tokens, _ = weighed(head, tables, *group(), torch.tensor([1, 2, 3]))
+    assert bool((GroupSampler(head, tables, *group()).logits(0, [1]) > OUT_OF_REACH).all())
+    tokens, _ = weighed(head, tables, *group(), torch.tensor([[1, 2], [2, 3], [3, 4]]))
     assert tokens.shape == (ROWS, WORDS)
 
 
@@ -120,10 +133,23 @@ def test_the_size_of_hidden_states_does_not_matter(head: SamplerHead, tables: Em
     """Catches a head whose first layer one model drowns and another starves, and zeros that make
     NaN."""
     logits, hidden = group()
-    bigger = GroupSampler(head, tables, logits, 100 * hidden).logits(1, 2)
-    assert torch.allclose(GroupSampler(head, tables, logits, hidden).logits(1, 2), bigger, 1e-3)
+    bigger = GroupSampler(head, tables, logits, 100 * hidden).logits(1, [2])
+    assert torch.allclose(GroupSampler(head, tables, logits, hidden).logits(1, [2]), bigger, 1e-3)
     nothing = GroupSampler(head, Embeddings(0 * tables.inputs, tables.outputs), logits, 0 * hidden)
-    assert bool(nothing.logits(1, 2).isfinite().all())
+    assert bool(nothing.logits(1, [2]).isfinite().all())
+
+
+def test_a_head_told_more_begins_as_it_was(head: SamplerHead, tables: Embeddings) -> None:
+    """Catches training that goes on from other numbers where heads are told more than before."""
+    more = head.told(3)
+    assert (head.tokens, more.tokens) == (2, 3)
+    history = [4, 9, 12, 30]
+    for row in range(ROWS):
+        mine, theirs = (
+            GroupSampler(one, tables, *group()).logits(row, history) for one in (head, more)
+        )
+        torch.testing.assert_close(mine, theirs)
+    assert all(p.requires_grad for p in more.parameters())
 
 
 # In decoding
@@ -173,7 +199,7 @@ def test_q_is_what_the_draft_was_drawn_from(
     sampler = GroupSampler(head, tables, *group())
     for place, token in enumerate(row.drafted):
         known = [*history, *row.drafted[:place]]
-        expected = request.distribution(sampler.logits(place, known[-1]), known)
+        expected = request.distribution(sampler.logits(place, known), known)
         if draft == "greedy" or request.distribution.greedy:
             assert token == int(expected.argmax())
             assert float(row.q[place, token]) == 1.0
@@ -183,27 +209,27 @@ def test_q_is_what_the_draft_was_drawn_from(
         own = Noise(3).exponentials(len(known), 1, Purpose.DRAFT, WORDS)
         assert token == int(judges.draw(expected, own))
         if "penalty" not in name and name not in ("hot", "bias"):
-            reachable = naive(head, tables, place, known[-1])
+            reachable = naive(head, tables, place, known)
             assert {t for t, q in enumerate(row.q[place].tolist()) if q} <= set(reachable)
 
 
 def test_the_token_before_changes_the_guess(head: SamplerHead, tables: Embeddings) -> None:
     """Catches a head that is asked once for the whole group: rows would not know what the one
     before drew."""
-    seen: list[tuple[int, int]] = []
+    seen: list[tuple[int, list[int]]] = []
 
     class Watched(GroupSampler):
-        def shortlist(self, row: int, before: int) -> tuple[Tensor, Tensor]:
-            seen.append((row, before))
-            return super().shortlist(row, before)
+        def shortlist(self, row: int, history: Sequence[int]) -> tuple[Tensor, Tensor]:
+            seen.append((row, list(history)))
+            return super().shortlist(row, history)
 
     history = [3, 7, 1, 12]
     row = Row(Request.of(history, SamplingParams(), 9), 9, "length", Noise(3), list(history))
     logits, hidden = group()
     row.draft(logits, Watched(head, tables, logits, hidden))
-    assert seen == [(0, 12), (1, row.drafted[0]), (2, row.drafted[1])]
+    assert seen == [(place, [*history, *row.drafted[:place]]) for place in range(ROWS)]
     firsts = {
-        int(GroupSampler(head, tables, logits, hidden).logits(0, t).argmax()) for t in range(20)
+        int(GroupSampler(head, tables, logits, hidden).logits(0, [t]).argmax()) for t in range(20)
     }
     assert len(firsts) > 1
 

@@ -547,7 +547,7 @@ def test_losses_on_a_shortlist_count_what_lies_on_it(known: Known) -> None:
     assert cross_entropy(short, part).tolist() == pytest.approx(crossed, rel=1e-4)
     best = [int(short.tokens[row, short.logits[row].argmax()]) for row in range(len(ROWS))]
     assert short.best().tolist() == best
-    off = replace(part, wanted=torch.full_like(part.wanted, VOCABULARY - 1))
+    off = replace(part, text=torch.full_like(part.text, VOCABULARY - 1))
     ids = replace(short, tokens=torch.arange(short.tokens.shape[1]).expand_as(short.tokens))
     assert not cross_entropy(ids, off).any()
 
@@ -654,8 +654,8 @@ def naive_gradients(folder: Path, config: TrainConfig) -> tuple[float, dict[str,
             hung.hidden[index],
             teachers[index, place],
             hung.depth[index],
-            text[index, place],
-            text[index, place + 1],
+            text,
+            (torch.full_like(place, index), place),
         )
         guess = Guess(logits[index])
         losses = row_losses(config.loss, guess, part)

@@ -191,12 +191,13 @@ def test_start_from_files_of_other_parts_is_refused(
     for flags, said in (
         (["--lora-rank", "3"], "has lora-rank 4 and --lora-rank is 3"),
         (["--sampler-width", "8"], "has sampler-width 16 and --sampler-width is 8"),
+        (["--sampler-tokens", "1"], "has sampler-tokens 2 and --sampler-tokens is 1"),
         (["--kind", "lora"], "has kind sampler and --kind is lora"),
         (["--lookahead-tokens", "2"], "has 3 rows and --lookahead-tokens is 2"),
     ):
         assert said in complaint(capsys, run(*start, "--lora-layers", "mlp.*", *flags))
     assert "--lora-layers is all" in complaint(capsys, run(*start))
-    assert main(run(*start, "--lora-layers", "mlp.*")) == DONE
+    assert main(run(*start, "--lora-layers", "mlp.*", "--sampler-tokens", "3")) == DONE
 
 
 # What is written

@@ -170,7 +170,7 @@ def random_look_ahead(
             up.data.copy_(0.5 * torch.randn(up.shape, generator=generator))
     sampler = None
     if sampler_width:
-        sampler = SamplerHead.start(target.d_model, sampler_width, SHORTLIST)
+        sampler = SamplerHead.start(target.d_model, sampler_width, SHORTLIST, tokens=2)
         sampler.out.data.copy_(torch.randn(sampler.out.shape, generator=generator))
     return LookAhead(start.embeddings, card, lora, sampler)
 

@@ -204,7 +204,7 @@ class Row:
 
         Args:
             group: its logits, `[l, V]`.
-            sampler: weighs each row anew once the token before it is drawn.
+            sampler: weighs each row anew once the tokens before it are drawn.
         """
         self.drafted, drawn_from = [], []
         distribution = self.request.distribution
@@ -215,9 +215,9 @@ class Row:
             history = [*self.tokens, *self.drafted]
             logits, tokens = group[start : start + together], None
             if sampler is not None and distribution.treats_alike:
-                tokens, logits = sampler.shortlist(start, history[-1])
+                tokens, logits = sampler.shortlist(start, history)
             elif sampler is not None:
-                logits = sampler.logits(start, history[-1])
+                logits = sampler.logits(start, history)
             drawn, q = self._drawn(distribution(logits, history), tokens, group.shape[1])
             self.drafted += drawn
             drawn_from.append(q)

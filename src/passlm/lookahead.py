@@ -123,7 +123,13 @@ class LookAhead(nn.Module):
         return LookAheadRows(self.embeddings, lora, self.sampler)
 
     def extended(
-        self, target: Target, rank: int, layers: Sequence[str], sampler_width: int, seed: int = 0
+        self,
+        target: Target,
+        rank: int,
+        layers: Sequence[str],
+        sampler_width: int,
+        seed: int = 0,
+        sampler_tokens: int = 1,
     ) -> LookAhead:
         """The same embeddings with a gated LoRA and a sampler head that change nothing yet.
 
@@ -133,6 +139,7 @@ class LookAhead(nn.Module):
             layers: shell patterns of the linear layers it updates; none for all.
             sampler_width: of the sampler head; 0 for none.
             seed: of their first values.
+            sampler_tokens: how many tokens before its own a row of the sampler head is told.
 
         Raises:
             LoraError: the rank is larger than a layer, or a pattern matches nothing.
@@ -142,7 +149,9 @@ class LookAhead(nn.Module):
             groups = groups_of(target.model, target.probe, layers)
             lora = GatedLora.start(target.model, groups, rank, seed)
         if sampler_width:
-            sampler = SamplerHead.start(target.d_model, sampler_width, seed=seed)
+            sampler = SamplerHead.start(
+                target.d_model, sampler_width, seed=seed, tokens=sampler_tokens
+            )
         return LookAhead(self.embeddings, self.card, lora, sampler)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -287,9 +296,11 @@ def _sampler(card: Card, tensors: Mapping[str, Tensor]) -> SamplerHead | None:
     width, d_model = whole_number(dict(card.sampler), "width"), card.target.d_model
     if sum(name.startswith("sampler.") for name in tensors) != len(SamplerHead.NAMES):
         raise ValueError("the sampler head has other tensors")
+    # Cards of before heads were told several tokens do not say how many.
+    told = whole_number({"tokens": 1, **card.sampler}, "tokens") * d_model
     shapes = [tuple(t.shape) for t in (hidden_in, token_in, out)]
-    if shapes != [(width, d_model), (width, d_model), (d_model, width)]:
-        raise ValueError(f"the sampler head is not of width {width}")
+    if shapes != [(width, d_model), (width, told), (d_model, width)]:
+        raise ValueError(f"the sampler head is not of width {width} for {told // d_model} tokens")
     return SamplerHead(hidden_in, token_in, out, whole_number(dict(card.sampler), "shortlist"))
 
 

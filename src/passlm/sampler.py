@@ -1,8 +1,8 @@
-"""The sampler head: a look-ahead row's guess, weighed again once the token before it is known.
+"""The sampler head: a look-ahead row's guess, weighed again once the tokens before it are known.
 
-A look-ahead row guesses without knowing the token drawn just before it. This head takes the row's
-hidden state and the embedding of that token and weighs the row's own best tokens anew. It runs
-along a group, one row after the other, without a pass of the target.
+A look-ahead row guesses without knowing the tokens drawn just before it. This head takes the row's
+hidden state and the embeddings of the last one or few of them and weighs the row's own best tokens
+anew. It runs along a group, one row after the other, without a pass of the target.
 
 Samragh et al., "Your LLM knows the future" (arXiv 2507.11851), sample in this way; Hydra (Ankner
 et al., arXiv 2402.05109) shows what knowing the token before is worth.
@@ -10,6 +10,7 @@ et al., arXiv 2402.05109) shows what knowing the token before is worth.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,14 +22,15 @@ _EPSILON = 1e-6
 
 
 class SamplerHead(nn.Module):
-    """Two layers from a hidden state and an embedding to a correction of the hidden state.
+    """Two layers from a hidden state and embeddings to a correction of the hidden state.
 
     `correction = out(silu(hidden_in(h) + token_in(e)))`, and a shortlisted token's logit grows by
     the product of the correction and the token's output embedding.
 
     Args:
         hidden_in: `[width, d_model]`, for the row's hidden state.
-        token_in: `[width, d_model]`, for the embedding of the token before.
+        token_in: `[width, tokens * d_model]`, for the embeddings of so many tokens before the
+            row's, the last one first.
         out: `[d_model, width]`.
         shortlist: how many of the row's best tokens are weighed.
     """
@@ -46,21 +48,33 @@ class SamplerHead(nn.Module):
 
     @classmethod
     def start(
-        cls, d_model: int, width: int, shortlist: int = SHORTLIST, seed: int = 0
+        cls, d_model: int, width: int, shortlist: int = SHORTLIST, seed: int = 0, tokens: int = 1
     ) -> SamplerHead:
         """A head that changes nothing yet: `out` is zero."""
         generator = torch.Generator().manual_seed(seed)
-        first = torch.randn(2, width, d_model, generator=generator) / d_model**0.5
-        return cls(first[0], first[1], torch.zeros(d_model, width), shortlist)
+        first = torch.randn(1 + tokens, width, d_model, generator=generator) / d_model**0.5
+        token_in = torch.cat(list(first[1:]), dim=1)
+        return cls(first[0], token_in, torch.zeros(d_model, width), shortlist)
 
     @property
     def width(self) -> int:
         """Numbers between the two layers."""
         return int(self.out.shape[1])
 
+    @property
+    def tokens(self) -> int:
+        """How many tokens before its own a row is told."""
+        return int(self.token_in.shape[1]) // int(self.hidden_in.shape[1])
+
+    def told(self, tokens: int) -> SamplerHead:
+        """The same head that is told so many tokens, with no weight yet on those it was not."""
+        more = (tokens - self.tokens) * self.hidden_in.shape[1]
+        token_in = nn.functional.pad(self.token_in.detach(), (0, more))
+        return SamplerHead(self.hidden_in.detach(), token_in, self.out.detach(), self.shortlist)
+
     def description(self) -> dict[str, int]:
         """What a look-ahead card says of it."""
-        return {"width": self.width, "shortlist": self.shortlist}
+        return {"width": self.width, "shortlist": self.shortlist, "tokens": self.tokens}
 
     def copied(self, device: torch.device, dtype: torch.dtype) -> SamplerHead:
         """A copy for decoding, without gradients."""
@@ -86,9 +100,11 @@ class SamplerHead(nn.Module):
 
         Args:
             from_hidden: `[..., width]`.
-            before: input embeddings of the tokens just before the rows', `[..., d_model]`.
+            before: input embeddings of the tokens before the rows', the last one first,
+                `[..., tokens, d_model]`.
         """
-        token = nn.functional.linear(_normed(before.to(self.out.dtype)), self.token_in)
+        normed = _normed(before.to(self.out.dtype)).flatten(-2)
+        token = nn.functional.linear(normed, self.token_in)
         return nn.functional.linear(nn.functional.silu(from_hidden + token), self.out)
 
 
@@ -129,19 +145,21 @@ class GroupSampler:
         self._best, self._tokens = logits.topk(min(head.shortlist, self._vocabulary))
         self._from_hidden = head.from_hidden(hidden)
 
-    def shortlist(self, row: int, before: int) -> tuple[Tensor, Tensor]:
-        """The row's best tokens, `[K]`, and their logits if `before` is the token before, `[1, K]`.
+    def shortlist(self, row: int, history: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The row's best tokens, `[K]`, and their logits behind `history`, `[1, K]`.
 
-        All other tokens have no chance; logits are float32.
+        All other tokens have no chance; logits are float32. Of a history shorter than what the
+        head is told, the first token is told again.
         """
         tokens = self._tokens[row]
+        before = [history[max(len(history) - back, 0)] for back in range(1, self._head.tokens + 1)]
         correction = self._head.correction(self._from_hidden[row], self._tables.inputs[before])
         gained = self._tables.outputs[tokens].to(correction) @ correction
         return tokens, (self._best[row].float() + gained.float())[None]
 
-    def logits(self, row: int, before: int) -> Tensor:
+    def logits(self, row: int, history: Sequence[int]) -> Tensor:
         """The same for all tokens, `[1, V]`."""
-        tokens, best = self.shortlist(row, before)
+        tokens, best = self.shortlist(row, history)
         logits = best.new_full((1, self._vocabulary), OUT_OF_REACH)
         logits[0, tokens] = best[0]
         return logits
@@ -157,7 +175,7 @@ def weighed(
         tables: the target's embeddings.
         logits: `[R, V]`.
         hidden: `[R, d_model]`.
-        before: ids of the tokens just before the rows', `[R]`.
+        before: ids of the tokens before the rows', the last one first, `[R, tokens]`.
 
     Returns:
         Ids of the shortlisted tokens and their new logits, both `[R, shortlist]`.

@@ -278,13 +278,15 @@ def _with_parts(rows: LookAhead, target: Target, config: TrainConfig) -> LookAhe
 
     rank = 0 if config.kind == "embeddings" else config.lora_rank
     width = config.sampler_width if config.kind == "sampler" else 0
-    new = rows.extended(target, rank, config.lora_layers, width, config.seed)
+    told = config.sampler_tokens
+    new = rows.extended(target, rank, config.lora_layers, width, config.seed, told)
     _check_parts(rows, new, config)
+    kept = rows.sampler and rows.sampler.told(told)
     return LookAhead(
         rows.embeddings,
         rows.card,
         new.lora and (rows.lora or new.lora),
-        new.sampler and (rows.sampler or new.sampler),
+        new.sampler and (kept or new.sampler),
     )
 
 
@@ -299,6 +301,8 @@ def _check_parts(rows: LookAhead, new: LookAhead, config: TrainConfig) -> None:
             found.append(("lora-layers", "others", " ".join(config.lora_layers) or "all"))
     if rows.sampler is not None and new.sampler is not None:
         found.append(("sampler-width", rows.sampler.width, config.sampler_width))
+        most = max(rows.sampler.tokens, config.sampler_tokens)  # fewer may grow
+        found.append(("sampler-tokens", most, config.sampler_tokens))
     kind = _kind(rows)
     if get_args(Kind).index(kind) > get_args(Kind).index(config.kind):
         found.append(("kind", kind, config.kind))

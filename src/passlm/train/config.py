@@ -35,6 +35,9 @@ class TrainConfig:
         metadata={"help": "pattern of linear layers with an update, may be repeated; default all"},
     )
     sampler_width: int = field(default=640, metadata={"help": "of the sampler head"})
+    sampler_tokens: int = field(
+        default=2, metadata={"help": "how many tokens before its own the head is told"}
+    )
     steps: int = field(default=1000, metadata={"help": "optimiser steps"})
     sequences: int = field(default=1, metadata={"help": "texts that go through at once"})
     accumulate: int = field(
@@ -81,6 +84,7 @@ class TrainConfig:
             "lookahead_tokens",
             "lora_rank",
             "sampler_width",
+            "sampler_tokens",
             "steps",
             "sequences",
             "accumulate",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -50,24 +51,43 @@ class Part:
         hidden: `[R, d_model]`; its gradient is what is wanted.
         teacher: the target's own logits where each row stands, `[R, V]` float32.
         depth: `j` of each row, `[R]`; 1 starts a group.
-        before: the text's token at each row's position, `[R]`.
-        wanted: the text's token behind it, which the row predicts, `[R]`.
+        text: token ids of the texts, `[B, S]`.
+        at: text and position of each row, both `[R]`.
     """
 
     hidden: Tensor
     teacher: Tensor
     depth: Tensor
-    before: Tensor
-    wanted: Tensor
+    text: Tensor
+    at: tuple[Tensor, Tensor]
+
+    @property
+    def wanted(self) -> Tensor:
+        """The text's token behind each row's position, which the row predicts, `[R]`."""
+        return self.text[self.at[0], self.at[1] + 1]
+
+    def before(self, tokens: int) -> Tensor:
+        """The text's tokens up to each row's position, the last one first, `[R, tokens]`.
+
+        Where the text has not so many, its first one is there again.
+        """
+        back = torch.arange(tokens, device=self.text.device)
+        return self.text[self.at[0][:, None], (self.at[1][:, None] - back).clamp(min=0)]
 
     def guess(self, target: Target) -> Guess:
         """What the rows guess by themselves."""
         return Guess(target.logits(self.hidden).float())
 
     def weighed(self, guess: Guess, head: SamplerHead, tables: Embeddings) -> Guess:
-        """The same with the token before known."""
-        tokens, logits = weighed(head, tables, guess.logits, self.hidden, self.before)
+        """The same with the tokens before known."""
+        before = self.before(head.tokens)
+        tokens, logits = weighed(head, tables, guess.logits, self.hidden, before)
         return Guess(logits.float(), tokens)
+
+    @cached_property
+    def chances(self) -> Tensor:
+        """The target's own distribution where each row stands, `[R, V]`."""
+        return self.teacher.softmax(-1)
 
     def hits(self, guess: Guess) -> Tensor:
         """Whether each row's best token is the target's own, `[R]`."""
@@ -101,8 +121,8 @@ def parts(
                 hidden[start:end].requires_grad_(gradients),
                 teacher,
                 depth[start:end],
-                text[at],
-                text[at[0], at[1] + 1],
+                text,
+                at,
             ),
         )
 
@@ -147,7 +167,7 @@ def distillation(guess: Guess, part: Part) -> Tensor:
     Returns:
         `[R]`, in nats; the target's entropy is the floor over a whole vocabulary.
     """
-    teacher = guess.of_teacher(part.teacher.softmax(-1))
+    teacher = guess.of_teacher(part.chances)
     return -(teacher * guess.logits.log_softmax(-1)).sum(-1)
 
 
@@ -162,7 +182,7 @@ def refusal(guess: Guess, part: Part) -> Tensor:
     Returns:
         `[R]`, each between 0 and 1.
     """
-    teacher = guess.of_teacher(part.teacher.softmax(-1))
+    teacher = guess.of_teacher(part.chances)
     accepted = torch.minimum(teacher, guess.logits.softmax(-1)).sum(-1)
     return _reached(accepted.detach(), part.depth) * (1 - accepted)
 

@@ -96,7 +96,11 @@ def _parts(card: Card) -> str:
             "look-ahead rows alone"
         )
     if card.sampler is not None:
-        parts.append(f"a sampler head of width {card.sampler['width']}")
+        told = card.sampler.get("tokens", 1)
+        parts.append(
+            f"a sampler head of width {card.sampler['width']}, told {told} token"
+            f"{'s' * (told > 1)} before each row's own"
+        )
     return "; ".join(parts)
 
 
