@@ -161,29 +161,29 @@ class WrongJudge:
 
     def __call__(
         self,
-        p: Tensor,
-        q: Tensor | None,
+        p: judge.Rows,
+        q: judge.Rows | None,
         candidates: Sequence[int],
         uniform: Tensor,
-        exponential: Tensor | None,
+        exponential: judge.Rows | None,
     ) -> judge.Verdict:
         """See `judge.rejection`."""
         for at, token in enumerate(candidates):
             assert q is not None, "candidates come with what they were drawn from"
-            passed = torch.minimum(q[at], self.factor * p[at])  # q(x) times its chance
-            refused = p[at] if self.residual_from_p else judge.residual(p[at], q[at])
+            here, drafted = p[at], q[at]
+            passed = torch.minimum(drafted, self.factor * here)  # q(x) times its chance
+            refused = here if self.residual_from_p else judge.residual(here, drafted)
             settled = passed + (1 - passed.sum()) * refused
-            self.off.append(float((settled - p[at]).abs().sum() / 2))
-            if uniform[at] >= passed[token] / q[at, token]:
+            self.off.append(float((settled - here).abs().sum() / 2))
+            if uniform[at] >= passed[token] / drafted[token]:
                 return judge.Verdict(at, drawn(refused, exponential, at))
         last = len(candidates)
         return judge.Verdict(last, drawn(p[last], exponential, last))
 
 
-def drawn(chances: Tensor, exponential: Tensor | None, at: int) -> int:
+def drawn(chances: Tensor, exponential: judge.Rows | None, at: int) -> int:
     """A token, by the noise of that row."""
-    noise = None if exponential is None else exponential[at : at + 1]
-    return int(judge.draw(chances[None], noise))
+    return int(judge.draw(chances, None if exponential is None else exponential[at]))
 
 
 def wrong_judges() -> list[WrongJudge]:

@@ -44,7 +44,6 @@ from passlm.decode import Decoder, PromptError, Row
 from passlm.errors import InputError
 from passlm.hook import CustomGenerate, GenerateError
 from passlm.lookahead import LookAhead
-from passlm.sampler import GroupSampler
 from passlm.supported import UnsupportedModelError
 from passlm.target import Target
 
@@ -104,7 +103,7 @@ def true_drafts(monkeypatch: pytest.MonkeyPatch) -> Callable[[Tensor], None]:
     """Candidates are read off `generate`'s own result, every seventh one spoilt."""
 
     def use(padded: Tensor) -> None:
-        def draft(row: Row, group: Tensor, sampler: GroupSampler | None = None) -> None:
+        def draft(row: Row, group: Tensor) -> None:
             prompt = list(row.request.prompt)
             texts = [t[PROMPT.shape[1] - len(prompt) :] for t in padded.tolist()]
             text = next(text for text in texts if text[: len(prompt)] == prompt)

@@ -14,11 +14,18 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from passlm import judge as judges
-from passlm.decode import Decoder, Request, Row
+from passlm.decode import Decoder, Request, Row, draft_together
 from passlm.outputs import Step
 from passlm.params import Draft, Judge, SamplingParams
 from passlm.plan import OnePass, TwoPass
-from passlm.sampler import OUT_OF_REACH, Embeddings, GroupSampler, SamplerHead, weighed
+from passlm.sampler import (
+    OUT_OF_REACH,
+    Embeddings,
+    GroupSampler,
+    SamplerHead,
+    Shortlist,
+    weighed,
+)
 from passlm.sampling import Noise, Purpose
 from passlm.supported import UnsupportedModelError
 from passlm.target import Target
@@ -68,6 +75,16 @@ def naive(head: SamplerHead, tables: Embeddings, row: int, history: list[int]) -
     return {t: float(logits[row, t] + tables.outputs[t] @ correction.detach()) for t in best}
 
 
+def behind(
+    head: SamplerHead, tables: Embeddings, row: int, history: list[int], scale: float = 1.0
+) -> Tensor:
+    """The row's logits of all tokens behind a text, `[1, V]`."""
+    logits, hidden = group()
+    sampler = GroupSampler(head, tables, [logits], [scale * hidden])
+    (among,), own = sampler.shortlists(row, [0], [history])
+    return among.of_all(own)
+
+
 @pytest.mark.parametrize("head", [1, 2, 3], indirect=True)
 @pytest.mark.parametrize("history", [[0], [5, 17], [2, 9, 0, WORDS - 1]])
 @pytest.mark.parametrize("row", range(ROWS))
@@ -77,7 +94,7 @@ def test_a_rows_shortlist_is_weighed_by_the_formula(
     """Catches another row's hidden state, the table of outputs where inputs are due, a shortlist
     of the worst, tokens told in another order, and a token off the shortlist that could still be
     drawn."""
-    given = GroupSampler(head, tables, *group()).logits(row, history)
+    given = behind(head, tables, row, history)
     expected = naive(head, tables, row, history)
     assert given.shape == (1, WORDS)
     assert given.dtype == torch.float32
@@ -94,10 +111,9 @@ def test_training_weighs_as_decoding_does(head: SamplerHead, tables: Embeddings)
     at = torch.zeros(ROWS, dtype=torch.long), torch.tensor([0, 2, 3])
     part = Part(hidden, logits, torch.ones(ROWS), text, at)
     tokens, given = weighed(head, tables, logits, hidden, part.before(head.tokens))
-    drafting = GroupSampler(head, tables, logits, hidden)
     assert tokens.shape == given.shape == (ROWS, SHORT)
     for row, position in enumerate(at[1].tolist()):
-        expected = drafting.logits(row, text[0, : position + 1].tolist())[0, tokens[row]]
+        expected = behind(head, tables, row, text[0, : position + 1].tolist())[0, tokens[row]]
         torch.testing.assert_close(given[row], expected, rtol=1e-5, atol=1e-5)
 
 
@@ -110,9 +126,10 @@ def test_a_fresh_head_changes_nothing_on_the_shortlist(
     logits, hidden = (tensor.to(dtype) for tensor in group())
     tokens, given = weighed(fresh, tables, logits, hidden, torch.tensor([[1], [2], [3]]))
     assert torch.equal(given.detach().float(), logits.float().gather(1, tokens))
-    sampler = GroupSampler(fresh, tables, logits, hidden)
+    sampler = GroupSampler(fresh, tables, [logits], [hidden])
     for row in range(ROWS):
-        now = sampler.logits(row, [5])[0]
+        (among,), own = sampler.shortlists(row, [0], [[5]])
+        now = among.of_all(own)[0]
         assert int((now > OUT_OF_REACH).sum()) == SHORT
         assert torch.equal(now[tokens[row]], logits[row, tokens[row]].float())
     assert bool(fresh.hidden_in.any())
@@ -124,7 +141,7 @@ def test_a_shortlist_longer_than_the_vocabulary_is_all_of_it(
 ) -> None:
     """Catches an error for models of few tokens."""
     head.shortlist = WORDS + 1
-    assert bool((GroupSampler(head, tables, *group()).logits(0, [1]) > OUT_OF_REACH).all())
+    assert bool((behind(head, tables, 0, [1]) > OUT_OF_REACH).all())
     tokens, _ = weighed(head, tables, *group(), torch.tensor([[1, 2], [2, 3], [3, 4]]))
     assert tokens.shape == (ROWS, WORDS)
 
@@ -132,11 +149,10 @@ def test_a_shortlist_longer_than_the_vocabulary_is_all_of_it(
 def test_the_size_of_hidden_states_does_not_matter(head: SamplerHead, tables: Embeddings) -> None:
     """Catches a head whose first layer one model drowns and another starves, and zeros that make
     NaN."""
-    logits, hidden = group()
-    bigger = GroupSampler(head, tables, logits, 100 * hidden).logits(1, [2])
-    assert torch.allclose(GroupSampler(head, tables, logits, hidden).logits(1, [2]), bigger, 1e-3)
-    nothing = GroupSampler(head, Embeddings(0 * tables.inputs, tables.outputs), logits, 0 * hidden)
-    assert bool(nothing.logits(1, [2]).isfinite().all())
+    bigger = behind(head, tables, 1, [2], scale=100.0)
+    assert torch.allclose(behind(head, tables, 1, [2]), bigger, 1e-3)
+    nothing = behind(head, Embeddings(0 * tables.inputs, tables.outputs), 1, [2], scale=0.0)
+    assert bool(nothing.isfinite().all())
 
 
 def test_a_head_told_more_begins_as_it_was(head: SamplerHead, tables: Embeddings) -> None:
@@ -145,9 +161,7 @@ def test_a_head_told_more_begins_as_it_was(head: SamplerHead, tables: Embeddings
     assert (head.tokens, more.tokens) == (2, 3)
     history = [4, 9, 12, 30]
     for row in range(ROWS):
-        mine, theirs = (
-            GroupSampler(one, tables, *group()).logits(row, history) for one in (head, more)
-        )
+        mine, theirs = (behind(one, tables, row, history) for one in (head, more))
         torch.testing.assert_close(mine, theirs)
     assert all(p.requires_grad for p in more.parameters())
 
@@ -178,7 +192,7 @@ def drafted(
     request = Request.of(history, replace(sampling, seed=3), 9)
     row = Row(request, 9, "length", Noise(3), list(history))
     logits, hidden = group()
-    row.draft(logits, GroupSampler(head, tables, logits, hidden))
+    draft_together([row], GroupSampler(head, tables, [logits], [hidden]))
     return row, request, history
 
 
@@ -191,18 +205,19 @@ def test_q_is_what_the_draft_was_drawn_from(
     before, and NaN or a sum other than 1 where a processor meets the logits of no reach."""
     sampling = replace(EVERYTHING[name], judge="rejection", draft=draft)
     row, request, history = drafted(sampling, head, tables)
-    assert row.q is not None
-    assert row.q.shape == (ROWS, WORDS)
-    assert bool(row.q.isfinite().all())
-    assert row.q.sum(1).tolist() == pytest.approx([1.0] * ROWS, abs=1e-5)
     assert len(row.drafted) == ROWS
-    sampler = GroupSampler(head, tables, *group())
+    if draft == "greedy" or request.distribution.greedy:
+        assert row.q is None  # it is one-hot
+    else:
+        assert row.q is not None
+        assert row.q.shape == (ROWS, WORDS)
+        assert bool(row.q.isfinite().all())
+        assert row.q.sum(1).tolist() == pytest.approx([1.0] * ROWS, abs=1e-5)
     for place, token in enumerate(row.drafted):
         known = [*history, *row.drafted[:place]]
-        expected = request.distribution(sampler.logits(place, known), known)
-        if draft == "greedy" or request.distribution.greedy:
+        expected = request.distribution(behind(head, tables, place, known), known)
+        if row.q is None:
             assert token == int(expected.argmax())
-            assert float(row.q[place, token]) == 1.0
             continue
         torch.testing.assert_close(row.q[place : place + 1], expected)
         assert torch.equal(row.q[place : place + 1] > 0, expected > 0)
@@ -219,19 +234,47 @@ def test_the_token_before_changes_the_guess(head: SamplerHead, tables: Embedding
     seen: list[tuple[int, list[int]]] = []
 
     class Watched(GroupSampler):
-        def shortlist(self, row: int, history: Sequence[int]) -> tuple[Tensor, Tensor]:
-            seen.append((row, list(history)))
-            return super().shortlist(row, history)
+        def shortlists(
+            self, depth: int, groups: Sequence[int], histories: Sequence[Sequence[int]]
+        ) -> tuple[list[Shortlist], Tensor]:
+            seen.append((depth, list(histories[0])))
+            return super().shortlists(depth, groups, histories)
 
     history = [3, 7, 1, 12]
     row = Row(Request.of(history, SamplingParams(), 9), 9, "length", Noise(3), list(history))
     logits, hidden = group()
-    row.draft(logits, Watched(head, tables, logits, hidden))
+    draft_together([row], Watched(head, tables, [logits], [hidden]))
     assert seen == [(place, [*history, *row.drafted[:place]]) for place in range(ROWS)]
-    firsts = {
-        int(GroupSampler(head, tables, logits, hidden).logits(0, [t]).argmax()) for t in range(20)
-    }
+    firsts = {int(behind(head, tables, 0, [t]).argmax()) for t in range(20)}
     assert len(firsts) > 1
+
+
+@pytest.mark.parametrize("sampling", EVERYTHING.values(), ids=EVERYTHING)
+@pytest.mark.parametrize("judge", ["coupled", "rejection"])
+def test_texts_that_draft_together_draft_what_they_would_alone(
+    sampling: SamplingParams, judge: Judge, head: SamplerHead, tables: Embeddings
+) -> None:
+    """Catches rows, tokens before or noise of another text, and groups of unequal length."""
+    texts = [[3, 7, 1, 12], [5], [9, 2], [8, 8, 8]]
+    groups = [(noise(n, WORDS, seed=20 + n), noise(n, D, seed=30 + n)) for n in (2, 4, 1, 4)]
+    sampling = replace(sampling, judge=judge)
+
+    def begun(text: list[int], seed: int) -> Row:
+        request = Request.of(text, replace(sampling, seed=seed), 9)
+        return Row(request, 9, "length", Noise(seed), list(text))
+
+    together = [begun(text, seed) for seed, text in enumerate(texts)]
+    logits, hidden = ([own[part] for own in groups] for part in (0, 1))
+    draft_together(together, GroupSampler(head, tables, logits, hidden))
+    for seed, (text, own) in enumerate(zip(texts, groups, strict=True)):
+        alone = begun(text, seed)
+        draft_together([alone], GroupSampler(head, tables, [own[0]], [own[1]]))
+        assert together[seed].drafted == alone.drafted
+        assert len(alone.drafted) == len(own[0])
+        if alone.q is None:
+            assert together[seed].q is None
+        else:
+            torch.testing.assert_close(together[seed].q, alone.q)
 
 
 @pytest.mark.parametrize("judge", ["coupled", "rejection"])

@@ -217,6 +217,7 @@ def test_processors_see_the_true_history_in_judging_and_in_drafting(
         (_, step) = decoder.step()[0]
         judged = candidates[: row.plan.candidates]
         expected = [before + judged[:i] for i in range(len(judged) + 1)]
+        expected = expected[: 1 + step.accepted]  # none is looked at behind a refusal
         assert row.tokens == before + list(step.tokens)
         if step.finish_reason is None:
             expected += [row.tokens + row.drafted[:j] for j in range(len(row.drafted))]

@@ -15,7 +15,7 @@ from torch import Tensor
 from passlm import judge
 from passlm.cache import RowCache
 from passlm.errors import InputError
-from passlm.judge import Verdict
+from passlm.judge import Computed, Rows, Verdict
 from passlm.lookup import PromptLookup
 from passlm.outputs import FinishReason, Step
 from passlm.params import Draft, Judge, SamplingParams
@@ -32,7 +32,7 @@ from passlm.plan import (
     Strategy,
     autoregressive,
 )
-from passlm.sampler import GroupSampler
+from passlm.sampler import GroupSampler, Shortlist
 from passlm.sampling import Noise, Purpose, TokenDistribution, processors
 from passlm.stopping import cut_block
 from passlm.target import PREFILL_CHUNK, Target
@@ -100,7 +100,8 @@ class Row:
         full: why the text ends where `room` runs out.
         tokens: settled ids, prompt included; the last one is the root.
         drafted: draft tokens behind it, from a look-ahead group.
-        q: the distributions they were drawn from, `[M, V]`, where the judge needs them.
+        q: the distributions they were drawn from, `[M, V]`, where the judge needs them: not of
+            greedy drafts, whose `q` is one-hot.
         choice: what the pass under way verifies and computes.
     """
 
@@ -119,6 +120,7 @@ class Row:
             asked.begin() if isinstance(asked, Adaptive) else FixedChooser(asked)
         )
         self._lookup = PromptLookup() if self._chooser.lookup else None
+        self._known_noise: dict[int, Tensor] = {}  # by position, of drafted ones
 
     @property
     def candidates(self) -> list[int]:
@@ -170,89 +172,101 @@ class Row:
             logits: the pass's rows, `[Q, V]`.
         """
         candidates = self.candidates
-        real = 1 + len(candidates)
         distribution = self.request.distribution
         if distribution.greedy:
-            settled = distribution.best(logits[:real], self.tokens, candidates).tolist()
-            verdict = judge.greedy(settled, candidates)
+            settled = distribution.best(logits[: 1 + len(candidates)], self.tokens, candidates)
+            verdict = judge.greedy(settled.tolist(), candidates)
         else:
-            verdict = self._verdict(distribution(logits[:real], self.tokens, candidates))
+            verdict = self._verdict(logits)
         block = [*candidates[: verdict.accepted], verdict.token]
         self._chooser.learn(self.choice, block)
         return block
 
-    def _verdict(self, p: Tensor) -> Verdict:
-        """On the candidates, where tokens are drawn from `p`, `[1 + M, V]`."""
-        noise = self._noise(len(self.tokens), len(p), Purpose.SETTLE, p.shape[1])
+    def _verdict(self, logits: Tensor) -> Verdict:
+        """On the candidates, by the logits after the root and after each of them, `[1 + M, V]`."""
+        candidates, size = self.candidates, logits.shape[1]
+
+        def p(row: int) -> Tensor:
+            history = [*self.tokens, *candidates[:row]]
+            return self.request.distribution(logits[row : row + 1], history)[0]
+
+        def noise(row: int) -> Tensor:
+            return self._settling_noise(len(self.tokens) + row, size)
+
+        rows, exponential = Computed(p), Computed(noise)
         if self.request.judge == "coupled":
-            return judge.coupled(p, self.candidates, noise)
-        uniform = self.noise.uniform(len(self.tokens), len(self.candidates), Purpose.ACCEPT)
-        return judge.rejection(p, self._drawn_from(p), self.candidates, uniform, noise)
+            return judge.coupled(rows, candidates, exponential)
+        uniform = self.noise.uniform(len(self.tokens), len(candidates), Purpose.ACCEPT)
+        return judge.rejection(rows, self._drawn_from(logits), candidates, uniform, exponential)
 
-    def _drawn_from(self, p: Tensor) -> Tensor | None:
-        """`q` of the candidates: a copied one is no draw, so its `q` is one-hot."""
+    def _drawn_from(self, logits: Tensor) -> Rows:
+        """`q` of the candidates: of those that are no draw it is one-hot."""
         chain = self.choice.chain
-        if chain is None:
-            return None
-        if chain.source == "look-ahead":
-            return None if self.q is None else self.q[: self.plan.candidates]
-        copied = torch.tensor(self.candidates, device=p.device)
-        return torch.zeros_like(p[:-1]).scatter_(1, copied[:, None], 1.0)
+        if chain is not None and chain.source == "look-ahead" and self.q is not None:
+            return self.q
 
-    def draft(self, group: Tensor, sampler: GroupSampler | None = None) -> None:
-        """Draw the next candidates from the group that hangs on the last accepted row.
+        def one_hot(row: int) -> Tensor:
+            zeros = torch.zeros(logits.shape[1], device=logits.device)
+            zeros[self.candidates[row]] = 1.0
+            return zeros
+
+        return Computed(one_hot)
+
+    def begin_draft(self) -> None:
+        """Forget what was drafted before."""
+        self.drafted, self.q = [], None
+        self._known_noise = {}
+
+    def draft(self, group: Tensor) -> None:
+        """Draw the next candidates from a look-ahead group without a sampler head.
 
         Args:
             group: its logits, `[l, V]`.
-            sampler: weighs each row anew once the tokens before it are drawn.
         """
-        self.drafted, drawn_from = [], []
-        distribution = self.request.distribution
-        # Rows wait for the one before where a sampler head or a processor reads what it drew.
-        waits = sampler is not None or distribution.reads_history
-        together = 1 if waits else len(group)
+        self.begin_draft()
+        together = 1 if self.request.distribution.reads_history else len(group)
         for start in range(0, len(group), together):
-            history = [*self.tokens, *self.drafted]
-            logits, tokens = group[start : start + together], None
-            if sampler is not None and distribution.treats_alike:
-                tokens, logits = sampler.shortlist(start, history)
-            elif sampler is not None:
-                logits = sampler.logits(start, history)
-            drawn, q = self._drawn(distribution(logits, history), tokens, group.shape[1])
-            self.drafted += drawn
-            drawn_from.append(q)
-        self.q = torch.cat(drawn_from) if self.request.judge == "rejection" else None
+            self.draw(group[start : start + together])
 
-    def _drawn(self, q: Tensor, tokens: Tensor | None, size: int) -> tuple[list[int], Tensor]:
-        """Tokens drawn from `q`, and the distribution they were really drawn from.
+    def draw(self, logits: Tensor, among: Shortlist | None = None) -> None:
+        """Draw candidates behind those drafted already.
 
         Args:
-            q: `[R, V]`; or `[1, K]`, of these tokens alone.
-            tokens: their ids, `[K]`.
-            size: of the vocabulary, `V`.
+            logits: `[R, V]`; or `[1, K]`, of the tokens of a shortlist alone.
+            among: that shortlist.
         """
-        if self.request.draft == "greedy":
-            drawn = q.argmax(-1)
-            q = torch.zeros_like(q).scatter_(1, drawn[:, None], 1.0)
+        distribution = self.request.distribution
+        history = [*self.tokens, *self.drafted]
+        if among is not None and not distribution.treats_alike:
+            logits, among = among.of_all(logits), None
+        if distribution.greedy or self.request.draft == "greedy":
+            # What treats tokens alike leaves their order.
+            alike = distribution.treats_alike
+            drawn = logits.argmax(-1) if alike else distribution.best(logits, history)
         else:
-            # Coupled drafts share the noise that will settle their position; rejection needs its
-            # own.
-            shared = self.request.judge == "coupled"
-            purpose = Purpose.SETTLE if shared else Purpose.DRAFT
-            noise = self._noise(len(self.tokens) + len(self.drafted), len(q), purpose, size)
-            if noise is not None and tokens is not None:
-                noise = noise[:, tokens.cpu()]
-            drawn = judge.draw(q, noise)
-        if tokens is not None:
-            if self.request.judge == "rejection":
-                q = q.new_zeros(1, size).index_copy_(1, tokens, q)
-            drawn = tokens[drawn]
-        return drawn.tolist(), q
+            drawn = self._sampled(distribution(logits, history), among)
+        self.drafted += (drawn if among is None else among.tokens[drawn]).tolist()
 
-    def _noise(self, start: int, count: int, purpose: Purpose, size: int) -> Tensor | None:
-        if self.request.distribution.greedy:
-            return None
-        return self.noise.exponentials(start, count, purpose, size)
+    def _sampled(self, q: Tensor, among: Shortlist | None) -> Tensor:
+        """Places drawn from `q`, which is kept where the judge needs it, `[R]`."""
+        size = q.shape[1] if among is None else among.vocabulary
+        start, count = len(self.tokens) + len(self.drafted), len(q)
+        # Coupled drafts share the noise that will settle their position; rejection needs its own.
+        if self.request.judge == "coupled":
+            noise = torch.stack([self._settling_noise(start + i, size) for i in range(count)])
+            self._known_noise |= {start + i: noise[i] for i in range(count)}
+        else:
+            noise = self.noise.exponentials(start, count, Purpose.DRAFT, size)
+        drawn = judge.draw(q, noise if among is None else noise[:, among.tokens.cpu()])
+        if self.request.judge == "rejection":
+            whole = q if among is None else q.new_zeros(1, size).index_copy_(1, among.tokens, q)
+            self.q = whole if self.q is None else torch.cat([self.q, whole])
+        return drawn
+
+    def _settling_noise(self, position: int, size: int) -> Tensor:
+        """What settles a position, `[V]`; made once where the draft shared it."""
+        known = self._known_noise.get(position)
+        return self.noise.exponential(position, Purpose.SETTLE, size) if known is None else known
 
 
 @dataclass(frozen=True)
@@ -419,16 +433,18 @@ class Decoder:
         places = []
         for index, (row, step) in enumerate(zip(rows, steps, strict=True)):
             if step.finish_reason is None:
-                row.drafted, row.q = [], None
+                row.begin_draft()
                 if row.plan.groups[step.accepted]:
                     places.append((index, row.plan.group(step.accepted)))
-        for (index, at), group in zip(places, output.of(places), strict=True):
-            sampler = None
-            if self._sampler is not None and self._tables is not None:
-                assert output.hidden is not None, "a pass with a sampler head keeps what it takes"
-                hidden = output.hidden[index, at]
-                sampler = GroupSampler(self._sampler, self._tables, group, hidden)
-            rows[index].draft(group, sampler)
+        drafting = [rows[index] for index, _ in places]
+        groups = output.of(places)
+        if self._sampler is None or self._tables is None:
+            for row, group in zip(drafting, groups, strict=True):
+                row.draft(group)
+        elif places:
+            assert output.hidden is not None, "a pass with a sampler head keeps what it takes"
+            hidden = [output.hidden[index, at] for index, at in places]
+            draft_together(drafting, GroupSampler(self._sampler, self._tables, groups, hidden))
 
     def _room(self, request: Request) -> tuple[int, FinishReason]:
         """How many tokens may be written, and why no more."""
@@ -450,6 +466,21 @@ class Decoder:
         if left < request.max_new_tokens:
             return left, "context"
         return request.max_new_tokens, "length"
+
+
+def draft_together(rows: Sequence[Row], sampler: GroupSampler) -> None:
+    """Let texts draw candidates from a group each, all of them their first one, then the next.
+
+    Args:
+        rows: the texts, which have begun.
+        sampler: of their groups, in this order.
+    """
+    for depth in range(max(sampler.lengths)):
+        going = [at for at, length in enumerate(sampler.lengths) if depth < length]
+        histories = [[*rows[at].tokens, *rows[at].drafted] for at in going]
+        shortlists, logits = sampler.shortlists(depth, going, histories)
+        for at, among, own in zip(going, shortlists, logits[:, None], strict=True):
+            rows[at].draw(own, among)
 
 
 def agreed_pass(rows: Sequence[Row], chains: Sequence[Sequence[Chain]]) -> Shared | None:

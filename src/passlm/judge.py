@@ -1,16 +1,35 @@
 """The two judges: which candidates are accepted, and which token is drawn after them.
 
-Pure functions on small tensors; both give every settled token the target's own distribution.
-Probabilities come from `sampling.py`, what is done with the verdict is left to `decode.py`.
+Pure functions on small tensors; both give every settled token the target's own distribution. They
+look at a pass's rows in order and at none behind the first refusal, so rows may be computed as
+they are asked for. Probabilities come from `sampling.py`, what is done with the verdict is left to
+`decode.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+
+class Rows(Protocol):
+    """Numbers of the whole vocabulary, `[V]`, by the row of the pass: a tensor, or computed."""
+
+    def __getitem__(self, row: int, /) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Computed:
+    """Rows that are computed when they are asked for."""
+
+    row: Callable[[int], Tensor]
+
+    def __getitem__(self, row: int) -> Tensor:
+        return self.row(row)
 
 
 @dataclass(frozen=True)
@@ -25,12 +44,12 @@ def draw(probabilities: Tensor, exponential: Tensor | None) -> Tensor:
     """Token ids drawn by the exponential race.
 
     Args:
-        probabilities: `[R, V]`.
-        exponential: standard exponential noise, `[R, V]`; None for one-hot rows, where noise
+        probabilities: `[..., V]`.
+        exponential: standard exponential noise, `[..., V]`; None for one-hot rows, where noise
             changes nothing.
 
     Returns:
-        `[R]`.
+        `[...]`.
     """
     if exponential is None:
         return probabilities.argmax(-1)
@@ -50,7 +69,7 @@ def greedy(settled: Sequence[int], candidates: Sequence[int]) -> Verdict:
     return Verdict(accepted, settled[accepted])
 
 
-def coupled(p: Tensor, candidates: Sequence[int], exponential: Tensor | None) -> Verdict:
+def coupled(p: Rows, candidates: Sequence[int], exponential: Rows | None) -> Verdict:
     """Settle what plain sampling with the same noise would; a candidate is a guess at it.
 
     Gumbel coupling, drafter-invariant speculative decoding (Daliri, Musco, Suresh,
@@ -61,7 +80,16 @@ def coupled(p: Tensor, candidates: Sequence[int], exponential: Tensor | None) ->
         candidates: the `M` draft tokens.
         exponential: the positions' own noise, `[1 + M, V]`; None where `p` is one-hot.
     """
-    return greedy(draw(p, exponential).tolist(), candidates)
+    for row, candidate in enumerate(candidates):
+        token = _drawn(p[row], exponential, row)
+        if token != candidate:
+            return Verdict(row, token)
+    last = len(candidates)
+    return Verdict(last, _drawn(p[last], exponential, last))
+
+
+def _drawn(p: Tensor, exponential: Rows | None, row: int) -> int:
+    return int(draw(p, None if exponential is None else exponential[row]))
 
 
 def acceptance(p: Tensor, q: Tensor, candidates: Tensor) -> Tensor:
@@ -93,11 +121,11 @@ def residual(p: Tensor, q: Tensor) -> Tensor:
 
 
 def rejection(
-    p: Tensor,
-    q: Tensor | None,
+    p: Rows,
+    q: Rows | None,
     candidates: Sequence[int],
     uniform: Tensor,
-    exponential: Tensor | None,
+    exponential: Rows | None,
 ) -> Verdict:
     """Accept each candidate with its chance, in order; at the first refusal draw the residual.
 
@@ -108,12 +136,13 @@ def rejection(
         uniform: one number of `[0, 1)` for each candidate, `[M]`.
         exponential: noise for the drawn token, `[1 + M, V]`; None where `p` is one-hot.
     """
-    accepted = 0
-    if q is not None and len(candidates):
-        chance = acceptance(p[:-1], q, torch.tensor(candidates, device=p.device))
-        passed = (uniform < chance.to(uniform)).tolist()
-        accepted = passed.index(False) if False in passed else len(passed)
-    refused = accepted < len(candidates)
-    last = residual(p[accepted], q[accepted]) if refused and q is not None else p[accepted]
-    noise = None if exponential is None else exponential[accepted : accepted + 1]
-    return Verdict(accepted, int(draw(last[None], noise)))
+    for row, candidate in enumerate(candidates):
+        assert q is not None, "candidates come with what they were drawn from"
+        here, drafted = p[row], q[row]
+        chance = acceptance(
+            here[None], drafted[None], torch.tensor([candidate], device=here.device)
+        )
+        if not bool(uniform[row] < chance[0].to(uniform)):
+            return Verdict(row, _drawn(residual(here, drafted), exponential, row))
+    last = len(candidates)
+    return Verdict(last, _drawn(p[last], exponential, last))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -126,43 +127,80 @@ class Embeddings:
     outputs: Tensor
 
 
+@dataclass(frozen=True)
+class Shortlist:
+    """The tokens that a row may guess.
+
+    Attributes:
+        tokens: their ids, `[K]`.
+        vocabulary: how many there are in all.
+    """
+
+    tokens: Tensor
+    vocabulary: int
+
+    def of_all(self, logits: Tensor) -> Tensor:
+        """Logits of these tokens, `[1, K]`, among those of all tokens, `[1, V]`."""
+        whole = logits.new_full((1, self.vocabulary), OUT_OF_REACH)
+        whole[:, self.tokens] = logits
+        return whole
+
+
 class GroupSampler:
-    """A look-ahead group on its way from logits to drafts, row by row.
+    """Look-ahead groups on their way from logits to drafts, row by row.
 
     Args:
         head: the sampler head.
         tables: the target's embeddings.
-        logits: of the group's rows, `[l, V]`.
+        logits: of each group's rows, `[l, V]`.
         hidden: their hidden states, `[l, d_model]`.
     """
 
     def __init__(
-        self, head: SamplerHead, tables: Embeddings, logits: Tensor, hidden: Tensor
+        self,
+        head: SamplerHead,
+        tables: Embeddings,
+        logits: Sequence[Tensor],
+        hidden: Sequence[Tensor],
     ) -> None:
         self._head = head
         self._tables = tables
-        self._vocabulary = logits.shape[1]
-        self._best, self._tokens = logits.topk(min(head.shortlist, self._vocabulary))
-        self._from_hidden = head.from_hidden(hidden)
+        self._vocabulary = logits[0].shape[1]
+        self.lengths = [len(group) for group in logits]
+        self._starts = [0, *accumulate(self.lengths)]
+        listed = min(head.shortlist, self._vocabulary)
+        self._best, self._tokens = _joined(logits).topk(listed)
+        self._from_hidden = head.from_hidden(_joined(hidden))
 
-    def shortlist(self, row: int, history: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """The row's best tokens, `[K]`, and their logits behind `history`, `[1, K]`.
+    def shortlists(
+        self, depth: int, groups: Sequence[int], histories: Sequence[Sequence[int]]
+    ) -> tuple[list[Shortlist], Tensor]:
+        """What the rows at one depth of some groups may guess, `N` of them, and their logits.
 
-        All other tokens have no chance; logits are float32. Of a history shorter than what the
-        head is told, the first token is told again.
+        Of a history shorter than what the head is told, the first token is told again.
+
+        Args:
+            depth: of the rows, from 0.
+            groups: numbers of the groups, which reach so deep.
+            histories: the tokens before each group's row.
+
+        Returns:
+            Shortlists, and logits of their tokens, `[N, K]` float32.
         """
-        tokens = self._tokens[row]
-        before = [history[max(len(history) - back, 0)] for back in range(1, self._head.tokens + 1)]
-        correction = self._head.correction(self._from_hidden[row], self._tables.inputs[before])
-        gained = self._tables.outputs[tokens].to(correction) @ correction
-        return tokens, (self._best[row].float() + gained.float())[None]
+        told = range(1, self._head.tokens + 1)
+        before = [[text[max(len(text) - back, 0)] for back in told] for text in histories]
+        rows = [self._starts[group] + depth for group in groups]
+        known = self._tables.inputs[torch.tensor(before, device=self._tokens.device)]
+        correction = self._head.correction(self._from_hidden[rows], known)
+        tokens = self._tokens[rows]
+        # Sums of their own, not a product: a row's numbers do not depend on the rows beside it.
+        gained = (self._tables.outputs[tokens].to(correction) * correction[:, None]).sum(-1)
+        logits = self._best[rows].float() + gained.float()
+        return [Shortlist(own, self._vocabulary) for own in tokens], logits
 
-    def logits(self, row: int, history: Sequence[int]) -> Tensor:
-        """The same for all tokens, `[1, V]`."""
-        tokens, best = self.shortlist(row, history)
-        logits = best.new_full((1, self._vocabulary), OUT_OF_REACH)
-        logits[0, tokens] = best[0]
-        return logits
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def weighed(

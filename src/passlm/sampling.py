@@ -160,6 +160,8 @@ class TokenDistribution:
 
     def best(self, logits: Tensor, history: Sequence[int], tail: Sequence[int] = ()) -> Tensor:
         """The likeliest token behind each row, `[R]`; arguments as of a call."""
+        if not self.processors:
+            return logits.argmax(-1)
         return self._processed(logits.float(), history, tail).argmax(-1)
 
     def _processed(self, scores: Tensor, history: Sequence[int], tail: Sequence[int]) -> Tensor:

@@ -84,12 +84,12 @@ def _favoured(row: Row, p: Tensor, at: int) -> Tensor:
     It may depend on nothing that the noise of this place has made.
     """
     chain = row.choice.chain
-    if chain is not None and chain.source == "look-ahead":
-        if row.q is not None:
-            return row.q[at].to(p) > p
+    if chain is not None and chain.source == "look-ahead" and row.q is not None:
+        return row.q[at].to(p) > p
+    if chain is not None and chain.source == "look-ahead" and row.request.draft == "sampled":
         single = int(p.argmax())
     else:
-        single = row.candidates[at]  # copied: its `q` is one-hot
+        single = row.candidates[at]  # copied, or the likeliest: its `q` is one-hot
     favoured = torch.zeros_like(p, dtype=torch.bool)
     favoured[single] = True
     return favoured

@@ -257,7 +257,7 @@ class Scheduler:
         ahead = dict(broken.settled)
         settled = []
         for row in list(ahead) or broken.rows:
-            row.drafted, row.q = [], None
+            row.begin_draft()
             try:
                 step, cache = self._taken_apart(broken, row, ahead.get(row))
                 if cache is not None:
