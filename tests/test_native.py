@@ -37,7 +37,12 @@ def test_the_library_is_compiled_once(fresh: Path, monkeypatch: pytest.MonkeyPat
 
     opened: list[str] = []
     monkeypatch.setattr(native, "_build", build)
-    monkeypatch.setattr(native.ctypes, "CDLL", lambda path, mode: opened.append(path))
+
+    def load(path: str, mode: int) -> object:
+        opened.append(path)
+        return object()
+
+    monkeypatch.setattr(native.ctypes, "CDLL", load)
     for _ in range(2):
         monkeypatch.setattr(native, "_loaded", None)
         assert native.available()

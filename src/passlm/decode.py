@@ -240,9 +240,9 @@ class Row:
         if among is not None and not distribution.treats_alike:
             logits, among = among.of_all(logits), None
         if distribution.greedy or self.request.draft == "greedy":
-            # What treats tokens alike leaves their order.
+            # What treats tokens alike leaves their order. In 16 bits the best is found slowly.
             alike = distribution.treats_alike
-            drawn = logits.argmax(-1) if alike else distribution.best(logits, history)
+            drawn = logits.float().argmax(-1) if alike else distribution.best(logits, history)
         else:
             drawn = self._sampled(distribution(logits, history), among)
         self.drafted += (drawn if among is None else among.tokens[drawn]).tolist()

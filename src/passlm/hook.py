@@ -337,10 +337,6 @@ class _Recording(TokenDistribution):
         super().__init__(processors, greedy)
         self.at: dict[int, dict[str, Tensor]] = {}
 
-    def best(self, logits: Tensor, history: Sequence[int], tail: Sequence[int] = ()) -> Tensor:
-        """As of any distribution; kept even where there is nothing to process."""
-        return self._processed(logits.float(), history, tail).argmax(-1)
-
     def _processed(self, scores: Tensor, history: Sequence[int], tail: Sequence[int]) -> Tensor:
         processed = super()._processed(scores, history, tail)
         for row in range(len(scores)):

@@ -1,7 +1,7 @@
 """Operators of our own in C++ (`cpp/`), compiled when first used and kept in the cache folder.
 
-They are for CPUs with AVX2 or AVX-512; what they compute is said in `products.py` and
-`attention.py`.
+They are for CPUs with AVX2 or AVX-512; what they compute is said in `products.py`, `attention.py`
+and `philox.py`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -40,7 +41,7 @@ C_SHIMS = {
 
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
-_loaded: bool | None = None
+_loaded: ctypes.CDLL | bool | None = None  # None before it was asked for, False where it is not
 
 
 def available() -> bool:
@@ -52,7 +53,12 @@ def available() -> bool:
     with _lock:
         if _loaded is None:
             _loaded = capability() in _LANES and _load()
-        return _loaded
+        return _loaded is not False
+
+
+def library() -> ctypes.CDLL | None:
+    """The library that they are in, if somebody asked before whether they are available."""
+    return _loaded if isinstance(_loaded, ctypes.CDLL) else None
 
 
 def lanes() -> int:
@@ -70,8 +76,8 @@ def compiler() -> str | None:
     return next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), *_COMPILERS))), None)
 
 
-def _load() -> bool:
-    """Load the library, compiled first where it is not there yet."""
+def _load() -> ctypes.CDLL | Literal[False]:
+    """The library, compiled first where it is not there yet; False where it cannot be had."""
     using = compiler()
     if using is None:
         _log.warning("there is no C++ compiler here, so passes take longer: install g++")
@@ -80,17 +86,16 @@ def _load() -> bool:
     made_for = torch.__version__, str(environment()["machine"]["processor"])
     key = "\0".join((*command, *made_for, *(source.read_text() for source in SOURCES)))
     name = hashlib.sha256(key.encode()).hexdigest()[:32]
-    library = cache_folder() / "native" / f"{name}.so"
+    path = cache_folder() / "native" / f"{name}.so"
     try:
-        if not library.is_file():
-            _log.info("compiling our own operators, once; kept as %s", library)
-            _build(command, library)
+        if not path.is_file():
+            _log.info("compiling our own operators, once; kept as %s", path)
+            _build(command, path)
         try:
-            ctypes.CDLL(
-                str(library), mode=ctypes.RTLD_GLOBAL
-            )  # compiled passes look for its symbols
+            # Global, since compiled passes look for its symbols.
+            return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
         except OSError:
-            library.unlink()  # a file cut short: the next start makes it anew
+            path.unlink()  # a file cut short: the next start makes it anew
             raise
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
@@ -98,7 +103,6 @@ def _load() -> bool:
             "our own operators cannot be used, so passes take longer: %s", said.split("\n")[0]
         )
         return False
-    return True
 
 
 def _command(using: str) -> list[str]:

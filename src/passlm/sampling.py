@@ -11,7 +11,6 @@ import secrets
 from collections.abc import Collection, Sequence
 from enum import IntEnum
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
@@ -34,6 +33,7 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
+from passlm import philox
 from passlm.params import SamplingParams
 
 # These look at the scores alone, so all rows of a pass can go through them at once. A user's
@@ -53,7 +53,6 @@ _BLIND = (
 )
 # These look at scores and not at which token has which, so they may see some tokens alone.
 _ALIKE = (MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
-_SMALLEST = float(np.finfo(np.float32).tiny)  # a number to divide by
 
 
 def processors(
@@ -160,8 +159,6 @@ class TokenDistribution:
 
     def best(self, logits: Tensor, history: Sequence[int], tail: Sequence[int] = ()) -> Tensor:
         """The likeliest token behind each row, `[R]`; arguments as of a call."""
-        if not self.processors:
-            return logits.argmax(-1)
         return self._processed(logits.float(), history, tail).argmax(-1)
 
     def _processed(self, scores: Tensor, history: Sequence[int], tail: Sequence[int]) -> Tensor:
@@ -195,8 +192,7 @@ class Noise:
     """Random numbers made from a seed, a position and a purpose alone.
 
     No state runs from one draw to the next, so the numbers of a position are the same under any
-    plan, alone or in a batch. They come from numpy's Philox generator, keyed with seed and
-    position (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
+    plan, alone or in a batch: `philox.py`.
 
     Args:
         seed: 0 to 2**64 - 1; None takes a fresh one.
@@ -205,21 +201,13 @@ class Noise:
     def __init__(self, seed: int | None) -> None:
         self.seed = secrets.randbits(64) if seed is None else seed
 
-    def _generator(self, position: int, purpose: Purpose) -> np.random.Generator:
-        key = np.array([self.seed, position], dtype=np.uint64)
-        counter = np.array([0, 0, 0, purpose], dtype=np.uint64)
-        return np.random.Generator(np.random.Philox(key=key, counter=counter))
-
     def exponential(self, position: int, purpose: Purpose, size: int) -> Tensor:
         """Standard exponential numbers, `[size]` float32.
 
         `argmax(p / e)` draws from `p`: the exponential race, the same as the Gumbel-max trick
         with `g = -log e`.
         """
-        # Drawn in float64: numpy's float32 ones have 23 random bits, so a vocabulary of 50,000
-        # would meet a zero, which wins every race, once in 170 positions.
-        drawn = self._generator(position, purpose).standard_exponential(size)
-        return torch.from_numpy(np.maximum(drawn, _SMALLEST).astype(np.float32))
+        return philox.uniform(self.seed, position, purpose, size).neg_().log1p_().neg_()
 
     def exponentials(self, start: int, count: int, purpose: Purpose, size: int) -> Tensor:
         """`exponential` of `count` positions from `start` on, `[count, size]`."""
@@ -227,5 +215,5 @@ class Noise:
 
     def uniform(self, start: int, count: int, purpose: Purpose) -> Tensor:
         """One number of `[0, 1)` for each of `count` positions from `start` on, `[count]`."""
-        drawn = [self._generator(start + i, purpose).random() for i in range(count)]
+        drawn = [philox.fine(self.seed, start + i, purpose) for i in range(count)]
         return torch.tensor(drawn, dtype=torch.float64)
