@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from passlm import judge
 from passlm.cache import RowCache
 from passlm.errors import InputError
 from passlm.judge import Computed, Rows, Verdict
+from passlm.likeliest import likeliest
 from passlm.lookup import PromptLookup
 from passlm.outputs import FinishReason, Step
 from passlm.params import Draft, Judge, SamplingParams
@@ -165,17 +167,19 @@ class Row:
                 chains.append(Chain(tuple(found), "lookup", evidence))
         return chains
 
-    def judge(self, logits: Tensor) -> list[int]:
+    def judge(self, logits: Tensor, best: Sequence[int] | None = None) -> list[int]:
         """The tokens that a pass settles: accepted candidates and one drawn behind them.
 
         Args:
-            logits: the pass's rows, `[Q, V]`.
+            logits: the pass's real rows, `[1 + M, V]`.
+            best: the likeliest token of each, where somebody has found them already.
         """
         candidates = self.candidates
         distribution = self.request.distribution
         if distribution.greedy:
-            settled = distribution.best(logits[: 1 + len(candidates)], self.tokens, candidates)
-            verdict = judge.greedy(settled.tolist(), candidates)
+            if best is None:
+                best = distribution.best(logits, self.tokens, candidates).tolist()
+            verdict = judge.greedy(best, candidates)
         else:
             verdict = self._verdict(logits)
         block = [*candidates[: verdict.accepted], verdict.token]
@@ -240,9 +244,9 @@ class Row:
         if among is not None and not distribution.treats_alike:
             logits, among = among.of_all(logits), None
         if distribution.greedy or self.request.draft == "greedy":
-            # What treats tokens alike leaves their order. In 16 bits the best is found slowly.
+            # What treats tokens alike leaves their order.
             alike = distribution.treats_alike
-            drawn = logits.float().argmax(-1) if alike else distribution.best(logits, history)
+            drawn = likeliest(logits) if alike else distribution.best(logits, history)
         else:
             drawn = self._sampled(distribution(logits, history), among)
         self.drafted += (drawn if among is None else among.tokens[drawn]).tolist()
@@ -401,9 +405,7 @@ class Decoder:
         ]
         output = self.target.run(self._cache, passes, self.look_ahead)
         real = [(index, slice(0, 1 + row.plan.candidates)) for index, row in enumerate(rows)]
-        judged = [
-            self._judge(row, logits) for row, logits in zip(rows, output.of(real), strict=True)
-        ]
+        judged = self._judge(rows, output.of(real))
         steps = [
             self._settle(index, row, tokens)
             for index, (row, tokens) in enumerate(zip(rows, judged, strict=True))
@@ -413,11 +415,19 @@ class Decoder:
         self.leave([row for row, step in self.settled if step.finish_reason])
         return self.settled
 
-    def _judge(self, row: Row, logits: Tensor) -> list[int]:
-        settled = row.judge(logits)
-        if self.observer is not None:
-            self.observer(row, logits, settled)
-        return settled
+    def _judge(self, rows: Sequence[Row], logits: Sequence[Tensor]) -> list[list[int]]:
+        """What the pass settles of each text; greedy ones look for their best tokens together."""
+        plain = [at for at, row in enumerate(rows) if row.request.distribution.takes_likeliest]
+        best: dict[int, list[int]] = {}
+        if plain:
+            found = iter(likeliest(torch.cat([logits[at] for at in plain])).tolist())
+            best = {at: list(islice(found, len(logits[at]))) for at in plain}
+        judged = []
+        for at, (row, own) in enumerate(zip(rows, logits, strict=True)):
+            judged.append(row.judge(own, best.get(at)))
+            if self.observer is not None:
+                self.observer(row, own, judged[-1])
+        return judged
 
     def _settle(self, index: int, row: Row, settled: list[int]) -> Step:
         judged, accepted = len(row.candidates), len(settled) - 1

@@ -335,6 +335,7 @@ class _Recording(TokenDistribution):
 
     def __init__(self, processors: LogitsProcessorList, greedy: bool) -> None:
         super().__init__(processors, greedy)
+        self.takes_likeliest = False  # there is something to keep
         self.at: dict[int, dict[str, Tensor]] = {}
 
     def _processed(self, scores: Tensor, history: Sequence[int], tail: Sequence[int]) -> Tensor:

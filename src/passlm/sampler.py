@@ -17,6 +17,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
+from passlm.likeliest import shortlist
+
 SHORTLIST = 64
 OUT_OF_REACH = -1e9  # the logit of a token off the shortlist: finite, since processors divide
 _EPSILON = 1e-6
@@ -169,7 +171,7 @@ class GroupSampler:
         self.lengths = [len(group) for group in logits]
         self._starts = [0, *accumulate(self.lengths)]
         listed = min(head.shortlist, self._vocabulary)
-        self._best, self._tokens = _joined(logits).topk(listed)
+        self._best, self._tokens = shortlist(_joined(logits), listed)
         self._from_hidden = head.from_hidden(_joined(hidden))
 
     def shortlists(
@@ -195,7 +197,7 @@ class GroupSampler:
         tokens = self._tokens[rows]
         # Sums of their own, not a product: a row's numbers do not depend on the rows beside it.
         gained = (self._tables.outputs[tokens].to(correction) * correction[:, None]).sum(-1)
-        logits = self._best[rows].float() + gained.float()
+        logits = self._best[rows] + gained.float()
         return [Shortlist(own, self._vocabulary) for own in tokens], logits
 
 

@@ -34,6 +34,7 @@ from transformers import (
 )
 
 from passlm import philox
+from passlm.likeliest import likeliest
 from passlm.params import SamplingParams
 
 # These look at the scores alone, so all rows of a pass can go through them at once. A user's
@@ -139,6 +140,7 @@ class TokenDistribution:
         self.greedy = greedy
         self.reads_history = any(type(p) not in _BLIND for p in processors)
         self.treats_alike = all(type(p) in _ALIKE for p in processors)
+        self.takes_likeliest = greedy and not processors
 
     def __call__(self, logits: Tensor, history: Sequence[int], tail: Sequence[int] = ()) -> Tensor:
         """Probabilities of the token that follows each row.
@@ -159,7 +161,7 @@ class TokenDistribution:
 
     def best(self, logits: Tensor, history: Sequence[int], tail: Sequence[int] = ()) -> Tensor:
         """The likeliest token behind each row, `[R]`; arguments as of a call."""
-        return self._processed(logits.float(), history, tail).argmax(-1)
+        return likeliest(self._processed(logits.float(), history, tail))
 
     def _processed(self, scores: Tensor, history: Sequence[int], tail: Sequence[int]) -> Tensor:
         if not self.processors:
