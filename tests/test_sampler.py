@@ -166,6 +166,27 @@ def test_a_head_told_more_begins_as_it_was(head: SamplerHead, tables: Embeddings
     assert all(p.requires_grad for p in more.parameters())
 
 
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+def test_a_copy_for_decoding_is_the_same_head(
+    dtype: torch.dtype, close: float, head: SamplerHead, tables: Embeddings
+) -> None:
+    """Catches matrices swapped or rounded too far in the copy, later training that reaches it, and
+    numbers of a row that depend on the rows beside it."""
+    copy = head.copied(torch.device("cpu"), dtype)
+    expected = [behind(head, tables, row, [4, 9]) for row in range(ROWS)]
+    head.out.data.zero_()
+    for row in range(ROWS):
+        torch.testing.assert_close(
+            behind(copy, tables, row, [4, 9]), expected[row], rtol=close, atol=close
+        )
+    hidden = noise(9, D, seed=40)
+    together = copy.from_hidden(hidden)
+    assert all(
+        torch.equal(copy.from_hidden(row[None])[0], own)
+        for row, own in zip(hidden, together, strict=True)
+    )
+
+
 # In decoding
 
 EVERYTHING = {

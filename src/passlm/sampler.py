@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from passlm.likeliest import shortlist
+from passlm.products import RowsProduct, preferred
 
 SHORTLIST = 64
 OUT_OF_REACH = -1e9  # the logit of a token off the shortlist: finite, since processors divide
@@ -48,6 +49,7 @@ class SamplerHead(nn.Module):
         self.token_in = nn.Parameter(token_in)
         self.out = nn.Parameter(out)
         self.shortlist = shortlist
+        self._products: dict[str, RowsProduct] = {}
 
     @classmethod
     def start(
@@ -80,11 +82,18 @@ class SamplerHead(nn.Module):
         return {"width": self.width, "shortlist": self.shortlist, "tokens": self.tokens}
 
     def copied(self, device: torch.device, dtype: torch.dtype) -> SamplerHead:
-        """A copy for decoding, without gradients."""
-        if device.type == "cpu":
-            dtype = torch.float32  # products this small take half of bfloat16's time there
-        copies = [getattr(self, n).detach().to(device, dtype, copy=True) for n in self.NAMES]
-        return SamplerHead(copies[0], copies[1], copies[2], self.shortlist)
+        """A copy for decoding, without gradients.
+
+        On a CPU its rows are float32; where our own products are the fastest, their weights have
+        the type asked for, and a row's numbers do not depend on the rows beside it.
+        """
+        rows = torch.float32 if device.type == "cpu" else dtype
+        copies = [getattr(self, n).detach().to(device, rows, copy=True) for n in self.NAMES]
+        copy = SamplerHead(copies[0], copies[1], copies[2], self.shortlist)
+        if device.type == "cpu" and dtype in (torch.bfloat16, torch.float32) and preferred():
+            weights = zip(self.NAMES, copies, strict=True)
+            copy._products = {name: RowsProduct(weight.to(dtype)) for name, weight in weights}
+        return copy
 
     def tensors(self) -> dict[str, Tensor]:
         """All parameters by the name they are stored under."""
@@ -96,7 +105,7 @@ class SamplerHead(nn.Module):
         Args:
             hidden: hidden states of look-ahead rows, as the target's head takes them, `[..., d]`.
         """
-        return nn.functional.linear(_normed(hidden.to(self.out.dtype)), self.hidden_in)
+        return self._times("hidden_in", _normed(hidden.to(self.out.dtype)))
 
     def correction(self, from_hidden: Tensor, before: Tensor) -> Tensor:
         """What is added to the hidden state, `[..., d_model]`.
@@ -107,8 +116,12 @@ class SamplerHead(nn.Module):
                 `[..., tokens, d_model]`.
         """
         normed = _normed(before.to(self.out.dtype)).flatten(-2)
-        token = nn.functional.linear(normed, self.token_in)
-        return nn.functional.linear(nn.functional.silu(from_hidden + token), self.out)
+        token = self._times("token_in", normed)
+        return self._times("out", nn.functional.silu(from_hidden + token))
+
+    def _times(self, name: str, rows: Tensor) -> Tensor:
+        product = self._products.get(name)
+        return nn.functional.linear(rows, getattr(self, name)) if product is None else product(rows)
 
 
 def _normed(rows: Tensor) -> Tensor:
