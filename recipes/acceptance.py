@@ -21,7 +21,7 @@ from torch import Tensor
 from passlm.bench.tasks import SUITES, Task, TaskError, load_suite
 from passlm.cli import Parser
 from passlm.cli.common import add_model_arguments
-from passlm.decode import Decoder, Request, Row
+from passlm.decode import Decoder
 from passlm.errors import InputError
 from passlm.generate import Generator, load, set_threads
 from passlm.lookahead import CARD_FILE, LookAhead
@@ -30,6 +30,7 @@ from passlm.outputs import Stats
 from passlm.params import Draft, Judge, SamplingParams, StopParams
 from passlm.plan import strategy
 from passlm.provenance import provenance, write_atomically
+from passlm.row import Request, Row
 from passlm.train.report import model_card
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "acceptance"

@@ -76,6 +76,13 @@ def parser() -> Parser:
     made = Parser(description=__doc__, allow_abbrev=False)
     made.add_argument("--clients", type=int, default=64)
     made.add_argument("--minutes", type=float, default=5.0)
+    made.add_argument(
+        "--warm-up",
+        type=float,
+        default=1.0,
+        metavar="MINUTES",
+        help="of the same load before them, after which memory should stay; default 1",
+    )
     made.add_argument("--hang-up", type=float, default=1 / 3, help="share of requests; default 1/3")
     made.add_argument("--sampled", type=float, default=0.25, help="share drawn with a seed")
     made.add_argument("--longest", type=int, default=3000, help="characters of a prompt")
@@ -101,7 +108,7 @@ def run(arguments: argparse.Namespace, flags: Sequence[str]) -> dict[str, Any]:
 
 async def load(server: Served, arguments: argparse.Namespace, tally: Tally) -> None:
     """All clients until the time is over; texts under way then are read to their ends."""
-    until = time.monotonic() + 60 * arguments.minutes
+    until = time.monotonic() + 60 * (arguments.warm_up + arguments.minutes)
     async with server.client(arguments.clients) as client:
         watch = asyncio.create_task(sample(server, tally))
         await asyncio.gather(
@@ -211,7 +218,7 @@ def summary(
     compared: int,
 ) -> dict[str, Any]:
     """Everything that was found, JSON-ready."""
-    growth = memory_growth(tally.samples, seconds)
+    growth = memory_growth(tally.samples, 60 * arguments.warm_up, seconds)
     firsts = [reply.chunks[0] for _, reply in tally.kept]
     passed = not tally.failures and not left and equal == compared
     return {
@@ -219,6 +226,7 @@ def summary(
         "server": list(flags),
         "clients": arguments.clients,
         "seconds": round(seconds, 1),
+        "warm_up_seconds": round(60 * arguments.warm_up, 1),
         "sent": tally.sent,
         "finished": len(tally.kept),
         "hung_up": tally.hung_up,
@@ -238,14 +246,22 @@ def summary(
 
 
 def memory_growth(
-    samples: Sequence[tuple[float, int, dict[str, float]]], seconds: float
+    samples: Sequence[tuple[float, int, dict[str, float]]], warm: float, seconds: float
 ) -> float | None:
-    """How much the mean of the last minute lies above the second one's; None if it was shorter."""
-    if seconds < 180:
+    """How much the mean of the last minute lies above the first one's behind the warm-up.
+
+    None where there are not three minutes behind it.
+
+    Args:
+        samples: seconds since the start, resident bytes, metrics.
+        warm: seconds of warming up.
+        seconds: of everything.
+    """
+    if seconds < warm + 180:
         return None
-    second = [rss for at, rss, _ in samples if 60 <= at < 120]
+    first = [rss for at, rss, _ in samples if warm <= at < warm + 60]
     last = [rss for at, rss, _ in samples if at >= seconds - 60]
-    return statistics.mean(last) / statistics.mean(second) - 1
+    return statistics.mean(last) / statistics.mean(first) - 1
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:
@@ -259,10 +275,12 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
 def markdown(report: dict[str, Any]) -> str:
     """The same for people."""
     growth = report["memory_growth"]
+    memory = "too short" if growth is None else f"{growth:+.1%}"
     firsts = report["seconds_to_first_event"]
     rows = {
         "clients": report["clients"],
         "seconds": report["seconds"],
+        "of these to warm up": report["warm_up_seconds"],
         "requests sent": report["sent"],
         "read to their end": report["finished"],
         "hung up midway": report["hung_up"],
@@ -270,7 +288,9 @@ def markdown(report: dict[str, Any]) -> str:
         "failed": report["failed"],
         "equal to the same request alone": f"{report['equal_alone']} of {report['compared_alone']}",
         "rows left": report["rows_left"],
-        "memory, last minute over second": "too short" if growth is None else f"{growth:+.1%}",
+        "memory, last minute over first after warm-up": "too short"
+        if growth is None
+        else f"{growth:+.1%}",
         "new tokens of those read to their end": report["tokens"],
         "seconds to the first event, " + ", ".join(firsts): ", ".join(map(str, firsts.values())),
     }

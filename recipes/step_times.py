@@ -11,10 +11,11 @@ from typing import Any
 
 from passlm.cli import Parser
 from passlm.cli.common import add_decoding_arguments, add_model_arguments, loaded
-from passlm.decode import Decoder, Row
+from passlm.decode import Decoder
 from passlm.errors import InputError
 from passlm.params import METHODS
 from passlm.passes import PassOutput
+from passlm.row import Row
 from passlm.target import Target
 
 # Each part, and those of the list that it holds.

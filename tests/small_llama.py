@@ -25,10 +25,11 @@ from transformers import (
     PreTrainedModel,
 )
 
-from passlm.decode import Decoder, Request, Row
+from passlm.decode import Decoder
 from passlm.lookahead import LookAhead
 from passlm.outputs import Step
 from passlm.passes import LookAheadRows
+from passlm.row import Request, Row
 from passlm.target import Target
 from passlm.train.config import TrainConfig
 from passlm.train.data import Document, TokenWindows

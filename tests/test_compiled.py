@@ -13,11 +13,12 @@ from small_llama import randomised, small_llama
 from transformers import PreTrainedModel
 
 from passlm import compiled, products
-from passlm.decode import Decoder, Request
+from passlm.decode import Decoder
 from passlm.lookahead import LookAhead
 from passlm.params import SamplingParams
 from passlm.plan import Adaptive, OnePass, Strategy, TwoPass, autoregressive
 from passlm.planner import AutoPlan, CostCurve
+from passlm.row import Request
 from passlm.target import Target
 
 PROMPTS = ([1, 2, 3, 4, 5], [7], [3] * 110)  # the last one crosses a block of the cache

@@ -23,13 +23,14 @@ from small_llama import (
 )
 
 from passlm import judge as judges
-from passlm.decode import Decoder, Request, Row
+from passlm.decode import Decoder
 from passlm.lookahead import LookAhead
 from passlm.lora import GatedLora, groups_of
 from passlm.outputs import Stats, Step
 from passlm.params import Draft, Judge, SamplingParams
 from passlm.plan import Adaptive, OnePass, Strategy, TwoPass, autoregressive
 from passlm.planner import AutoPlan, CostCurve
+from passlm.row import Request, Row
 from passlm.sampler import SamplerHead
 from passlm.sampling import Noise, Purpose
 from passlm.target import Target

@@ -40,10 +40,11 @@ from transformers.generation.streamers import BaseStreamer
 
 from passlm import custom_generate, lookahead
 from passlm.card import LookAheadError
-from passlm.decode import Decoder, PromptError, Row
+from passlm.decode import Decoder, PromptError
 from passlm.errors import InputError
 from passlm.hook import CustomGenerate, GenerateError
 from passlm.lookahead import LookAhead
+from passlm.row import Row
 from passlm.supported import UnsupportedModelError
 from passlm.target import Target
 

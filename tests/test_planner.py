@@ -7,10 +7,11 @@ from itertools import product
 import pytest
 
 from passlm import planner
-from passlm.decode import Request, Row, agreed_pass
+from passlm.decode import agreed_pass
 from passlm.params import SamplingParams
 from passlm.plan import Adaptive, Chain, Choice, Limits, Plan, Shared, Strategy, autoregressive
 from passlm.planner import Acceptance, AutoChooser, AutoPlan, CostCurve, expected_length
+from passlm.row import Request, Row
 from passlm.sampling import Noise
 
 WIDE = Limits(1000)

@@ -19,11 +19,12 @@ from passlm.bench import predictability as module
 from passlm.bench.methods import Asked, Method, build
 from passlm.bench.predictability import Watch, predictability
 from passlm.bench.report import markdown
-from passlm.decode import Decoder, Request
+from passlm.decode import Decoder
 from passlm.generate import Generator
 from passlm.lookahead import LookAhead
 from passlm.params import SamplingParams, StopParams
 from passlm.plan import Chain, Choice, OnePass, Plan
+from passlm.row import Request
 from passlm.target import Target
 
 PROMPTS = ([5, 6, 7], [9, 9, 10, 11, 12], [40, 3])

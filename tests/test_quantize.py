@@ -15,10 +15,11 @@ from transformers.pytorch_utils import Conv1D
 
 from passlm import native, quantize
 from passlm.costs import Costs, weight_bytes
-from passlm.decode import Decoder, Request
+from passlm.decode import Decoder
 from passlm.lookahead import LookAhead, fingerprint, load_for
 from passlm.plan import OnePass, Strategy, TwoPass, autoregressive
 from passlm.quantize import Int8Linear, QuantizeError, is_quantized, quantized
+from passlm.row import Request
 from passlm.target import Target
 
 needs_operators = pytest.mark.skipif(

@@ -16,11 +16,12 @@ from small_llama import counting_llama, small_llama
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from passlm.decode import Decoder, Request
+from passlm.decode import Decoder
 from passlm.judge import draw
 from passlm.params import Judge, SamplingParams
 from passlm.passes import LookAheadRows
 from passlm.plan import OnePass, Strategy, TwoPass
+from passlm.row import Request
 from passlm.sampling import Noise, Purpose, TokenDistribution, processors
 
 V = 50

@@ -37,7 +37,7 @@ def test_load(recipe: Any, flags: list[str], tmp_path: Path) -> None:
     """Catches clients that lose requests, and a report that hides what failed."""
     out = tmp_path / "load"
     limits = ["--longest", "100", "--max-new-tokens", "40"]
-    briefly = ["--clients", "6", "--minutes", "0.04", *limits, "--out", str(out)]
+    briefly = ["--clients", "6", "--warm-up", "0", "--minutes", "0.04", *limits, "--out", str(out)]
     assert recipe.main([*briefly, "--", *flags, "--max-batch", "2", "--max-waiting", "3"]) == 0
     report = json.loads(out.with_suffix(".json").read_text())
     assert report["finished"] > 0
@@ -47,6 +47,18 @@ def test_load(recipe: Any, flags: list[str], tmp_path: Path) -> None:
     assert told == report["sent"]
     assert report["failed"] == report["rows_left"] == 0
     assert "| rows left | 0 |" in out.with_suffix(".md").read_text()
+
+
+@pytest.mark.parametrize("name", ["load_test"])
+def test_memory_is_compared_behind_the_warm_up(recipe: Any) -> None:
+    """Catches a cache that fills while the server warms up counted as a leak, and a leak that is
+    not: memory grows for 2 minutes to 200, or all the time."""
+    stays: list[Any] = [(at, 100 + min(at, 120) * 100 // 120, {}) for at in range(420)]
+    leaks: list[Any] = [(at, 1000 + at, {}) for at in range(420)]
+    assert recipe.memory_growth(stays, 120, 420) == 0
+    assert recipe.memory_growth(stays, 0, 420) > 0.3
+    assert recipe.memory_growth(leaks, 120, 420) > 0.1
+    assert recipe.memory_growth(stays, 120, 299) is None
 
 
 @pytest.mark.parametrize("name", ["serve_speed"])

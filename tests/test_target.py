@@ -16,11 +16,12 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM,
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from passlm.cache import BLOCK
-from passlm.decode import Decoder, PromptError, Request
+from passlm.decode import Decoder, PromptError
 from passlm.masks import visibility, within_window
 from passlm.params import SamplingParams
 from passlm.passes import LookAheadRows, PassRow
 from passlm.plan import OnePass, Plan
+from passlm.row import Request
 from passlm.supported import UnsupportedModelError, check_supported
 from passlm.target import Target
 

@@ -33,11 +33,12 @@ from small_llama import (
 )
 from torch import Tensor
 
-from passlm.decode import Decoder, Request
+from passlm.decode import Decoder
 from passlm.outputs import Stats
 from passlm.params import SamplingParams
 from passlm.passes import Hung, LookAheadRows
 from passlm.plan import OnePass, Plan, Strategy, TwoPass
+from passlm.row import Request
 from passlm.target import Target
 from passlm.train import loop
 from passlm.train.config import ConfigError, Loss, TrainConfig

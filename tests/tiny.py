@@ -17,12 +17,13 @@ from torch.nn.functional import one_hot
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from passlm.decode import Decoder, Request, Row
+from passlm.decode import Decoder
 from passlm.lookahead import Card, LookAhead, fingerprint
 from passlm.outputs import Step
 from passlm.params import SamplingParams
 from passlm.passes import LookAheadRows
 from passlm.plan import Strategy, autoregressive
+from passlm.row import Request, Row
 from passlm.sampler import SamplerHead
 from passlm.target import Target
 

@@ -22,7 +22,7 @@ import torch
 
 from passlm import products
 from passlm.cache import RowCache
-from passlm.decode import Decoder, Request
+from passlm.decode import Decoder
 from passlm.lookahead import LookAhead, fingerprint
 from passlm.params import SamplingParams
 from passlm.passes import LookAheadRows
@@ -30,6 +30,7 @@ from passlm.plan import Chain, Choice, Chooser, Limits, Plan, Shared
 from passlm.planner import AutoPlan, CostCurve
 from passlm.provenance import cache_folder, environment, provenance, write_atomically
 from passlm.quantize import Int8Linear
+from passlm.row import Request
 from passlm.target import Target
 
 REAL_ROWS = (1, 2, 3, 5, 9, 13)

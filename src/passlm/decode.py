@@ -6,271 +6,28 @@ Text, stop strings and streams are left to `generate.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
 from torch import Tensor
 
-from passlm import judge
 from passlm.cache import RowCache
 from passlm.errors import InputError
-from passlm.judge import Computed, Rows, Verdict
 from passlm.likeliest import likeliest
-from passlm.lookup import PromptLookup
 from passlm.outputs import FinishReason, Step
-from passlm.params import Draft, Judge, SamplingParams
-from passlm.passes import LookAheadRows, PassOutput, PassRow
-from passlm.plan import (
-    Adaptive,
-    Chain,
-    Choice,
-    Chooser,
-    FixedChooser,
-    Limits,
-    Plan,
-    Shared,
-    Strategy,
-    autoregressive,
-)
-from passlm.sampler import GroupSampler, Shortlist
-from passlm.sampling import Noise, Purpose, TokenDistribution, processors
+from passlm.passes import LookAheadRows, PassOutput
+from passlm.plan import Chain, Shared
+from passlm.row import Request, Row
+from passlm.sampler import GroupSampler
+from passlm.sampling import Noise
 from passlm.stopping import cut_block
 from passlm.target import PREFILL_CHUNK, Target
 
 
 class PromptError(InputError):
     """A prompt that cannot be decoded: empty, too long, or with unknown ids; one line."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """One text to be continued.
-
-    Attributes:
-        prompt: token ids, at least one.
-        max_new_tokens: write at most this many.
-        eos: ids that end the text.
-        strategy: which plan each pass takes, or what chooses it from what is accepted.
-        distribution: logits to probabilities, for target and draft.
-        seed: of all its draws; None takes a fresh one.
-        judge: how candidates are accepted.
-        draft: how candidates are drawn.
-    """
-
-    prompt: Sequence[int]
-    max_new_tokens: int
-    distribution: TokenDistribution
-    eos: frozenset[int] = frozenset()
-    strategy: Strategy | Adaptive = autoregressive
-    seed: int | None = None
-    judge: Judge = "coupled"
-    draft: Draft = "sampled"
-
-    @classmethod
-    def of(
-        cls,
-        prompt: Sequence[int],
-        sampling: SamplingParams,
-        max_new_tokens: int,
-        strategy: Strategy | Adaptive = autoregressive,
-        eos: Collection[int] = (),
-        ignore_eos: bool = False,
-    ) -> Request:
-        """A request from a user's parameters."""
-        chain = processors(sampling, len(prompt), () if ignore_eos else eos)
-        return cls(
-            prompt=prompt,
-            max_new_tokens=max_new_tokens,
-            distribution=TokenDistribution(chain, greedy=sampling.temperature == 0),
-            eos=frozenset() if ignore_eos else frozenset(eos),
-            strategy=strategy,
-            seed=sampling.seed,
-            judge=sampling.judge,
-            draft=sampling.draft,
-        )
-
-
-@dataclass(eq=False)
-class Row:
-    """One text under way: what is settled, and the candidates behind it.
-
-    Attributes:
-        request: what was asked.
-        room: how many tokens may still be written.
-        full: why the text ends where `room` runs out.
-        tokens: settled ids, prompt included; the last one is the root.
-        drafted: draft tokens behind it, from a look-ahead group.
-        q: the distributions they were drawn from, `[M, V]`, where the judge needs them: not of
-            greedy drafts, whose `q` is one-hot.
-        choice: what the pass under way verifies and computes.
-    """
-
-    request: Request
-    room: int
-    full: FinishReason
-    noise: Noise
-    tokens: list[int]
-    drafted: list[int] = field(default_factory=list)
-    q: Tensor | None = None
-    choice: Choice = field(default=Choice(None, Plan(0, (0,))))
-
-    def __post_init__(self) -> None:
-        asked = self.request.strategy
-        self._chooser: Chooser = (
-            asked.begin() if isinstance(asked, Adaptive) else FixedChooser(asked)
-        )
-        self._lookup = PromptLookup() if self._chooser.lookup else None
-        self._known_noise: dict[int, Tensor] = {}  # by position, of drafted ones
-
-    @property
-    def candidates(self) -> list[int]:
-        """The draft tokens that the pass under way verifies."""
-        return self.choice.candidates
-
-    @property
-    def plan(self) -> Plan:
-        """What the pass under way computes."""
-        return self.choice.plan
-
-    @property
-    def chooser(self) -> Chooser | None:
-        """What agrees with other texts on a pass; None where plans are fixed or make the text.
-
-        A text that is sampled under the rejection judge follows its plans: they may not depend on
-        what else is in the batch.
-        """
-        follows = self.request.judge == "rejection" and not self.request.distribution.greedy
-        return self._chooser if self._chooser.passes and not follows else None
-
-    def choose_plan(
-        self, chains: Sequence[Chain], context: int | None, shared: Shared | None = None
-    ) -> PassRow:
-        """The next pass: candidates and groups that could still be of use.
-
-        Args:
-            chains: what `chains` gave.
-            context: positions that the model has; None without a limit.
-            shared: what the texts of the batch agreed on.
-        """
-        span = None if context is None else context - len(self.tokens)
-        self.choice = self._chooser.choose(chains, Limits(self.room, span, shared))
-        return PassRow([self.tokens[-1], *self.candidates], self.plan)
-
-    def chains(self) -> list[Chain]:
-        """The candidates at hand, one chain of each source."""
-        chains = [Chain(tuple(self.drafted))] if self.drafted else []
-        if self._lookup is not None:
-            found, evidence = self._lookup.find(self.tokens, self._chooser.lookup)
-            if found:
-                chains.append(Chain(tuple(found), "lookup", evidence))
-        return chains
-
-    def judge(self, logits: Tensor, best: Sequence[int] | None = None) -> list[int]:
-        """The tokens that a pass settles: accepted candidates and one drawn behind them.
-
-        Args:
-            logits: the pass's real rows, `[1 + M, V]`.
-            best: the likeliest token of each, where somebody has found them already.
-        """
-        candidates = self.candidates
-        distribution = self.request.distribution
-        if distribution.greedy:
-            if best is None:
-                best = distribution.best(logits, self.tokens, candidates).tolist()
-            verdict = judge.greedy(best, candidates)
-        else:
-            verdict = self._verdict(logits)
-        block = [*candidates[: verdict.accepted], verdict.token]
-        self._chooser.learn(self.choice, block)
-        return block
-
-    def _verdict(self, logits: Tensor) -> Verdict:
-        """On the candidates, by the logits after the root and after each of them, `[1 + M, V]`."""
-        candidates, size = self.candidates, logits.shape[1]
-
-        def p(row: int) -> Tensor:
-            history = [*self.tokens, *candidates[:row]]
-            return self.request.distribution(logits[row : row + 1], history)[0]
-
-        def noise(row: int) -> Tensor:
-            return self._settling_noise(len(self.tokens) + row, size)
-
-        rows, exponential = Computed(p), Computed(noise)
-        if self.request.judge == "coupled":
-            return judge.coupled(rows, candidates, exponential)
-        uniform = self.noise.uniform(len(self.tokens), len(candidates), Purpose.ACCEPT)
-        return judge.rejection(rows, self._drawn_from(logits), candidates, uniform, exponential)
-
-    def _drawn_from(self, logits: Tensor) -> Rows:
-        """`q` of the candidates: of those that are no draw it is one-hot."""
-        chain = self.choice.chain
-        if chain is not None and chain.source == "look-ahead" and self.q is not None:
-            return self.q
-
-        def one_hot(row: int) -> Tensor:
-            zeros = torch.zeros(logits.shape[1], device=logits.device)
-            zeros[self.candidates[row]] = 1.0
-            return zeros
-
-        return Computed(one_hot)
-
-    def begin_draft(self) -> None:
-        """Forget what was drafted before."""
-        self.drafted, self.q = [], None
-        self._known_noise = {}
-
-    def draft(self, group: Tensor) -> None:
-        """Draw the next candidates from a look-ahead group without a sampler head.
-
-        Args:
-            group: its logits, `[l, V]`.
-        """
-        self.begin_draft()
-        together = 1 if self.request.distribution.reads_history else len(group)
-        for start in range(0, len(group), together):
-            self.draw(group[start : start + together])
-
-    def draw(self, logits: Tensor, among: Shortlist | None = None) -> None:
-        """Draw candidates behind those drafted already.
-
-        Args:
-            logits: `[R, V]`; or `[1, K]`, of the tokens of a shortlist alone.
-            among: that shortlist.
-        """
-        distribution = self.request.distribution
-        history = [*self.tokens, *self.drafted]
-        if among is not None and not distribution.treats_alike:
-            logits, among = among.of_all(logits), None
-        if distribution.greedy or self.request.draft == "greedy":
-            # What treats tokens alike leaves their order.
-            alike = distribution.treats_alike
-            drawn = likeliest(logits) if alike else distribution.best(logits, history)
-        else:
-            drawn = self._sampled(distribution(logits, history), among)
-        self.drafted += (drawn if among is None else among.tokens[drawn]).tolist()
-
-    def _sampled(self, q: Tensor, among: Shortlist | None) -> Tensor:
-        """Places drawn from `q`, which is kept where the judge needs it, `[R]`."""
-        size = q.shape[1] if among is None else among.vocabulary
-        start, count = len(self.tokens) + len(self.drafted), len(q)
-        # Coupled drafts share the noise that will settle their position; rejection needs its own.
-        if self.request.judge == "coupled":
-            noise = torch.stack([self._settling_noise(start + i, size) for i in range(count)])
-            self._known_noise |= {start + i: noise[i] for i in range(count)}
-        else:
-            noise = self.noise.exponentials(start, count, Purpose.DRAFT, size)
-        drawn = judge.draw(q, noise if among is None else noise[:, among.tokens.cpu()])
-        if self.request.judge == "rejection":
-            whole = q if among is None else q.new_zeros(1, size).index_copy_(1, among.tokens, q)
-            self.q = whole if self.q is None else torch.cat([self.q, whole])
-        return drawn
-
-    def _settling_noise(self, position: int, size: int) -> Tensor:
-        """What settles a position, `[V]`; made once where the draft shared it."""
-        known = self._known_noise.get(position)
-        return self.noise.exponential(position, Purpose.SETTLE, size) if known is None else known
 
 
 @dataclass(frozen=True)

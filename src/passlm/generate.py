@@ -19,7 +19,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from passlm.costs import Costs
-from passlm.decode import Decoder, PromptError, Request, Row
+from passlm.decode import Decoder, PromptError
 from passlm.detokenize import Detokenizer
 from passlm.lookahead import LookAhead, load_for
 from passlm.models import DEFAULT_MODEL, load_model
@@ -28,6 +28,7 @@ from passlm.params import METHODS, ParameterError, SamplingParams, StopParams
 from passlm.plan import Adaptive, Strategy, strategy
 from passlm.provenance import cache_folder
 from passlm.quantize import quantized
+from passlm.row import Request, Row
 from passlm.stopping import StopStrings
 from passlm.target import Target
 

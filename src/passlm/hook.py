@@ -33,11 +33,12 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from passlm.card import LookAheadError
 from passlm.costs import Costs
-from passlm.decode import Decoder, Request, Row
+from passlm.decode import Decoder
 from passlm.hook_checks import GenerateError, refuse, seen_ids
 from passlm.lookahead import LookAhead, load_for
 from passlm.params import METHODS, Draft, Judge, ParameterError, SamplingParams
 from passlm.plan import Adaptive, Strategy, strategy
+from passlm.row import Request, Row
 from passlm.sampling import TokenDistribution
 from passlm.target import Target
 

@@ -18,12 +18,13 @@ from transformers import PreTrainedModel
 from passlm.cache import RowCache
 from passlm.compiled import CompiledPasses
 from passlm.costs import Costs
-from passlm.decode import Decoder, Request, Row
+from passlm.decode import Decoder
 from passlm.errors import InputError
 from passlm.outputs import Stats, Step
 from passlm.params import SamplingParams
 from passlm.passes import LookAheadRows, PassOutput, PassRow
 from passlm.plan import Adaptive, Strategy
+from passlm.row import Request, Row
 from passlm.target import Target
 
 

@@ -15,10 +15,11 @@ from typing import Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from passlm.decode import Decoder, Observer, Request, Row
+from passlm.decode import Decoder, Observer
 from passlm.params import SamplingParams
 from passlm.passes import LookAheadRows
 from passlm.plan import Adaptive, Strategy
+from passlm.row import Request, Row
 from passlm.target import Target
 
 END = -1  # stands in the places behind the end of a text

@@ -16,7 +16,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from passlm.decode import Row
+from passlm.row import Row
 
 
 @dataclass

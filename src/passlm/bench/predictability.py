@@ -23,7 +23,8 @@ from torch import Tensor
 
 from passlm.bench.decoding import PlanDecoding
 from passlm.bench.methods import Method
-from passlm.decode import Decoder, Request, Row
+from passlm.decode import Decoder
+from passlm.row import Request, Row
 from passlm.sampling import TokenDistribution
 from passlm.stopping import cut_block
 

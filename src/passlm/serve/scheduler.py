@@ -15,10 +15,11 @@ from functools import lru_cache
 from torch import Tensor
 
 from passlm.cache import RowCache
-from passlm.decode import Decoder, Reading, Row
+from passlm.decode import Decoder, Reading
 from passlm.generate import Generator
 from passlm.outputs import Step
 from passlm.planner import AutoPlan
+from passlm.row import Row
 from passlm.serve.jobs import FAULT, EndReason, Failed, Job, WorkerSettings
 from passlm.serve.prefixes import SHORTEST, Prefixes, shared
 from passlm.serve.texts import ServedText

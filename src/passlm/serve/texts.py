@@ -13,12 +13,12 @@ from typing import cast
 
 from torch import Tensor
 
-from passlm.decode import Request, Row
 from passlm.detokenize import Detokenizer
 from passlm.generate import Generator, StreamedText
 from passlm.outputs import Step
 from passlm.plan import Adaptive, Strategy, strategy
 from passlm.planner import AutoPlan
+from passlm.row import Request, Row
 from passlm.serve.jobs import FAULT, EndReason, Failed, Job, Piece, Token
 from passlm.stopping import StopStrings
 

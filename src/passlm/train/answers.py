@@ -20,13 +20,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from passlm.decode import Decoder, PromptError, Request, Row
+from passlm.decode import Decoder, PromptError
 from passlm.detokenize import Detokenizer
 from passlm.errors import InputError
 from passlm.generate import Generator
 from passlm.outputs import FinishReason
 from passlm.params import SamplingParams, StopParams
 from passlm.provenance import provenance, write_atomically
+from passlm.row import Request, Row
 
 Record = dict[str, Any]
 
