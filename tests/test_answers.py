@@ -19,15 +19,14 @@ import passlm.generate
 from passlm.cli import DONE, INTERRUPTED, USAGE, main
 from passlm.generate import Generator
 from passlm.train import answers as module
+from passlm.train.answer_file import AnswerFile, about_file
 from passlm.train.answers import (
     Answerer,
     AnswerError,
-    AnswerFile,
     Prompt,
     Question,
     Settings,
     Skipped,
-    about_file,
     prepare,
     read_questions,
 )

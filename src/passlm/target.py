@@ -9,27 +9,25 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from functools import partial
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from passlm.attention import can_group, grouped
 from passlm.cache import RowCache, as_prefix
 from passlm.compiled import CompiledPasses, CompileError, Shapes
-from passlm.lora import PROBE_ROWS, AppliedLora, RowSplit
+from passlm.lora import PROBE_ROWS, RowSplit
 from passlm.masks import visibility, within_window
 from passlm.packing import PackedLinears, can_pack
 from passlm.passes import Hung, LookAheadRows, PassOutput, PassRow
 from passlm.plan import Layout, Plan
 from passlm.quantize import is_quantized
+from passlm.replaced import GivenBody, checkpointed, head_kept, head_left_out
 from passlm.sampler import Embeddings
 from passlm.supported import (
     UnsupportedModelError,
@@ -194,7 +192,7 @@ class Target:
         cache = self.new_cache(len(text))
         rows = text.shape[1]
         causal = Plan(rows - 1, (0,) * rows)
-        with torch.no_grad(), self._head_left_out() as text_hidden:
+        with torch.no_grad(), head_left_out(self._output_layer) as text_hidden:
             passes = [PassRow(tokens, causal) for tokens in text.tolist()]
             self._forward(cache, passes, None, last_logits_only=False)
         for index in range(len(text)):
@@ -207,8 +205,8 @@ class Target:
             if look_ahead.lora is not None:
                 stack.enter_context(look_ahead.lora.applied(RowSplit()))
             if checkpointing:
-                stack.enter_context(self._checkpointed(look_ahead.lora))
-            hidden = stack.enter_context(self._head_left_out())
+                stack.enter_context(checkpointed(self.model, look_ahead.lora))
+            hidden = stack.enter_context(head_left_out(self._output_layer))
             self.model(
                 inputs_embeds=look_ahead.inputs.to(self.dtype)[depth - 1],
                 position_ids=offset,
@@ -235,7 +233,7 @@ class Target:
                 "cannot be trained for it"
             )
         body = modules[name]
-        modules[name] = _Given(rows)
+        modules[name] = GivenBody(rows)
         try:
             logits: Tensor = self.model(inputs_embeds=rows[..., :1], use_cache=False).logits
         finally:
@@ -260,7 +258,7 @@ class Target:
     def probe(self) -> None:
         """`PROBE_ROWS` tokens through the model, for hooks to see what is called."""
         text = PassRow([0] * PROBE_ROWS, Plan(PROBE_ROWS - 1, (0,) * PROBE_ROWS))
-        with torch.no_grad(), self._head_left_out():
+        with torch.no_grad(), head_left_out(self._output_layer):
             self._forward(self.new_cache(), [text], None, last_logits_only=False)
 
     @property
@@ -268,65 +266,6 @@ class Target:
         model: Any = self.model
         layer: nn.Module = model.get_output_embeddings()
         return layer
-
-    @contextmanager
-    def _head_kept(self) -> Iterator[list[Tensor]]:
-        """Keeps what the output layer is given by the model's forward."""
-        kept: list[Tensor] = []
-        hook = self._output_layer.register_forward_pre_hook(
-            lambda _, arguments: kept.append(arguments[0])
-        )
-        try:
-            yield kept
-        finally:
-            hook.remove()
-
-    @contextmanager
-    def _head_left_out(self) -> Iterator[list[Tensor]]:
-        """Keeps what the output layer is given; it gives logits of no token."""
-        kept: list[Tensor] = []
-        layer = vars(self._output_layer)
-        before = layer.get("forward")
-
-        def forward(hidden: Tensor) -> Tensor:
-            kept.append(hidden)
-            return hidden[..., :0]
-
-        layer["forward"] = forward
-        try:
-            yield kept
-        finally:
-            if before is None:
-                del layer["forward"]
-            else:
-                layer["forward"] = before
-
-    @contextmanager
-    def _checkpointed(self, lora: AppliedLora | None) -> Iterator[None]:
-        """Decoder layers forget what they computed, and compute it anew for gradients."""
-
-        def again() -> tuple[Any, Any]:
-            return nullcontext(), nullcontext() if lora is None else lora.applied(RowSplit())
-
-        layers = [
-            layer
-            for stack in self.model.modules()
-            if isinstance(stack, nn.ModuleList) and len(stack) == self.config.num_hidden_layers
-            for layer in stack
-        ]
-        own = [(vars(layer), vars(layer).get("forward")) for layer in layers]
-        try:
-            for layer, (attributes, _) in zip(layers, own, strict=True):
-                attributes["forward"] = partial(
-                    checkpoint, layer.forward, use_reentrant=False, context_fn=again
-                )
-            yield
-        finally:
-            for attributes, forward in own:
-                if forward is None:
-                    attributes.pop("forward", None)
-                else:
-                    attributes["forward"] = forward
 
     def _pass(
         self,
@@ -421,7 +360,7 @@ class Target:
             if look_ahead is not None and look_ahead.lora is not None:
                 stack.enter_context(look_ahead.lora.applied(_split(layouts, longest, self.device)))
             if look_ahead is not None and look_ahead.sampler is not None:
-                hidden = stack.enter_context(self._head_kept())
+                hidden = stack.enter_context(head_kept(self._output_layer))
             output = self._call_model(
                 inputs_embeds=self._inputs(rows, longest, look_ahead),
                 position_ids=positions,
@@ -496,23 +435,6 @@ class Target:
         return torch.zeros(mask.shape, dtype=self.dtype, device=mask.device).masked_fill_(
             ~mask, blocked
         )
-
-
-class _Given(nn.Module):
-    """In the place of a model's body: gives the hidden states it was made with."""
-
-    def __init__(self, hidden: Tensor) -> None:
-        super().__init__()
-        self._output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
-
-    @property
-    def decoder(self) -> _Given:
-        """Some models call their body's decoder themselves."""
-        return self
-
-    def forward(self, *_: object, **__: object) -> BaseModelOutputWithPastAndCrossAttentions:
-        """See the class."""
-        return self._output
 
 
 def _split(layouts: Sequence[Layout], longest: int, device: torch.device) -> RowSplit:

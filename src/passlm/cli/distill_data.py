@@ -20,7 +20,8 @@ from passlm.errors import InputError
 
 if TYPE_CHECKING:
     from passlm.generate import Generator
-    from passlm.train.answers import Answerer, AnswerFile, Prompt, Settings
+    from passlm.train.answer_file import AnswerFile
+    from passlm.train.answers import Answerer, Prompt, Settings
 
 _log = logging.getLogger("passlm.distill-data")
 
@@ -91,12 +92,12 @@ def run(arguments: argparse.Namespace) -> None:
     """
     _check(arguments)
     from passlm.generate import load, set_threads  # after the cheap checks: seconds
-    from passlm.train import answers
+    from passlm.train import answer_file, answers
 
     settings = answers.Settings(
         arguments.temperature, arguments.top_k, arguments.seed, arguments.max_new_tokens
     )
-    answers.check_unused(arguments.out, arguments.resume, arguments.overwrite)
+    answer_file.check_unused(arguments.out, arguments.resume, arguments.overwrite)
     skipped = answers.Skipped(arguments.skip_bad)
     questions, fingerprint = answers.read_questions(arguments.prompts, skipped)
     set_threads(arguments.threads)
@@ -108,8 +109,10 @@ def run(arguments: argparse.Namespace) -> None:
         pack=arguments.pack,
     )
     prompts = answers.prepare(lm, questions, skipped, arguments.limit)
-    about = answers.about_settings(settings, arguments.model, arguments.dtype, fingerprint)
-    with answers.AnswerFile(arguments.out, about, arguments.resume, arguments.overwrite) as file:
+    about = answer_file.about_settings(settings, arguments.model, arguments.dtype, fingerprint)
+    with answer_file.AnswerFile(
+        arguments.out, about, arguments.resume, arguments.overwrite
+    ) as file:
         left = answers.unanswered(prompts, file.answered)
         if file.answered:
             _log.info("%d prompts are answered, %d are left", len(prompts) - len(left), len(left))
