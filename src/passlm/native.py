@@ -108,7 +108,7 @@ def _load() -> ctypes.CDLL | Literal[False]:
 def _command(using: str) -> list[str]:
     """How to compile, without the names of the files."""
     torch_folder = Path(torch.__file__).parent
-    flags = f"-std=c++17 -O3 -march=native -mprefer-vector-width={32 * lanes()} -ffp-contract=fast"
+    flags = f"-std=c++17 -O3 -march=native -mprefer-vector-width={32 * lanes()} -ffp-contract=off"
     folders = [f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}"]
     return [using, *shlex.split(flags), f"-DLANES={lanes()}", "-fopenmp", "-fPIC", *folders]
 

@@ -66,7 +66,9 @@ template <int count, int known>
 ALWAYS_INLINE Floats dots(const Floats* query, const Floats* keys, int64_t vectors) {
     if constexpr (count == 1) {
         Floats sum = query[0] * keys[0];
-        for (int64_t v = 1; v < (known ? known : vectors); v++) sum += query[v] * keys[v];
+        for (int64_t v = 1; v < (known ? known : vectors); v++) {
+            sum = fused(query[v], keys[v], sum);
+        }
         return sum;
     } else {
         const int64_t half = count / 2 * (known ? known : vectors);
@@ -80,14 +82,15 @@ ALWAYS_INLINE Floats dots(const Floats* query, const Floats* keys, int64_t vecto
 ALWAYS_INLINE Floats exponential(Floats x) {
     constexpr float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
     const Integers far = x < -87.0f;
-    const Floats whole = (x * 1.44269504f + shift) - shift;
-    const Floats rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
-    Floats power = rest * 1.9875691500e-4f + 1.3981999507e-3f;
-    power = power * rest + 8.3334519073e-3f;
-    power = power * rest + 4.1665795894e-2f;
-    power = power * rest + 1.6666665459e-1f;
-    power = power * rest + 5.0000001201e-1f;
-    power = power * rest * rest + rest + 1.0f;
+    const Floats whole = fused(x, spread(1.44269504f), spread(shift)) - shift;
+    Floats rest = fused(whole, spread(-0.693359375f), x);
+    rest = fused(whole, spread(2.12194440e-4f), rest);
+    Floats power = spread(1.9875691500e-4f);
+    for (float next : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f,
+                       5.0000001201e-1f}) {
+        power = fused(power, rest, spread(next));
+    }
+    power = fused(power * rest, rest, rest) + 1.0f;
     const Integers exponent = __builtin_convertvector(whole, Integers) << 23;
     const Integers bits = (Integers)power + exponent;
     return (Floats)(bits & ~far);
@@ -263,7 +266,7 @@ struct Rows {
                     }
                     for (int r = 0; r < count; r++) {
                         for (int k = 0; k < vectors_at_once; k++) {
-                            sums[r][k] += value[k] * weights[r][i];
+                            sums[r][k] = fused(value[k], spread(weights[r][i]), sums[r][k]);
                         }
                     }
                 }

@@ -124,6 +124,7 @@ __attribute__((noinline)) void tile(const float* __restrict given,
     Floats sums[rows][count] = {};
     for (int64_t k = 0; k < inputs; k++) {
         Words words[blocks];
+#pragma GCC unroll 8
         for (int b = 0; b < blocks; b++) {
             const uint32_t* from = weights + (b * inputs + k) * LANES;
             std::memcpy(&words[b], from, sizeof(Words));
@@ -132,8 +133,11 @@ __attribute__((noinline)) void tile(const float* __restrict given,
         }
         Floats unpacked[count];
         unpack<Kind, first, 0, count>(words, unpacked);
+#pragma GCC unroll 32
         for (int r = 0; r < rows; r++) {
-            for (int v = 0; v < count; v++) sums[r][v] += unpacked[v] * given[k * rows + r];
+            const Floats number = spread(given[k * rows + r]);
+#pragma GCC unroll 8
+            for (int v = 0; v < count; v++) sums[r][v] = fused(unpacked[v], number, sums[r][v]);
         }
     }
     for (int v = 0; v < count && output.scale; v++) {
@@ -147,7 +151,9 @@ __attribute__((noinline)) void tile(const float* __restrict given,
         const float* low = update.low + row * update.numbers + update.parts[lanes] * rows;
         for (int64_t k = 0; k < update.rank; k++) {
             const Floats up = update.weights(lanes, k);
-            for (int r = 0; r < rows; r++) sums[r][v] += up * low[k * rows + r];
+            for (int r = 0; r < rows; r++) {
+                sums[r][v] = fused(up, spread(low[k * rows + r]), sums[r][v]);
+            }
         }
     }
     const int64_t left = std::min<int64_t>(count * LANES, output.width - column);

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include <immintrin.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -15,6 +16,25 @@ typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
 typedef int32_t Integers __attribute__((vector_size(LANES * 4)));
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))
+
+// a * b + c, rounded once. Said so, since compilers fuse some loops and others not, by what they
+// think of the CPU's chains of such sums: a row's numbers would depend on the rows beside it.
+ALWAYS_INLINE Floats fused(Floats a, Floats b, Floats c) {
+#if LANES == 16
+    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#else
+    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#endif
+}
+
+// All lanes the same number.
+ALWAYS_INLINE Floats spread(float number) {
+#if LANES == 16
+    return (Floats)_mm512_set1_ps(number);
+#else
+    return (Floats)_mm256_set1_ps(number);
+#endif
+}
 
 inline float widened(const char* bfloat16) {
     uint16_t bits;
