@@ -1,4 +1,6 @@
-"""Counts the candidates accepted from look-ahead files on the suites, decoding in two passes.
+"""Counts the candidates accepted on the suites: of look-ahead rows, or of the draft head.
+
+Those of rows are verified in a pass of their own (two-pass decoding), the head's in every pass.
 
 Writes a JSON file after every row, and a table beside it. Texts are decoded in a batch that stays
 full: as one leaves, the next joins. Acceptance depends on neither the batch nor the speed.
@@ -18,6 +20,7 @@ from typing import Any, get_args
 
 from torch import Tensor
 
+from passlm.bench.methods import check_head
 from passlm.bench.tasks import SUITES, Task, TaskError, load_suite
 from passlm.cli import Parser
 from passlm.cli.common import add_model_arguments
@@ -28,7 +31,7 @@ from passlm.lookahead import CARD_FILE, LookAhead
 from passlm.lookahead import load as load_rows
 from passlm.outputs import Stats
 from passlm.params import Draft, Judge, SamplingParams, StopParams
-from passlm.plan import strategy
+from passlm.plan import ByHead, strategy
 from passlm.provenance import provenance, write_atomically
 from passlm.row import Request, Row
 from passlm.train.report import model_card
@@ -66,6 +69,7 @@ def parser() -> Parser:
     made.add_argument("--limit", type=int, metavar="N", help="prompts of each suite; default all")
     made.add_argument("--max-new-tokens", type=int, default=128)
     made.add_argument("--lookahead-tokens", type=int, default=4)
+    made.add_argument("--drafts", choices=("rows", "head"), default="rows", help="what drafts")
     made.add_argument("--temperature", type=float, nargs="+", default=[0.0, 0.8])
     made.add_argument("--judge", nargs="+", choices=get_args(Judge), default=get_args(Judge))
     made.add_argument("--draft", nargs="+", choices=get_args(Draft), default=get_args(Draft))
@@ -143,7 +147,10 @@ def loaded(arguments: argparse.Namespace) -> Generator:
         lm = Generator(lm.target, lm.tokenizer, rows)
     if lm.look_ahead is None:
         raise InputError(f"--lookahead {name} has no rows: there is nothing to measure")
-    lm.look_ahead.group_length(arguments.lookahead_tokens)
+    if arguments.drafts == "head":
+        check_head(lm.look_ahead, arguments.lookahead_tokens)
+    else:
+        lm.look_ahead.group_length(arguments.lookahead_tokens)
     return lm
 
 
@@ -159,17 +166,20 @@ def decoder_for(lm: Generator) -> Decoder:
 def settings(arguments: argparse.Namespace, rows: LookAhead) -> dict[str, Any]:
     """What every row of a file has in common."""
     names = ("model", "dtype", "limit", "max_new_tokens", "lookahead_tokens", "top_k", "seed")
+    by_head = arguments.drafts == "head"
     return {
         "lookahead": Path(arguments.lookahead).resolve().name,
-        "lookahead_sha256": digest(rows),
+        "lookahead_sha256": digest(rows, by_head),
+        "drafts": arguments.drafts,
         **{name: getattr(arguments, name) for name in names},
     }
 
 
-def digest(rows: LookAhead) -> str:
-    """A hash of all trained numbers."""
+def digest(rows: LookAhead, head: bool) -> str:
+    """A hash of all trained numbers that draft: those of the draft head, or all others."""
     found = hashlib.sha256()
-    for name, tensor in sorted(rows.state_dict().items()):
+    every = sorted(rows.state_dict().items())
+    for name, tensor in [one for one in every if one[0].startswith("head.") == head]:
         values: Tensor = tensor.detach().cpu().float().contiguous()
         found.update(f"{name} {tuple(values.shape)} ".encode() + values.numpy().tobytes())
     return found.hexdigest()
@@ -241,7 +251,8 @@ def measure(
     lm: Generator, suite: Suite, arguments: argparse.Namespace, key: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The counts of one row."""
-    plan = strategy("two-pass", arguments.lookahead_tokens)
+    tokens = arguments.lookahead_tokens
+    plan = strategy("two-pass", tokens) if arguments.drafts == "rows" else ByHead(tokens)
     requests = [
         Request.of(
             prompt,
@@ -321,8 +332,8 @@ def table(content: Mapping[str, Any]) -> str:
         cells = ["" if row is None else f"{row['accepted_length']:.3f}" for row in of_suite]
         lines.append(f"| {suite} | {prompts} | {' | '.join(cells)} |")
     source = (
-        f"Mean accepted length of {asked['lookahead']} on {asked['model']}: two-pass, "
-        f"L = {asked['lookahead_tokens']}, {asked['max_new_tokens']} new tokens, "
+        f"Mean accepted length of {asked['lookahead']} on {asked['model']}: {_drafting(asked)}, "
+        f"{asked['max_new_tokens']} new tokens, "
         f"top-k {asked['top_k']}, {asked['dtype']}."
     )
     return "\n".join([source, "", *lines, ""])
@@ -333,9 +344,17 @@ def column(temperature: float, judge: str, draft: str) -> str:
     return "greedy" if temperature == 0 else f"T = {temperature:g}, {judge}, {draft} drafts"
 
 
+def _drafting(asked: Mapping[str, Any]) -> str:
+    """What drafted, in words."""
+    tokens = asked["lookahead_tokens"]
+    by_head = asked["drafts"] == "head"
+    return f"draft head, {tokens} tokens" if by_head else f"two-pass, L = {tokens}"
+
+
 def check_card(folder: Path, rows: LookAhead) -> None:
     """Make sure that the figures will be noted where they belong."""
-    if digest(load_rows(folder)) != digest(rows):
+    kept = load_rows(folder)
+    if any(digest(kept, head) != digest(rows, head) for head in (False, True)):
         raise InputError(f"--card {folder} holds other look-ahead files than those measured")
 
 
@@ -353,7 +372,12 @@ def note(folder: Path, content: Mapping[str, Any]) -> None:
         if row["temperature"] == 0
     }
     card = load_rows(folder).card
-    card = replace(card, accepted_length={**card.accepted_length, **figures})
+    if asked["drafts"] == "head":
+        head = dict(card.head or {})
+        measured = {**head.get("accepted_length", {}), **figures}
+        card = replace(card, head={**head, "accepted_length": measured})
+    else:
+        card = replace(card, accepted_length={**card.accepted_length, **figures})
     write_atomically(folder / CARD_FILE, card.to_json())
     write_atomically(folder / "README.md", model_card(card))
 

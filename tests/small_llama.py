@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from passlm.decode import Decoder
+from passlm.draft_head import DraftHead
 from passlm.lookahead import LookAhead
 from passlm.outputs import Step
 from passlm.passes import LookAheadRows
@@ -33,6 +34,7 @@ from passlm.row import Request, Row
 from passlm.target import Target
 from passlm.train.config import TrainConfig
 from passlm.train.data import Document, TokenWindows
+from passlm.train.head import HeadTrainer
 from passlm.train.loop import Trainer
 
 NUMBERS = 16
@@ -130,9 +132,15 @@ def trainer(
     mean = LookAhead.mean(target, config.lookahead_tokens, "counting")
     rank = 0 if config.kind == "embeddings" else config.lora_rank
     width = config.sampler_width if config.kind == "sampler" else 0
+    if config.kind == "head":
+        rank = width = 0
     look_ahead = mean.extended(
         target, rank, config.lora_layers, width, config.seed, config.sampler_tokens
     )
+    if config.kind == "head":
+        shape = config.head_width, config.head_tokens, config.head_depths
+        head = DraftHead.start(target.d_model, *shape, torch.arange(NUMBERS), config.seed)
+        look_ahead = LookAhead(look_ahead.embeddings, look_ahead.card, head=head)
     return training(folder, config, look_ahead, target, text_seed)
 
 
@@ -142,7 +150,8 @@ def training(
     """A run on counting texts that goes on from some look-ahead."""
     length = config.sequence_tokens
     texts, held_out = windows(text_seed, length), windows(2, length)
-    return Trainer(target, look_ahead, texts, held_out, config, folder)
+    kind = HeadTrainer if config.kind == "head" else Trainer
+    return kind(target, look_ahead, texts, held_out, config, folder)
 
 
 _BRIEFLY = TrainConfig(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import ARCHITECTURES, CONTEXT, VOCABULARY
+from tiny import ARCHITECTURES, CONTEXT, VOCABULARY, random_look_ahead
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -101,7 +101,9 @@ def results(out: Path) -> dict[str, Any]:
 def lm() -> Generator:
     """A fresh model, for tests that change its settings."""
     target = Target(ARCHITECTURES["llama"].build())
-    return Generator(target, tokenizer(unk_token="<unk>"), LookAhead.mean(target, 3, "tiny"))
+    return Generator(
+        target, tokenizer(unk_token="<unk>"), random_look_ahead(target, 3, head_width=8)
+    )
 
 
 def asked(*names: str, ignore_eos: bool = False, **sampling: Any) -> Asked:
@@ -388,6 +390,21 @@ def test_fixed_token_fills_every_row(lm: Generator, special: dict[str, str], tok
     assert rows is not None
     assert torch.equal(rows.inputs, lm.target.embed(torch.tensor([token, token])))
     assert (rows.lora, rows.sampler) == (None, None)
+
+
+def test_draft_head_needs_one(lm: Generator) -> None:
+    """Would catch plain decoding under the name of drafting, and a head asked for too much."""
+    (method,) = build(lm, asked("draft-head"), "tiny")
+    assert method.plan == "draft-head(2)"
+    stats = method([5, 6, 7], 0, NEW_TOKENS).stats
+    assert stats is not None
+    assert stats.judging_passes >= stats.passes - 2  # all but the first and, at the end, one
+    rows = LookAhead.mean(lm.target, 3, "tiny")
+    with pytest.raises(MethodError, match="none is loaded"):
+        build(Generator(lm.target, lm.tokenizer, rows), asked("draft-head"), "tiny")
+    four = replace(asked("draft-head"), lookahead_tokens=(4,))
+    with pytest.raises(MethodError, match="guesses 1 to 3"):
+        build(lm, four, "tiny")
 
 
 def test_fixed_token_needs_a_token(lm: Generator) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from small_llama import small_llama
+from tiny import random_look_ahead
 
 from passlm import compiled, costs
 from passlm.costs import GROUPS, REAL_ROWS, Costs, measure, rising
@@ -57,8 +58,13 @@ def test_real_passes_are_measured(target: Target, batch: int) -> None:
     assert curve.rows == REAL_ROWS
     assert curve.groups == tuple(length for length in GROUPS if length <= 4)
     assert all(seconds > 0 for seconds in curve.seconds)
+    assert curve.head_seconds == ()
     bare = measure(target, None, batch, context=20, rounds=1)
     assert bare.groups == ()
+    head = random_look_ahead(target, 3, head_width=8).rows(target)
+    guesses = measure(target, head, batch, context=20, rounds=2).head_seconds
+    assert len(guesses) == 3
+    assert guesses == tuple(sorted(guesses))
 
 
 @pytest.mark.parametrize(
@@ -153,6 +159,9 @@ def test_the_card_gives_the_prior(folder: Path, target: Target, measured: Calls)
     assert Costs(target, rows).auto(1, 100, longest=1).prior == (0.5,)
     assert Costs(target, rows).auto(1, 100, longest=0).prior == ()
     assert Costs(target).auto(1, 100).prior == ()
+    with_head = random_look_ahead(target, 3, head_width=8)
+    assert Costs(target, with_head).auto(1, 100).head == with_head.card.head_prior
+    assert Costs(target, with_head).auto(1, 100, longest=0).head == ()
 
 
 def test_a_batch_of_another_size_takes_what_is_known(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import pairwise, product
+from typing import get_args
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from small_llama import (
 
 from passlm import judge as judges
 from passlm.decode import Decoder
+from passlm.draft_head import DraftHead
 from passlm.lookahead import LookAhead
 from passlm.lora import GatedLora, groups_of
 from passlm.outputs import Stats, Step
@@ -58,6 +60,16 @@ MODES = {
         SamplingParams(temperature=0.9, judge="rejection", draft="sampled"),
         CHOSEN,
     ),
+}
+BY_HEAD = AutoPlan(
+    CostCurve((1, 21), (1.0, 1.1), head_seconds=(0.01, 0.02)), lookup=False, head=(0.4, 0.4)
+)
+HEAD_MODES = {
+    f"draft head, {judge}, {draft} draft": (
+        SamplingParams(temperature=0.9, judge=judge, draft=draft),
+        BY_HEAD,
+    )
+    for judge, draft in product(get_args(Judge), get_args(Draft))
 }
 
 
@@ -107,8 +119,8 @@ def test_decoding_draws_from_the_target(parts: bool) -> None:
     judge alone cannot show. With a sampler head: `q` that is not the head's, or is another token's.
 
     The joint of the first three tokens over 1,000 seeds against the model's own probabilities.
-    Seeds are fixed, so it never fails by chance; with others it would once in 830 (twelve
-    chi-square tests at 1 in 10,000).
+    Seeds are fixed, so it never fails by chance; with others it would once in 620 (sixteen
+    chi-square tests at 1 in 10,000, those of a draft head below among them).
     """
     target = Target(small_llama(FEW, seed=4, scale=0.35))
     look_ahead = LookAhead.fixed_token(target, 2, 2, "few")
@@ -118,10 +130,29 @@ def test_decoding_draws_from_the_target(parts: bool) -> None:
         sampler = SamplerHead.start(target.d_model, 8)
         whole = LookAhead(look_ahead.embeddings, look_ahead.card, lora, sampler)
         look_ahead = randomised(whole, 0.3, shortlist=3)
+    check_modes(target, look_ahead, MODES)
+
+
+def test_a_draft_head_draws_from_the_target() -> None:
+    """The same of drafts from a head that lists a part of the vocabulary: catches `q` over the
+    list's places, or of tokens that are not on it."""
+    target = Target(small_llama(FEW, seed=4, scale=0.35))
+    look_ahead = LookAhead.fixed_token(target, 2, 2, "few")
+    head = DraftHead.start(target.d_model, 8, 2, 2, torch.tensor([4, 0, 3, 1]))
+    head.out.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(5))
+    check_modes(target, LookAhead(look_ahead.embeddings, look_ahead.card, head=head), HEAD_MODES)
+
+
+def check_modes(
+    target: Target,
+    look_ahead: LookAhead,
+    modes: Mapping[str, tuple[SamplingParams, Strategy | Adaptive]],
+) -> None:
+    """Assert the joint distribution for every way of decoding."""
     with torch.no_grad():
         expected = exact_joint(target, [0], 0.9)
     assert sum(expected.values()) == pytest.approx(1)
-    for name, (sampling, strategy) in MODES.items():
+    for name, (sampling, strategy) in modes.items():
         drawn, stats = frequencies(target, look_ahead, sampling, strategy)
         assert drawn.total() == TEXTS
         assert chance_of_worse(drawn, expected) > 1e-4, name

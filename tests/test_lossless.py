@@ -51,10 +51,12 @@ class Case:
 
     Attributes:
         parts: whether its look-ahead rows have a LoRA and a sampler head, both random.
+        head: whether there is a draft head, random as well.
     """
 
     target: Target
     parts: bool = False
+    head: bool = False
 
     @cached_property
     def prompts(self) -> list[list[int]]:
@@ -63,7 +65,9 @@ class Case:
     @cached_property
     def look_ahead(self) -> LookAheadRows:
         if self.parts:
-            with_parts = tiny.random_look_ahead(self.target, LONGEST, rank=3, sampler_width=8)
+            with_parts = tiny.random_look_ahead(
+                self.target, LONGEST, rank=3, sampler_width=8, head_width=8 * self.head
+            )
             return with_parts.rows(self.target)
         return tiny.look_ahead_rows(self.target, LONGEST)
 
@@ -246,6 +250,36 @@ def test_rejection_with_lora_and_sampler_is_the_same_alone_and_in_a_batch(
     batch = some_parts_case.run(asked)
     for request, text in zip(asked, batch.texts, strict=True):
         assert some_parts_case.run([request]).texts == [text]
+
+
+# With a draft head
+
+
+CHEAP_HEAD = CostCurve((1, 41), (1.0, 1.2), (1, 6), (0.1, 0.1), 0.0, (0.01, 0.02, 0.03))
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def head_case(request: pytest.FixtureRequest, tiny_target: Callable[[str], Target]) -> Case:
+    return Case(tiny_target(request.param), parts=True, head=True)
+
+
+@pytest.mark.parametrize("prior", [(), (0.6, 0.5)], ids=["head alone", "groups too"])
+@pytest.mark.parametrize("rigged", [False, True])
+def test_a_draft_head_changes_no_text(
+    head_case: Case, prior: tuple[float, ...], rigged: bool
+) -> None:
+    """Catches hidden states of another row or text, drafts that outlive their pass, and noise that
+    a draft head shifts: greedy and coupled texts are plain decoding's, alone and in a batch."""
+    plan = AutoPlan(CHEAP_HEAD, prior, lookup=False, head=(0.6, 0.5, 0.4))
+    for sampling, truth in ((GREEDY, head_case.greedy), (TEMPERED, head_case.tempered)):
+        rig = Rig(head_case.prompts, truth) if rigged else None
+        asked = requests_for(head_case.prompts, plan, sampling, len(truth[0]))
+        batch = head_case.run(asked, rig)
+        assert batch.texts == truth
+        assert head_case.run(asked[:1], rig).texts == truth[:1]
+        steps = [step for row in batch.steps for step in row]
+        assert max(step.judged for step in steps) >= 2
+        assert not rigged or max(step.accepted for step in steps) >= 2
 
 
 # What one or a few architectures show

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from byte_model import byte_llama, save_folders
 
 from passlm import costs
 from passlm.cli import DONE, USAGE, main
-from passlm.cli.profile import predicted, rate_table
+from passlm.cli.profile import cost_table, predicted, rate_table
 from passlm.costs import read_bandwidth, weight_bytes
 from passlm.planner import CostCurve
 from passlm.target import Target
@@ -66,6 +67,11 @@ def test_predictions_follow_the_formulas() -> None:
     best = max(rates, key=lambda r: r["tokens_per_second"])
     said = rate_table(rates, 1)
     assert f"{best['method']} with {best['lookahead_tokens']} look-ahead tokens" in said
+    curve = replace(CURVE, head_seconds=(0.1, 0.3))
+    by_head = {r["lookahead_tokens"]: r for r in predicted(curve, (), (0.5, 0.4))[1:]}
+    assert by_head[2]["method"] == "draft-head"
+    assert by_head[2]["tokens_per_second"] == pytest.approx((1 + 0.5 + 0.2) / (0.3 + 1.25))
+    assert "draft head, 2 tokens more" in cost_table(curve)
 
 
 @pytest.mark.parametrize(

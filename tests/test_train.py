@@ -40,7 +40,7 @@ from passlm.passes import Hung, LookAheadRows
 from passlm.plan import OnePass, Plan, Strategy, TwoPass
 from passlm.row import Request
 from passlm.target import Target
-from passlm.train import loop
+from passlm.train import head, loop
 from passlm.train.config import ConfigError, Loss, TrainConfig
 from passlm.train.loop import (
     CHECKPOINT,
@@ -91,6 +91,9 @@ KINDS = {
         sampler_learning_rate=0.01,
         accumulate=2,
         sequences=1,
+    ),
+    "head": replace(
+        CONFIG, kind="head", head_width=24, head_depths=3, head_texts=5, head_learning_rate=0.03
     ),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -334,7 +337,8 @@ def test_a_loss_that_is_no_number_stops_at_the_last_good_step(
     run = trainer(tmp_path, config)
     stopped(run, 3)
     before = {name: p.detach().clone() for name, p in run.parameters.items()}
-    monkeypatch.setattr(loop, "row_losses", loss)
+    for module in (loop, head):
+        monkeypatch.setattr(module, "row_losses", loss)
     with pytest.raises(TrainingError) as caught:
         finish(run)
     assert "step 4" in str(caught.value)
@@ -361,11 +365,12 @@ def test_only_the_look_ahead_is_trained_and_all_of_it(loss: Any, kind: str, tmp_
     before = {name: w.detach().clone() for name, w in target.model.named_parameters()}
     run = trainer(tmp_path, replace(KINDS[kind], steps=2, loss=loss), target)
     start = {name: p.detach().clone() for name, p in run.look_ahead.named_parameters()}
-    assert any("lora" in name for name in start) == (kind != "embeddings")
+    assert any("lora" in name for name in start) == (kind in ("lora", "sampler"))
     assert any("sampler" in name for name in start) == (kind == "sampler")
     finish(run)
     for name, parameter in run.look_ahead.named_parameters():
-        assert not torch.equal(parameter, start[name]), name
+        left = kind == "head" and not name.startswith("head.")  # is trained alone
+        assert torch.equal(parameter, start[name]) == left, name
     for name, weight in target.model.named_parameters():
         assert weight.grad is None
         assert torch.equal(weight, before[name])
@@ -716,7 +721,7 @@ def test_parts_of_few_rows_are_one_part(
     assert max(sizes) <= max(most, config.lookahead_tokens)
 
 
-@every_kind
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "head"])  # has no pass
 def test_checkpointing_changes_no_gradient(kind: str, tmp_path: Path) -> None:
     """Catches layers computed anew without their updates, or into the cache a second time."""
     config = replace(KINDS[kind], gradient_checkpointing=False)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from byte_model import save_folders
 from safetensors.torch import load_file
 from train_runs import environment, steps_kept, texts, train
@@ -201,6 +202,40 @@ def test_start_from_files_of_other_parts_is_refused(
 
 
 # What is written
+
+
+def test_a_draft_head_is_added_to_files(
+    capsys: pytest.CaptureFixture[str], run: Run, tmp_path: Path, out: Path
+) -> None:
+    """Catches files that are changed beside their head, a card that loses how they were made, and
+    a head of another shape than asked for."""
+    first = tmp_path / "first"
+    small = ["--head-width", "8", "--head-depths", "2", "--head-vocabulary", "20"]
+    asked = ["--kind", "head", "--start-from", str(first), *small]
+    assert "--start-from" in complaint(capsys, run("--kind", "head"))
+    assert main([*run(), "--out", str(first)]) == DONE
+    before = load(first)
+    assert main(run(*asked)) == DONE
+    after = load(out)
+    assert after.head is not None
+    assert after.head.description() == {"width": 8, "tokens": 2, "depths": 2, "listed": 20}
+    named = before.tensors()
+    assert all(torch.equal(after.tensors()[name], named[name]) for name in named)
+    assert after.card.training == before.card.training
+    assert after.card.accepted_length == before.card.accepted_length
+    assert after.card.head is not None
+    assert len(after.card.head["by_position"]) == 2
+    assert after.card.head["training"]["kind"] == "head"
+    assert "draft head of width 8" in (out / "README.md").read_text()
+    assert main(["info", str(out), "--json"]) == DONE
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["head"]["listed"] == 20
+    again = run(*asked, "--head-width", "9", "--overwrite")
+    again[again.index(str(first))] = str(out)
+    second = ["--out", str(tmp_path / "second")]
+    assert "has head-width 8 and --head-width is 9" in complaint(capsys, [*again, *second])
+    assert "has kind head and --kind is sampler" in complaint(
+        capsys, [*run("--start-from", str(out)), *second]
+    )
 
 
 @pytest.mark.parametrize("kind", ["embeddings", "lora", "sampler"])

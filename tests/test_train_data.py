@@ -426,6 +426,19 @@ def test_too_little_text_in_one_weighted_source_names_it() -> None:
         windows([document("a" * 400), document("b", source=1)], weights=[1, 1])
 
 
+def test_frequent_tokens_count_by_the_weight_of_their_source() -> None:
+    """Catches a long source that lists its tokens alone, and ids that occur nowhere."""
+    texts = [document("ab" * 200, source=0), document("cccd" * 10, source=1)]
+    found = TokenWindows(texts, characters, END, 20, weights=[1.0, 1.0]).frequent(9)
+    # Shares: c 30/41; a and b 200/401 each, a first as the lower id; d 10/41; the ends.
+    assert [chr(token) for token in found.tolist()[:4]] == ["c", "a", "b", "d"]
+    assert found.tolist()[4:] == [END]
+    assert TokenWindows(texts, characters, END, 20, weights=[1.0, 0.0]).frequent(2).tolist() == [
+        ord("a"),
+        ord("b"),
+    ]
+
+
 def test_length_of_nought_is_refused() -> None:
     """Catches a division by zero."""
     with pytest.raises(DataError, match="at least 1"):

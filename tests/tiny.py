@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from passlm.decode import Decoder
+from passlm.draft_head import DraftHead
 from passlm.lookahead import Card, LookAhead, fingerprint
 from passlm.outputs import Step
 from passlm.params import SamplingParams
@@ -159,9 +160,17 @@ def look_ahead_rows(target: Target, count: int, seed: int = 5) -> LookAheadRows:
 
 
 def random_look_ahead(
-    target: Target, count: int, rank: int = 0, sampler_width: int = 0, seed: int = 5
+    target: Target,
+    count: int,
+    rank: int = 0,
+    sampler_width: int = 0,
+    seed: int = 5,
+    head_width: int = 0,
 ) -> LookAhead:
-    """The same embeddings with a LoRA and a sampler head that change much, at random."""
+    """The same embeddings with a LoRA, a sampler head and a draft head that change much, at random.
+
+    The draft head guesses up to `count` tokens, among three in four of them.
+    """
     card = Card("tiny", fingerprint(target), count)
     start = LookAhead(look_ahead_inputs(target, count, seed), card)
     lora = start.extended(target, rank, (), 0).lora
@@ -173,7 +182,14 @@ def random_look_ahead(
     if sampler_width:
         sampler = SamplerHead.start(target.d_model, sampler_width, SHORTLIST, tokens=2)
         sampler.out.data.copy_(torch.randn(sampler.out.shape, generator=generator))
-    return LookAhead(start.embeddings, card, lora, sampler)
+    head = None
+    if head_width:
+        listed = torch.randperm(target.vocabulary, generator=generator)[
+            : target.vocabulary * 3 // 4
+        ]
+        head = DraftHead.start(target.d_model, head_width, 2, count, listed)
+        head.out.data.copy_(torch.randn(head.out.shape, generator=generator))
+    return LookAhead(start.embeddings, card, lora, sampler, head)
 
 
 def generate(model: PreTrainedModel, tokens: Sequence[int], new: int) -> tuple[list[int], float]:
@@ -225,6 +241,20 @@ class Rig:
             row.q = one_hot(torch.tensor(row.drafted), row.q.shape[1]).to(row.q)
 
 
+class RiggedDecoder(Decoder):
+    """What its draft head guesses is rigged as well: that is drafted as a step begins."""
+
+    def __init__(self, target: Target, look_ahead: LookAheadRows | None, rig: Rig) -> None:
+        super().__init__(target, look_ahead)
+        self.rig = rig
+
+    def _draft_by_head(self, rows: Sequence[Row]) -> None:
+        super()._draft_by_head(rows)
+        for row in rows:
+            if row.drafted_by == "head":
+                self.rig(row)
+
+
 def advance(decoder: Decoder, rig: Rig | None = None) -> list[tuple[Row, Step]]:
     """One step of a decoder, with the candidates rigged for the next one."""
     steps = decoder.step()
@@ -253,7 +283,7 @@ def run(
     rig: Rig | None = None,
 ) -> Run:
     """Decode some requests in one batch, to their ends."""
-    decoder = Decoder(target, look_ahead)
+    decoder = Decoder(target, look_ahead) if rig is None else RiggedDecoder(target, look_ahead, rig)
     rows = [decoder.join(request) for request in requests]
     steps: dict[int, list[Step]] = {id(row): [] for row in rows}
     while decoder.rows:

@@ -6,7 +6,7 @@ Reading and checking the tensors beside it is left to `lookahead.py`.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -17,12 +17,14 @@ from torch import Tensor
 
 from passlm.errors import InputError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READ = (1, 2)  # the first kept its matrices in bfloat16
 SAMPLES = 64  # weights kept to tell two targets of one shape apart
 # bfloat16 rounds a weight by up to 0.4 %, on average 0.14 %; other weights differ by far more.
 _SAME_WEIGHTS = 0.004
 _NO_WEIGHT = 1e30  # a sampled weight is smaller: sums stay finite in float32
 _GUESSED_LENGTH = 0.5  # accepted a pass, where a card has no figures
+_GUESSED_CHANCE = 0.3  # of a draft head's token, likewise
 
 
 class LookAheadError(InputError):
@@ -80,6 +82,8 @@ class Card:
         look_ahead_tokens: number of look-ahead rows, `L`.
         lora: rank, and names of the layers by the input they share; None without.
         sampler: width and shortlist of the sampler head; None without.
+        head: shape of the draft head, how it was trained, and what of its drafts is accepted; None
+            without.
         training: how it was trained: data, steps, loss, time, machine.
         accepted_length: measured mean accepted length by suite.
         licence: of the files.
@@ -90,6 +94,7 @@ class Card:
     look_ahead_tokens: int
     lora: Mapping[str, Any] | None = None
     sampler: Mapping[str, Any] | None = None
+    head: Mapping[str, Any] | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
     accepted_length: Mapping[str, Any] = field(default_factory=dict)
     licence: str = "apache-2.0"
@@ -110,17 +115,38 @@ class Card:
         The mean over the suites that the card has figures of; made from the mean accepted length
         alone where it has no more, and from a guess where it has none.
         """
-        suites = [_reached(entry) for entry in self.accepted_length.values()]
-        known = [reached for reached in suites if reached]
-        if not known:
+        chances = _chances(self.accepted_length.values(), self.look_ahead_tokens)
+        if not chances:
             lengths = [v for v in self.accepted_length.values() if _is_length(v)]
             mean = lengths[0] if lengths else _GUESSED_LENGTH
             return (mean / (1 + mean),) * self.look_ahead_tokens  # sum of powers: a / (1 - a)
-        rows = min(map(len, known))
-        reached = [1.0, *(sum(row[at] for row in known) / len(known) for at in range(rows))]
-        chances = [now / before if before else 0.0 for before, now in pairwise(reached)]
-        wanted = self.look_ahead_tokens
-        return tuple([*chances, *chances[-1:] * wanted][:wanted])
+        return chances
+
+    @property
+    def head_prior(self) -> tuple[float, ...]:
+        """Chance of each of the draft head's tokens, once those before it are accepted.
+
+        As `prior`, of the head's own figures; from its held-out text where it has no suites'.
+        Empty without a head.
+        """
+        if self.head is None:
+            return ()
+        depths = whole_number(dict(self.head), "depths")
+        measured = self.head.get("accepted_length")
+        suites = measured.values() if isinstance(measured, dict) else ()
+        known = _chances(suites, depths) or _chances([self.head], depths)
+        return known or (_GUESSED_CHANCE,) * depths
+
+
+def _chances(suites: Iterable[object], wanted: int) -> tuple[float, ...]:
+    """Chances given the rows before, of the mean of some suites' figures; none where none has."""
+    known = [reached for reached in map(_reached, suites) if reached]
+    if not known:
+        return ()
+    rows = min(map(len, known))
+    reached = [1.0, *(sum(row[at] for row in known) / len(known) for at in range(rows))]
+    chances = [now / before if before else 0.0 for before, now in pairwise(reached)]
+    return tuple([*chances, *chances[-1:] * wanted][:wanted])
 
 
 def _reached(entry: object) -> list[float]:
@@ -153,9 +179,9 @@ def read_card(path: Path) -> Card:
         raise LookAheadError(f"{path} is not JSON: {first_line(error)}") from error
     try:
         version = content["format_version"]
-        if version != FORMAT_VERSION:
+        if type(version) is not int or version not in _READ:
             raise LookAheadError(
-                f"{path} has format version {version!r:.40}, this passlm reads {FORMAT_VERSION}: "
+                f"{path} has format version {version!r:.40}, this passlm reads {_READ}: "
                 "use a passlm that wrote it, or train anew"
             )
         return _card(content)
@@ -179,6 +205,7 @@ def _card(content: dict[str, Any]) -> Card:
         look_ahead_tokens=whole_number(content, "look_ahead_tokens"),
         lora=_optional_table(content, "lora"),
         sampler=_optional_table(content, "sampler"),
+        head=_optional_table(content, "head"),
         training=_table(content, "training"),
         accepted_length=_table(content, "accepted_length"),
         licence=_line(content, "licence"),

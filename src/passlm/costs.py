@@ -48,14 +48,27 @@ _BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class _Timed:
+    """A step that is timed.
+
+    Attributes:
+        plan: its pass; candidates are any token.
+        guessed: tokens that the draft head guesses before it.
+    """
+
+    plan: Plan
+    guessed: int = 0
+
+
 class _Script:
-    """Gives every row the plan that is to be timed; candidates are any token."""
+    """Gives every row the step that is to be timed."""
 
     lookup = 0
     passes = ()
 
     def __init__(self) -> None:
-        self.plan = Plan(0, (0,))
+        self.timed = _Timed(Plan(0, (0,)))
 
     def begin(self) -> Chooser:
         return self
@@ -63,12 +76,15 @@ class _Script:
     def resize(self, texts: int) -> None:
         pass
 
+    def drafts(self, chains: Sequence[Chain], most: int) -> int:
+        return self.timed.guessed
+
     def worth(self, chains: Sequence[Chain], shared: Shared) -> float:
         return 0.0
 
     def choose(self, chains: Sequence[Chain], limits: Limits) -> Choice:
-        count = self.plan.candidates
-        return Choice(Chain((0,) * count) if count else None, self.plan)
+        count = self.timed.plan.candidates
+        return Choice(Chain((0,) * count) if count else None, self.timed.plan)
 
     def learn(self, choice: Choice, settled: Sequence[int]) -> None:
         pass
@@ -95,21 +111,25 @@ def measure(
         context = max(1, min(context, target.context - _MARGIN))
     longest = 0 if rows is None else len(rows.inputs)
     groups = [length for length in GROUPS if length <= longest]
-    plans = [Plan(count - 1, (0,) * count) for count in REAL_ROWS]
+    plans = [_verifying(count - 1) for count in REAL_ROWS]
     plans += [Plan(0, (length,)) for length in groups]
     wide = Plan(_WIDE[0], (min(_WIDE[1], longest),) * (1 + _WIDE[0])) if groups else None
     plans += [wide] if wide else []
-    seconds: dict[Plan, list[float]] = {plan: [] for plan in plans}
+    depths = 0 if rows is None or rows.head is None else rows.head.depths
+    guesses = [_Timed(_verifying(count), count) for count in range(1, 1 + depths)]
+    timed = [*map(_Timed, plans), *guesses]
+    seconds: dict[_Timed, list[float]] = {step: [] for step in timed}
     prompt = [1 + place % (target.vocabulary - 1) for place in range(context)]
     read = target.prefill(prompt[:-1])
     begun, done = time.perf_counter(), 0
     while done <= (_LEAST_ROUNDS if rounds is None else rounds) or (
         rounds is None and done <= _MOST_ROUNDS and time.perf_counter() - begun < _ENOUGH_SECONDS
     ):
-        for plan, took in _sitting(target, rows, plans, batch, prompt, read, done):
-            seconds[plan].append(took)
+        for step, took in _sitting(target, rows, timed, batch, prompt, read, done):
+            seconds[step].append(took)
         done += _ROUNDS_A_SITTING
-    medians = {plan: median(took[1:]) for plan, took in seconds.items() if len(took) > 1}
+    known = {step: median(took[1:]) for step, took in seconds.items() if len(took) > 1}
+    medians = {step.plan: took for step, took in known.items() if not step.guessed}
     real = {
         count: medians[plan]
         for count, plan in zip(REAL_ROWS, plans, strict=False)
@@ -119,38 +139,46 @@ def measure(
     hung = {n: medians[Plan(0, (n,))] for n in groups if Plan(0, (n,)) in medians}
     risen = zip(hung, rising(list(hung.values())), strict=True)
     dearer = [max(0.0, took - curve.of(1 + n)) for n, took in risen]
-    curve = replace(curve, groups=tuple(hung), group_seconds=tuple(dearer))
+    more = [max(0.0, known[s] - curve.of(1 + s.guessed)) for s in guesses if s in known]
+    curve = replace(
+        curve, groups=tuple(hung), group_seconds=tuple(dearer), head_seconds=rising(more)
+    )
     if wide is None or wide not in medians:
         return curve
     rest = medians[wide] - curve.of(1 + wide.candidates, sum(wide.groups), wide.groups[0])
     return replace(curve, row_seconds=max(0.0, rest / sum(wide.groups[1:])))
 
 
+def _verifying(candidates: int) -> Plan:
+    return Plan(candidates, (0,) * (1 + candidates))
+
+
 def _sitting(
     target: Target,
     rows: LookAheadRows | None,
-    plans: Sequence[Plan],
+    steps: Sequence[_Timed],
     batch: int,
     prompt: Sequence[int],
     read: RowCache,
     seed: int,
-) -> list[tuple[Plan, float]]:
-    """Each plan some times, rounds in orders of their own, once a first pass has made room.
+) -> list[tuple[_Timed, float]]:
+    """Each step some times, rounds in orders of their own, once a first pass has made room.
 
     The texts differ in length, as those of a batch do.
 
     Args:
         target: the model.
         rows: its look-ahead rows.
-        plans: to time.
+        steps: to time.
         batch: texts decoded at a time.
         prompt: what they follow, or its beginning.
         read: keys and values of all of it but the last token.
         seed: of the orders.
     """
     script, draw = _Script(), random.Random(seed)
-    order = [plan for _ in range(_ROUNDS_A_SITTING) for plan in draw.sample(plans, len(plans))]
-    needed = 1 + sum(1 + plan.candidates for plan in order) + max(plan.rows for plan in plans)
+    order = [step for _ in range(_ROUNDS_A_SITTING) for step in draw.sample(steps, len(steps))]
+    settled = sum(1 + step.plan.candidates for step in order)
+    needed = 1 + settled + max(step.plan.rows for step in steps)
     decoder = Decoder(target, rows)
     for text in range(batch):
         count = max(1, len(prompt) - _STAGGER * text)
@@ -158,13 +186,13 @@ def _sitting(
         decoder.admit(decoder.begin(request, read.copied(0, count - 1)))
     decoder.step()
     taken = []
-    for plan in order:
+    for step in order:
         if len(decoder.rows) < batch:  # the model's context is full
             break
-        script.plan = plan
+        script.timed = step
         begun = time.perf_counter()
         decoder.step()
-        taken.append((plan, time.perf_counter() - begun))
+        taken.append((step, time.perf_counter() - begun))
     return taken
 
 
@@ -224,15 +252,18 @@ class Costs:
         Args:
             batch: texts decoded at a time, to begin with.
             context: tokens of the longest.
-            longest: rows of the longest look-ahead group; None allows all, 0 none.
+            longest: rows of the longest look-ahead group; None allows all, 0 none, and no draft
+                head either.
             lookup: whether chains copied from the text are candidates.
         """
-        prior = () if self.look_ahead is None else self.look_ahead.card.prior[:longest]
+        card = None if self.look_ahead is None else self.look_ahead.card
+        prior = () if card is None else card.prior[:longest]
+        head = () if card is None or longest == 0 else card.head_prior
 
         def of(texts: int) -> CostCurve | None:
             return self.known(texts, context)
 
-        return AutoPlan(self.curve(batch, context), prior, lookup, of)
+        return AutoPlan(self.curve(batch, context), prior, lookup, of, head)
 
     def known(self, batch: int, context: int) -> CostCurve | None:
         """As `curve`, but only what was measured before."""
@@ -265,6 +296,8 @@ class Costs:
     def _identity(self) -> dict[str, Any]:
         """Everything that a curve depends on but batch and context."""
         card = None if self.look_ahead is None else self.look_ahead.card
+        head = None if self.look_ahead is None else self.look_ahead.head
+        shape = head and head.description()
         return {
             "model": asdict(fingerprint(self.target)),
             "engine": self.target.engine,
@@ -273,7 +306,7 @@ class Costs:
             "device": str(self.target.device),
             "environment": environment(),
             "sittings": [_STAGGER, _ROUNDS_A_SITTING],
-            "look_ahead": card and [card.look_ahead_tokens, card.lora, card.sampler],
+            "look_ahead": card and [card.look_ahead_tokens, card.lora, card.sampler, shape],
         }
 
 

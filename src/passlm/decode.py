@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from passlm.cache import RowCache
+from passlm.draft_head import HeadSampler
 from passlm.errors import InputError
 from passlm.likeliest import likeliest
 from passlm.outputs import FinishReason, Step
@@ -154,6 +155,7 @@ class Decoder:
         """
         self.settled = []
         rows = list(self.rows)
+        self._draft_by_head(rows)
         chains = [row.chains() for row in rows]
         agreed, context = agreed_pass(rows, chains), self.target.context
         passes = [
@@ -171,6 +173,20 @@ class Decoder:
         self._draft(rows, steps, output)
         self.leave([row for row, step in self.settled if step.finish_reason])
         return self.settled
+
+    def _draft_by_head(self, rows: Sequence[Row]) -> None:
+        """Let the draft head guess for the texts that have no better candidates at hand."""
+        head = None if self.look_ahead is None else self.look_ahead.head
+        if head is None:
+            return
+        lengths = [row.head_tokens(self.target.context, head.depths) for row in rows]
+        drafting = [row for row, length in zip(rows, lengths, strict=True) if length]
+        if not drafting:
+            return
+        for row in drafting:
+            row.begin_draft("head")
+        hidden = [row.hidden for row in drafting if row.hidden is not None]
+        draft_together(drafting, HeadSampler(head, hidden, list(filter(None, lengths))))
 
     def _judge(self, rows: Sequence[Row], logits: Sequence[Tensor]) -> list[list[int]]:
         """What the pass settles of each text; greedy ones look for their best tokens together."""
@@ -201,6 +217,7 @@ class Decoder:
         for index, (row, step) in enumerate(zip(rows, steps, strict=True)):
             if step.finish_reason is None:
                 row.begin_draft()
+                row.hidden = None if output.hidden is None else output.hidden[index, step.accepted]
                 if row.plan.groups[step.accepted]:
                     places.append((index, row.plan.group(step.accepted)))
         drafting = [rows[index] for index, _ in places]
@@ -235,12 +252,12 @@ class Decoder:
         return request.max_new_tokens, "length"
 
 
-def draft_together(rows: Sequence[Row], sampler: GroupSampler) -> None:
-    """Let texts draw candidates from a group each, all of them their first one, then the next.
+def draft_together(rows: Sequence[Row], sampler: GroupSampler | HeadSampler) -> None:
+    """Let texts draw candidates, all of them their first one, then the next.
 
     Args:
         rows: the texts, which have begun.
-        sampler: of their groups, in this order.
+        sampler: of their groups, or behind their last rows, in this order.
     """
     for depth in range(max(sampler.lengths)):
         going = [at for at, length in enumerate(sampler.lengths) if depth < length]

@@ -28,11 +28,12 @@ from passlm.card import (
     spread,
     whole_number,
 )
+from passlm.draft_head import AppliedHead, DraftHead
 from passlm.lora import GatedLora, LoraError, groups_of
 from passlm.params import ParameterError
 from passlm.passes import LookAheadRows
 from passlm.provenance import write_together
-from passlm.quantize import Int8Linear, matrices
+from passlm.quantize import Int8Linear, matrices, rounded
 from passlm.sampler import SamplerHead
 from passlm.target import Target
 
@@ -43,7 +44,10 @@ DEFAULT_SHIPPED = "best"
 CARD_FILE = "lookahead.json"
 TENSORS_FILE = "lookahead.safetensors"
 SHIPPED = Path(__file__).parent / "shipped"
-_STORED_AS = {"embeddings": torch.float32}  # few numbers; the others in bfloat16
+# Few numbers, and ids. The others, all matrices, are rounded to int8 with a scale for each row.
+_IDS = "head.listed"
+_STORED_AS = {"embeddings": torch.float32, _IDS: torch.int32}
+_SCALE = ".scale"  # behind a matrix's name
 
 _log = logging.getLogger(__name__)
 
@@ -76,6 +80,7 @@ class LookAhead(nn.Module):
         card: what they are and whom they are for.
         lora: updates of the target's layers for look-ahead rows.
         sampler: the head that weighs the rows' guesses again.
+        head: the draft head, which does without look-ahead rows.
     """
 
     def __init__(
@@ -84,15 +89,18 @@ class LookAhead(nn.Module):
         card: Card,
         lora: GatedLora | None = None,
         sampler: SamplerHead | None = None,
+        head: DraftHead | None = None,
     ) -> None:
         super().__init__()
         self.embeddings = nn.Parameter(embeddings.detach().clone().float())
         self.lora = None if lora is None else lora.float()
         self.sampler = None if sampler is None else sampler.float()
+        self.head = None if head is None else head.float()
         self.card = replace(
             card,
             lora=None if lora is None else lora.description(),
             sampler=None if sampler is None else sampler.description(),
+            head=None if head is None else {**(card.head or {}), **head.description()},
         )
 
     @property
@@ -115,7 +123,10 @@ class LookAhead(nn.Module):
             sampler = self.sampler.copied(target.device, target.dtype)
         inputs = self.embeddings.detach().to(target.device, target.dtype, copy=True)
         lora = None if self.lora is None else self.lora.on(target.model, target.dtype)
-        return LookAheadRows(inputs, lora, sampler)
+        head = None
+        if self.head is not None:
+            head = AppliedHead.of(self.head, target.embeddings, target.dtype)
+        return LookAheadRows(inputs, lora, sampler, head)
 
     def trained_rows(self, target: Target) -> LookAheadRows:
         """What training takes: the parameters themselves."""
@@ -157,7 +168,7 @@ class LookAhead(nn.Module):
     def tensors(self) -> dict[str, Tensor]:
         """Everything trained, by the name it is stored under."""
         named: dict[str, Tensor] = {"embeddings": self.embeddings}
-        for part in (self.lora, self.sampler):
+        for part in (self.lora, self.sampler, self.head):
             named |= {} if part is None else part.tensors()
         return named
 
@@ -228,10 +239,9 @@ class LookAhead(nn.Module):
         Raises:
             OSError: it cannot be written; what was there before is left as it was.
         """
-        tensors = {
-            name: tensor.detach().cpu().to(_STORED_AS.get(name, torch.bfloat16)).contiguous()
-            for name, tensor in self.tensors().items()
-        }
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in self.tensors().items():
+            tensors |= _stored(name, tensor.detach().cpu())
         files = {folder / TENSORS_FILE: save_tensors(tensors)}
         write_together({**files, folder / CARD_FILE: self.card.to_json()})
 
@@ -250,12 +260,41 @@ def load(folder: Path) -> LookAhead:
         raise LookAheadError(f"cannot read {path}: {error.strerror}") from error
     except (SafetensorError, KeyError, ValueError) as error:  # KeyError: a type torch lacks
         raise LookAheadError(f"{path} is damaged: {first_line(error)}") from error
-    _check_tensors(path, tensors, card)
-    tensors = {name: tensor.float() for name, tensor in tensors.items()}
     try:
-        return LookAhead(tensors["embeddings"], card, _lora(card, tensors), _sampler(card, tensors))
+        tensors = _restored(tensors)
+        _check_tensors(path, tensors, card)
+        parts = _lora(card, tensors), _sampler(card, tensors), _head(card, tensors)
+        return LookAhead(tensors["embeddings"], card, *parts)
     except (LoraError, KeyError, TypeError, ValueError) as error:
         raise LookAheadError(f"{path} does not fit its card: {first_line(error)}") from error
+
+
+def _stored(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """What stands for a tensor in the file, by name."""
+    if name in _STORED_AS:
+        return {name: tensor.to(_STORED_AS[name]).contiguous()}
+    whole, scale = rounded(tensor.float())
+    return {name: whole.contiguous(), name + _SCALE: scale.contiguous()}
+
+
+def _restored(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file in float32, by name.
+
+    Raises:
+        ValueError: a scale is of another shape than its matrix, or numbers are of a wrong type.
+    """
+    restored: dict[str, Tensor] = {}
+    for name, tensor in stored.items():
+        scale = stored.get(name + _SCALE)
+        if scale is not None:
+            if tensor.ndim != 2 or scale.shape != tensor.shape[:1]:
+                raise ValueError(f"{name} has a scale of another shape")
+            restored[name] = tensor.float() * scale.float()[:, None]
+        elif name.removesuffix(_SCALE) not in stored or not name.endswith(_SCALE):
+            if tensor.is_floating_point() == (name == _IDS):
+                raise ValueError(f"{name} is stored as {tensor.dtype}")
+            restored[name] = tensor.float()
+    return restored
 
 
 def _check_tensors(path: Path, tensors: Mapping[str, Tensor], card: Card) -> None:
@@ -265,17 +304,17 @@ def _check_tensors(path: Path, tensors: Mapping[str, Tensor], card: Card) -> Non
     if set(tensors) != known or embeddings is None:
         strange = ", ".join(sorted(set(tensors) - known)) or "no embeddings"
         raise LookAheadError(f"{path} holds {strange!r:.80}: that is not what its card says")
-    if tuple(embeddings.shape) != expected or not embeddings.is_floating_point():
+    if tuple(embeddings.shape) != expected:
         raise LookAheadError(
-            f"{path} holds {embeddings.dtype} embeddings of shape {tuple(embeddings.shape)}, "
-            f"but its card says {expected}"
+            f"{path} holds embeddings of shape {tuple(embeddings.shape)}, but its card says "
+            f"{expected}"
         )
-    if not all(bool(t.float().isfinite().all()) for t in tensors.values()):
+    if not all(bool(t.isfinite().all()) for t in tensors.values()):
         raise LookAheadError(f"{path} holds numbers that are not finite: train it anew")
 
 
 def _part_prefixes(card: Card) -> tuple[str, ...]:
-    parts = (("lora.", card.lora), ("sampler.", card.sampler))
+    parts = (("lora.", card.lora), ("sampler.", card.sampler), ("head.", card.head))
     return tuple(prefix for prefix, part in parts if part is not None)
 
 
@@ -302,6 +341,25 @@ def _sampler(card: Card, tensors: Mapping[str, Tensor]) -> SamplerHead | None:
     if shapes != [(width, d_model), (width, told), (d_model, width)]:
         raise ValueError(f"the sampler head is not of width {width} for {told // d_model} tokens")
     return SamplerHead(hidden_in, token_in, out, whole_number(dict(card.sampler), "shortlist"))
+
+
+def _head(card: Card, tensors: Mapping[str, Tensor]) -> DraftHead | None:
+    if card.head is None:
+        return None
+    described = dict(card.head)
+    width, depths = whole_number(described, "width"), whole_number(described, "depths")
+    told, listed = whole_number(described, "tokens"), whole_number(described, "listed")
+    d_model = card.target.d_model
+    shapes = (width, d_model), (width, told * d_model), (depths, width), (d_model, width), (listed,)
+    found = [tensors[f"head.{name}"] for name in DraftHead.NAMES]
+    if [tuple(t.shape) for t in found] != list(shapes):
+        raise ValueError("the draft head has another shape")
+    ids = found[-1]
+    if not bool(((ids >= 0) & (ids < card.target.vocabulary) & (ids == ids.round())).all()):
+        raise ValueError("the draft head lists tokens that the model does not know")
+    if sum(name.startswith("head.") for name in tensors) != len(found):
+        raise ValueError("the draft head has other tensors")
+    return DraftHead(*found)
 
 
 def shipped(target: Target) -> dict[str, Path]:

@@ -12,6 +12,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from passlm.draft_head import AppliedHead
 from passlm.lora import AppliedLora
 from passlm.plan import Plan
 from passlm.sampler import SamplerHead
@@ -42,11 +43,18 @@ class LookAheadRows:
         inputs: input embeddings `LA_1..LA_L`, `[L, d_model]`.
         lora: updates of the target's layers for these rows.
         sampler: the head that weighs their guesses again.
+        head: what guesses behind a real row, without any of them.
     """
 
     inputs: Tensor
     lora: AppliedLora | None = None
     sampler: SamplerHead | None = None
+    head: AppliedHead | None = None
+
+    @property
+    def reads_hidden(self) -> bool:
+        """Whether something takes what the output layer is given."""
+        return self.sampler is not None or self.head is not None
 
 
 @dataclass
@@ -102,12 +110,14 @@ class Hung:
 
     Attributes:
         hidden: of the look-ahead rows, `[B, R, d_model]`, with gradients.
-        text_hidden: of the texts' own rows, `[B, S, d_model]`, without.
+        text_hidden: of the texts' own rows, `[T, S, d_model]`, without.
         depth: `j` of each look-ahead row, `[B, R]`.
         position: of each look-ahead row, `[B, R]`; it predicts the token at `position + 1`.
+        text: which of the texts each look-ahead row hangs on, `[B, R]`.
     """
 
     hidden: Tensor
     text_hidden: Tensor
     depth: Tensor
     position: Tensor
+    text: Tensor

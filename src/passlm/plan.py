@@ -89,7 +89,7 @@ def make_layout(plan: Plan) -> Layout:
 _remembered_layout = lru_cache(maxsize=64)(make_layout)
 
 
-Source = Literal["look-ahead", "lookup"]
+Source = Literal["look-ahead", "head", "lookup"]
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,8 @@ class Chain:
 
     Attributes:
         tokens: their ids, at least one.
-        source: drawn from a look-ahead group, or copied from earlier in the text.
+        source: drawn from a look-ahead group or from the draft head, or copied from earlier in the
+            text.
         evidence: of a copied one, how many tokens before it agree with the text's last ones.
     """
 
@@ -190,12 +191,21 @@ class Chooser(Protocol):
         """Hear that the batch has so many texts now."""
         ...
 
+    def drafts(self, chains: Sequence[Chain], most: int) -> int:
+        """How many tokens the draft head is to guess before the next pass; 0 for none.
+
+        Args:
+            chains: those at hand.
+            most: that could be of use.
+        """
+        ...
+
     def worth(self, chains: Sequence[Chain], shared: Shared) -> float:
         """What such a pass would be worth to this text, in tokens."""
         ...
 
     def choose(self, chains: Sequence[Chain], limits: Limits) -> Choice:
-        """The next pass, given the chains at hand: none, one, or one of each source."""
+        """The next pass, given the chains at hand: none, a drafted one, a copied one, or both."""
         ...
 
     def learn(self, choice: Choice, settled: Sequence[int]) -> None:
@@ -218,14 +228,24 @@ Strategy = Callable[[int, int], Plan]
 
 @dataclass(frozen=True)
 class FixedChooser:
-    """The passes of a strategy, whatever is accepted."""
+    """The passes of a strategy, whatever is accepted.
+
+    Attributes:
+        strategy: gives each pass.
+        guesses: tokens that the draft head guesses before each pass.
+    """
 
     strategy: Strategy
+    guesses: int = 0
     lookup: int = 0
     passes: tuple[Shared, ...] = ()
 
     def resize(self, texts: int) -> None:
         """Nothing changes."""
+
+    def drafts(self, chains: Sequence[Chain], most: int) -> int:
+        """As many as `guesses`, whatever else there is."""
+        return min(self.guesses, most)
 
     def worth(self, chains: Sequence[Chain], shared: Shared) -> float:
         """Nothing to choose."""
@@ -272,6 +292,22 @@ class OnePass:
     def __call__(self, candidates: int, longest_group: int) -> Plan:
         """See `Strategy`."""
         return Plan(candidates, (min(self.look_ahead, longest_group),) * (1 + candidates))
+
+
+@dataclass(frozen=True)
+class ByHead:
+    """Every pass verifies what the draft head guessed: so many tokens."""
+
+    guesses: int
+
+    def begin(self) -> Chooser:
+        """See `Adaptive`."""
+        return FixedChooser(verifying, self.guesses)
+
+
+def verifying(candidates: int, longest_group: int) -> Plan:
+    """The candidates at hand, and no groups."""
+    return Plan(candidates, (0,) * (1 + candidates))
 
 
 def strategy(method: str, look_ahead: int) -> Strategy:

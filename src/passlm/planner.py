@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from passlm.lookup import LONGEST_MATCH
-from passlm.plan import Chain, Choice, Limits, Plan, Shared
+from passlm.plan import Chain, Choice, Limits, Plan, Shared, Source
 
 LONGEST_LOOKUP = 12  # candidates of a lookup chain
 _PASSES_A_LOOK = 8  # passes between two looks at the counts, for each text of the batch,
@@ -48,6 +48,7 @@ class CostCurve:
         group_seconds: what each took more than a pass of as many real rows.
         row_seconds: what one more look-ahead row takes more than a real one, where several groups
             are computed and one is drafted from.
+        head_seconds: what a draft head takes for 1, 2, ... tokens; none without one.
     """
 
     rows: tuple[int, ...]
@@ -55,6 +56,7 @@ class CostCurve:
     groups: tuple[int, ...] = ()
     group_seconds: tuple[float, ...] = ()
     row_seconds: float = 0.0
+    head_seconds: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         pairs = (self.rows, self.seconds), (self.groups, self.group_seconds)
@@ -75,6 +77,10 @@ class CostCurve:
             seconds += self.row_seconds * max(0, look_ahead - drafted)
         return seconds
 
+    def head(self, tokens: int) -> float:
+        """Seconds that a draft head takes for so many tokens."""
+        return self.head_seconds[tokens - 1] if tokens else 0.0
+
     def plain(self) -> float:
         """Tokens a second of plain decoding."""
         return 1 / self.of(1)
@@ -86,6 +92,15 @@ class CostCurve:
     def one_pass(self, expected: float, rows: int) -> float:
         """Tokens a second of one-pass decoding, `(1 + E(M)) / c((1 + M)(1 + L))`, `M = L`."""
         return (1 + expected) / self.of(1 + rows, (1 + rows) * rows, rows)
+
+    def by_head(self, expected: float, tokens: int) -> float:
+        """Tokens a second where a draft head guesses for each pass, `(1 + E(k)) / (h(k) + c(1+k))`.
+
+        Args:
+            expected: `E(k)`, the mean accepted length.
+            tokens: `k`, that it guesses.
+        """
+        return (1 + expected) / (self.head(tokens) + self.of(1 + tokens))
 
 
 def _between(places: Sequence[int], values: Sequence[float], place: int) -> float:
@@ -149,6 +164,8 @@ class AutoPlan:
         lookup: whether chains found in the text are candidates.
         curves: costs in a batch of so many texts, None where they are not known; no function for
             texts that stay with `curve`.
+        head: chance of each of the draft head's tokens once those before it are accepted; empty
+            where it may not draft.
     """
 
     curve: CostCurve
@@ -157,6 +174,7 @@ class AutoPlan:
     curves: Callable[[int], CostCurve | None] | None = field(
         default=None, repr=False, compare=False
     )
+    head: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.prior and not self.curve.groups:
@@ -189,6 +207,11 @@ class AutoPlan:
         kinds = (False, True) if self.prior else (False,)
         rows = self.curve.rows
         return tuple(Shared(n, kind) for kind in kinds for n in rows if n > 1 or not kind)
+
+    @property
+    def head_depths(self) -> int:
+        """Tokens that the draft head may guess: those that it is known what they cost."""
+        return min(len(self.head), len(self.curve.head_seconds))
 
     def resized(self, texts: int) -> AutoPlan:
         """The same in a batch of so many texts, where its costs are known."""
@@ -227,6 +250,7 @@ class AutoChooser:
     def __init__(self, settings: AutoPlan) -> None:
         self._settings = settings
         self._ahead = Acceptance(settings.prior)
+        self._by_head = Acceptance(settings.head)
         self._copied = Acceptance(_LOOKUP_PRIOR)
         self._offered: dict[int, float] = {0: 1.0}  # how often lookup chains of which evidence
         self._seconds = _PRIOR_WEIGHT * settings.curve.of(1)
@@ -235,6 +259,7 @@ class AutoChooser:
         self._weighed: dict[tuple[_Key, Shared | None], tuple[float, Plan]] = {}
         self._passes = 0
         self._at_hand: Sequence[Chain] = ()
+        self._guessed = 0  # tokens that the draft head guessed for the next pass
         self._texts = 1
         self._shared: Shared | None = None  # the last pass, where it was agreed with other texts
         for _ in range(_FIRST_ROUNDS):
@@ -264,6 +289,23 @@ class AutoChooser:
         """Tokens a second over the last passes, by the cost curve."""
         return self._tokens / self._seconds
 
+    def drafts(self, chains: Sequence[Chain], most: int) -> int:
+        """See `plan.Chooser`: as many as are worth their time beside the chains at hand."""
+        most = min(most, self._settings.head_depths)
+        if not most:
+            return 0
+        keys = [_NOTHING, *(_key(chain) for chain in chains)]
+        best, self._guessed = max(map(self._at_best, keys)), 0
+        for count in range(1, 1 + most):
+            worth = self._by_guessing(count)
+            if worth > best:
+                best, self._guessed = worth, count
+        return self._guessed
+
+    def _by_guessing(self, count: int) -> float:
+        """What is left of a chain's worth when so many tokens were guessed by the draft head."""
+        return self._at_best(("head", count, 0)) - self.rate * self._settings.curve.head(count)
+
     def worth(self, chains: Sequence[Chain], shared: Shared) -> float:
         """See `plan.Chooser`."""
         return self._preferred(chains, shared)[0]
@@ -287,8 +329,7 @@ class AutoChooser:
         value, plan = self._weigh(_NOTHING, shared)
         best = Choice(None, plan)
         for chain in chains:
-            key = chain.source, len(chain.tokens), chain.evidence
-            worth, its_plan = self._weigh(key, shared)
+            worth, its_plan = self._weigh(_key(chain), shared)
             if worth > value:
                 value, best = worth, Choice(chain if its_plan.candidates else None, its_plan)
         return value, best
@@ -302,10 +343,10 @@ class AutoChooser:
         than they are drawn again.)
         """
         plan, accepted = choice.plan, len(settled) - 1
-        for acceptance in (self._ahead, self._copied):
+        for acceptance in (self._ahead, self._by_head, self._copied):
             acceptance.forget()
         for chain in self._at_hand:
-            counts = self._ahead if chain.source == "look-ahead" else self._copied
+            counts = self._counts(chain.source)
             for place, (guess, token) in enumerate(zip(chain.tokens, settled, strict=False)):
                 counts.count(_level(chain.source, chain.evidence, place), guess == token)
                 if guess != token:
@@ -314,7 +355,12 @@ class AutoChooser:
         cost = self._settings.cost(
             1 + plan.candidates, sum(plan.groups), plan.groups[accepted], self._shared
         )
-        self._seconds = self._seconds * _MEMORY + cost
+        self._seconds = self._seconds * _MEMORY + cost + self._settings.curve.head(self._guessed)
+        self._guessed = 0
+
+    def _counts(self, source: Source) -> Acceptance:
+        """What was accepted of candidates from there."""
+        return {"look-ahead": self._ahead, "head": self._by_head, "lookup": self._copied}[source]
 
     @staticmethod
     def _fade(weights: dict[int, float]) -> None:
@@ -325,7 +371,8 @@ class AutoChooser:
         """Let plans follow the counts, and the worth of groups those plans."""
         self._weighed.clear()
         total = sum(self._offered.values())
-        without = self._at_best(_NOTHING)
+        guesses = map(self._by_guessing, range(1, 1 + self._settings.head_depths))
+        without = max([self._at_best(_NOTHING), *guesses])
         others = [
             (weight / total, self._at_best(("lookup", LONGEST_LOOKUP, evidence)))
             for evidence, weight in self._offered.items()
@@ -347,7 +394,7 @@ class AutoChooser:
         """The best plan for a chain of this kind, and what it is worth, in tokens."""
         if (key, shared) not in self._weighed:
             source, length, evidence = key
-            counts = self._ahead if source == "look-ahead" else self._copied
+            counts = self._counts(source)
             chances = [counts[_level(source, evidence, place)] for place in range(length)]
             self._weighed[key, shared] = self._best(chances, shared)
         return self._weighed[key, shared]
@@ -404,10 +451,14 @@ class AutoChooser:
         return best, set(likeliest[:hung])
 
 
-_Key = tuple[str, int, int]  # source of a chain, its length, its evidence
+_Key = tuple[Source, int, int]  # source of a chain, its length, its evidence
 _NOTHING: _Key = ("look-ahead", 0, 0)
 
 
-def _level(source: str, evidence: int, place: int) -> int:
+def _key(chain: Chain) -> _Key:
+    return chain.source, len(chain.tokens), chain.evidence
+
+
+def _level(source: Source, evidence: int, place: int) -> int:
     """Where a candidate is counted: by place, or by how much text agrees once it is reached."""
-    return place if source == "look-ahead" else min(evidence + place, LONGEST_MATCH) - 1
+    return min(evidence + place, LONGEST_MATCH) - 1 if source == "lookup" else place

@@ -29,6 +29,17 @@ class QuantizeError(InputError):
     """A model or a machine that int8 weights cannot be had for; one line."""
 
 
+def rounded(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix as int8 numbers, `[rows, columns]`, and what one is worth in each row, `[rows]`.
+
+    Args:
+        matrix: float32.
+    """
+    largest = matrix.abs().amax(1, keepdim=True)
+    scale = (largest / _LARGEST).clamp(min=_SMALLEST_SCALE)
+    return (matrix / scale).round().to(torch.int8), scale[:, 0]
+
+
 class Int8Linear(nn.Module):
     """A linear layer with int8 weights.
 
@@ -51,13 +62,11 @@ class Int8Linear(nn.Module):
         weight = layer.weight.detach()
         matrix = (weight if isinstance(layer, nn.Linear) else weight.T).float().contiguous()
         self.out_features, self.in_features = matrix.shape
-        largest = matrix.abs().amax(1, keepdim=True)
-        scale = (largest / _LARGEST).clamp(min=_SMALLEST_SCALE)
-        rounded = (matrix / scale).round().to(torch.int8)
+        whole, scale = rounded(matrix)
         bias: Tensor | None = layer.bias  # type: ignore[assignment]
         if bias is not None and bias.dtype not in _TYPES:
             bias = bias.float()
-        self.product = products.RowsProduct(rounded, scale[:, 0], bias)
+        self.product = products.RowsProduct(whole, scale, bias)
         self.register_buffer("sample", spread(weight, SAMPLES // 2))
         self.weight = layer.weight if keep else None
 

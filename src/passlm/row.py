@@ -28,6 +28,7 @@ from passlm.plan import (
     Limits,
     Plan,
     Shared,
+    Source,
     Strategy,
     autoregressive,
 )
@@ -92,10 +93,13 @@ class Row:
         room: how many tokens may still be written.
         full: why the text ends where `room` runs out.
         tokens: settled ids, prompt included; the last one is the root.
-        drafted: draft tokens behind it, from a look-ahead group.
+        drafted: draft tokens behind it.
+        drafted_by: a look-ahead group, or the draft head.
         q: the distributions they were drawn from, `[M, V]`, where the judge needs them: not of
             greedy drafts, whose `q` is one-hot.
         choice: what the pass under way verifies and computes.
+        hidden: what the output layer was given for the row that the root was drawn from,
+            `[d_model]`; None where no draft head asks for it, and before the first pass.
     """
 
     request: Request
@@ -106,6 +110,8 @@ class Row:
     drafted: list[int] = field(default_factory=list)
     q: Tensor | None = None
     choice: Choice = field(default=Choice(None, Plan(0, (0,))))
+    drafted_by: Source = "look-ahead"
+    hidden: Tensor | None = None
 
     def __post_init__(self) -> None:
         asked = self.request.strategy
@@ -135,6 +141,22 @@ class Row:
         follows = self.request.judge == "rejection" and not self.request.distribution.greedy
         return self._chooser if self._chooser.passes and not follows else None
 
+    def head_tokens(self, context: int | None, depths: int) -> int:
+        """How many tokens the draft head is to guess before the next pass.
+
+        Args:
+            context: positions that the model has; None without a limit.
+            depths: tokens that the head can guess.
+        """
+        if self.hidden is None or self.drafted:
+            return 0
+        most = min(depths, self._limits(context).candidates)
+        return self._chooser.drafts(self.chains(), most) if most else 0
+
+    def _limits(self, context: int | None, shared: Shared | None = None) -> Limits:
+        span = None if context is None else context - len(self.tokens)
+        return Limits(self.room, span, shared)
+
     def choose_plan(
         self, chains: Sequence[Chain], context: int | None, shared: Shared | None = None
     ) -> PassRow:
@@ -145,13 +167,12 @@ class Row:
             context: positions that the model has; None without a limit.
             shared: what the texts of the batch agreed on.
         """
-        span = None if context is None else context - len(self.tokens)
-        self.choice = self._chooser.choose(chains, Limits(self.room, span, shared))
+        self.choice = self._chooser.choose(chains, self._limits(context, shared))
         return PassRow([self.tokens[-1], *self.candidates], self.plan)
 
     def chains(self) -> list[Chain]:
-        """The candidates at hand, one chain of each source."""
-        chains = [Chain(tuple(self.drafted))] if self.drafted else []
+        """The candidates at hand: those drafted, and those copied."""
+        chains = [Chain(tuple(self.drafted), self.drafted_by)] if self.drafted else []
         if self._lookup is not None:
             found, evidence = self._lookup.find(self.tokens, self._chooser.lookup)
             if found:
@@ -197,7 +218,7 @@ class Row:
     def _drawn_from(self, logits: Tensor) -> Rows:
         """`q` of the candidates: of those that are no draw it is one-hot."""
         chain = self.choice.chain
-        if chain is not None and chain.source == "look-ahead" and self.q is not None:
+        if chain is not None and chain.source != "lookup" and self.q is not None:
             return self.q
 
         def one_hot(row: int) -> Tensor:
@@ -207,9 +228,9 @@ class Row:
 
         return Computed(one_hot)
 
-    def begin_draft(self) -> None:
-        """Forget what was drafted before."""
-        self.drafted, self.q = [], None
+    def begin_draft(self, source: Source = "look-ahead") -> None:
+        """Forget what was drafted before; what is drawn from now on comes from this source."""
+        self.drafted, self.q, self.drafted_by = [], None, source
         self._known_noise = {}
 
     def draft(self, group: Tensor) -> None:

@@ -105,7 +105,7 @@ class SamplerHead(nn.Module):
         Args:
             hidden: hidden states of look-ahead rows, as the target's head takes them, `[..., d]`.
         """
-        return self._times("hidden_in", _normed(hidden.to(self.out.dtype)))
+        return self._times("hidden_in", normed(hidden.to(self.out.dtype)))
 
     def correction(self, from_hidden: Tensor, before: Tensor) -> Tensor:
         """What is added to the hidden state, `[..., d_model]`.
@@ -115,8 +115,7 @@ class SamplerHead(nn.Module):
             before: input embeddings of the tokens before the rows', the last one first,
                 `[..., tokens, d_model]`.
         """
-        normed = _normed(before.to(self.out.dtype)).flatten(-2)
-        token = self._times("token_in", normed)
+        token = self._times("token_in", normed(before.to(self.out.dtype)).flatten(-2))
         return self._times("out", nn.functional.silu(from_hidden + token))
 
     def _times(self, name: str, rows: Tensor) -> Tensor:
@@ -124,8 +123,12 @@ class SamplerHead(nn.Module):
         return nn.functional.linear(rows, getattr(self, name)) if product is None else product(rows)
 
 
-def _normed(rows: Tensor) -> Tensor:
-    """Root mean square 1: hidden states and embeddings differ in size from model to model."""
+def normed(rows: Tensor) -> Tensor:
+    """Rows of root mean square 1: hidden states and embeddings differ in size from model to model.
+
+    Args:
+        rows: `[..., d]`.
+    """
     return rows * (rows.square().mean(-1, keepdim=True) + _EPSILON).rsqrt()
 
 
@@ -202,16 +205,24 @@ class GroupSampler:
         Returns:
             Shortlists, and logits of their tokens, `[N, K]` float32.
         """
-        told = range(1, self._head.tokens + 1)
-        before = [[text[max(len(text) - back, 0)] for back in told] for text in histories]
         rows = [self._starts[group] + depth for group in groups]
-        known = self._tables.inputs[torch.tensor(before, device=self._tokens.device)]
+        known = self._tables.inputs[last_tokens(histories, self._head.tokens, self._tokens.device)]
         correction = self._head.correction(self._from_hidden[rows], known)
         tokens = self._tokens[rows]
         # Sums of their own, not a product: a row's numbers do not depend on the rows beside it.
         gained = (self._tables.outputs[tokens].to(correction) * correction[:, None]).sum(-1)
         logits = self._best[rows] + gained.float()
         return [Shortlist(own, self._vocabulary) for own in tokens], logits
+
+
+def last_tokens(texts: Sequence[Sequence[int]], count: int, device: torch.device) -> Tensor:
+    """The last tokens of each text, the last one first, `[N, count]`.
+
+    Of a text that is shorter the first one is given again.
+    """
+    back = range(1, count + 1)
+    last = [[text[max(len(text) - steps, 0)] for steps in back] for text in texts]
+    return torch.tensor(last, device=device)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

@@ -167,9 +167,11 @@ class Target:
             rows: tokens and plan of each batch row.
             look_ahead: look-ahead rows; None where no plan has a group.
         """
+        keep = look_ahead is not None and look_ahead.reads_hidden
         if not any(max(row.plan.groups) for row in rows):
+            keep = look_ahead is not None and look_ahead.head is not None
             look_ahead = None  # a pass of real rows alone is the target's own
-        return self._pass(cache, rows, look_ahead, last_logits_only=False)
+        return self._pass(cache, rows, look_ahead, last_logits_only=False, keep_hidden=keep)
 
     def hang(
         self,
@@ -191,10 +193,7 @@ class Target:
         """
         cache = self.new_cache(len(text))
         rows = text.shape[1]
-        causal = Plan(rows - 1, (0,) * rows)
-        with torch.no_grad(), head_left_out(self._output_layer) as text_hidden:
-            passes = [PassRow(tokens, causal) for tokens in text.tolist()]
-            self._forward(cache, passes, None, last_logits_only=False)
+        text_hidden = self._read(text, cache)
         for index in range(len(text)):
             cache.settle(index, rows)
         depth = torch.stack([layout.look_ahead[rows:] for layout in layouts]).to(self.device)
@@ -214,7 +213,24 @@ class Target:
                 past_key_values=as_prefix(cache),
                 use_cache=True,
             )
-        return Hung(hidden[0], text_hidden[0], depth, offset)
+        texts = torch.arange(len(text), device=self.device)[:, None].expand_as(depth)
+        return Hung(hidden[0], text_hidden, depth, offset, texts)
+
+    def hidden(self, text: Tensor) -> Tensor:
+        """What the output layer is given for known texts, without gradients, `[B, S, d_model]`.
+
+        Args:
+            text: token ids, `[B, S]`.
+        """
+        return self._read(text, self.new_cache(len(text)))
+
+    def _read(self, text: Tensor, cache: RowCache) -> Tensor:
+        rows = text.shape[1]
+        causal = Plan(rows - 1, (0,) * rows)
+        with torch.no_grad(), head_left_out(self._output_layer) as hidden:
+            passes = [PassRow(tokens, causal) for tokens in text.tolist()]
+            self._forward(cache, passes, None, last_logits_only=False)
+        return hidden[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The model's logits of hidden states that `hang` gave, `[..., d_model]` to `[..., V]`.
@@ -273,6 +289,7 @@ class Target:
         rows: Sequence[PassRow],
         look_ahead: LookAheadRows | None,
         last_logits_only: bool,
+        keep_hidden: bool = False,
     ) -> PassOutput:
         """Compiled where that was asked for and works here, else eager."""
         if self._compiled is not None:
@@ -282,7 +299,7 @@ class Target:
                 _log.warning("passes cannot be compiled, so they run eagerly: %s", error)
                 self._compiled = None
                 self._packed = PackedLinears(self.model) if self._packed else None
-        return self._forward(cache, rows, look_ahead, last_logits_only)
+        return self._forward(cache, rows, look_ahead, last_logits_only, keep_hidden)
 
     def _compilable(self, folder: Path) -> CompiledPasses | None:
         if self.device.type != "cpu":
@@ -344,6 +361,7 @@ class Target:
         rows: Sequence[PassRow],
         look_ahead: LookAheadRows | None,
         last_logits_only: bool,
+        keep_hidden: bool = False,
     ) -> PassOutput:
         layouts, longest, _, positions = self._laid_out(cache, rows)
         options: dict[str, Any] = {}
@@ -359,7 +377,7 @@ class Target:
             hidden: list[Tensor] = []
             if look_ahead is not None and look_ahead.lora is not None:
                 stack.enter_context(look_ahead.lora.applied(_split(layouts, longest, self.device)))
-            if look_ahead is not None and look_ahead.sampler is not None:
+            if keep_hidden:
                 hidden = stack.enter_context(head_kept(self._output_layer))
             output = self._call_model(
                 inputs_embeds=self._inputs(rows, longest, look_ahead),

@@ -24,14 +24,14 @@ from passlm.costs import Costs
 from passlm.generate import Generator, Options
 from passlm.lookahead import LookAhead
 from passlm.params import SamplingParams, StopParams
-from passlm.plan import strategy
+from passlm.plan import ByHead, strategy
 from passlm.planner import CostCurve
 from passlm.quantize import quantized
 from passlm.target import Target
 
 BASELINE = "ar"
 # Ours decode several prompts as one batch, too.
-OURS = (BASELINE, "fixed-token", "two-pass", "one-pass", "auto", "lookup")
+OURS = (BASELINE, "fixed-token", "two-pass", "one-pass", "draft-head", "auto", "lookup")
 THEIRS = ("hf", "hf-prompt-lookup", ASSISTED)
 METHODS = (*OURS, *THEIRS, *ENGINES)
 # The others run for each number of look-ahead tokens.
@@ -244,13 +244,34 @@ def _decoding(
     if name == "fixed-token":
         kind = "two-pass"
         rows = _fixed_rows(lm, target, tokens, base_model)
+    elif name == "draft-head":
+        rows = lm.look_ahead
+        check_head(rows, tokens)
     elif name != BASELINE:
         rows = lm.look_ahead
         Options.checked(rows, SamplingParams(), stopping, name, tokens)
     inputs = None if rows is None else rows.rows(target)
-    fixed = strategy(kind, tokens)
+    fixed = ByHead(tokens) if name == "draft-head" else strategy(kind, tokens)
     decode = PlanDecoding(target, lambda *_: fixed, inputs, lm.eos, stopping.ignore_eos)
     return decode, kind if kind == BASELINE else f"{kind}({tokens})"
+
+
+def check_head(rows: LookAhead | None, tokens: int) -> None:
+    """Make sure that there is a draft head that guesses so many tokens.
+
+    Raises:
+        MethodError: there is none, or it guesses fewer.
+    """
+    if rows is None or rows.head is None:
+        raise MethodError(
+            "method draft-head drafts with a draft head and none is loaded: take other "
+            "--lookahead files, or train one with 'passlm train --kind head'"
+        )
+    if not 1 <= tokens <= rows.head.depths:
+        raise MethodError(
+            f"method draft-head with {tokens} tokens: these files' head guesses 1 to "
+            f"{rows.head.depths}"
+        )
 
 
 def _other(name: str, lm: Generator, stopping: StopParams, others: Others) -> Decode:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from passlm.generate import Generator
 
 DEFAULT_METHODS = "ar,fixed-token,two-pass,one-pass,auto,lookup,hf,hf-prompt-lookup"
-NEED_LOOKAHEAD = ("auto", "two-pass", "one-pass")
+NEED_LOOKAHEAD = ("auto", "two-pass", "one-pass", "draft-head")
 # Given as lists, with each prompt, or as token ids and objects.
 SAMPLING_ELSEWHERE = (
     *("temperature", "seed", "logit_bias", "bad_words", "processors"),
@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_listed(str),
         default=_listed(str)(DEFAULT_METHODS),
         metavar="NAME,...",
-        help=f"default {DEFAULT_METHODS}; besides hf-assistant, llama-cpp and vllm",
+        help=f"default {DEFAULT_METHODS}; besides draft-head, hf-assistant, llama-cpp and vllm",
     )
     _add_others(parser)
     _add_lists(parser)

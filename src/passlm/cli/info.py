@@ -50,6 +50,7 @@ def _lookahead(folder: Path) -> dict[str, Any]:
             "layers": sum(len(group) for group in card.lora["groups"]),
         },
         "sampler": card.sampler and dict(card.sampler),
+        "head": card.head and dict(card.head),
         "numbers": rows.numbers,
         "licence": card.licence,
         "accepted_length": dict(card.accepted_length),

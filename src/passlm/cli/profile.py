@@ -56,8 +56,9 @@ def run(arguments: argparse.Namespace) -> None:
         f"weights: {ceiling:.1f} passes a second"
     )
     curve = lm.costs.curve(arguments.batch, arguments.context, anew=not arguments.kept)
-    prior = () if lm.look_ahead is None else lm.look_ahead.card.prior
-    rates = predicted(curve, prior)
+    card = None if lm.look_ahead is None else lm.look_ahead.card
+    prior, head = ((), ()) if card is None else (card.prior, card.head_prior)
+    rates = predicted(curve, prior, head[: len(curve.head_seconds)])
     print(f"engine: {lm.target.engine}; batch {arguments.batch}, context {arguments.context}")
     print(cost_table(curve))
     print(f"plain decoding reaches {curve.plain() / ceiling:.0%} of the ceiling")
@@ -75,13 +76,22 @@ def run(arguments: argparse.Namespace) -> None:
                 "passes_per_second_at_most": ceiling,
                 "curve": asdict(curve),
                 "prior": list(prior),
+                "head_prior": list(head),
                 "tokens_per_second": rates,
             }
         )
 
 
-def predicted(curve: CostCurve, prior: tuple[float, ...]) -> list[dict[str, Any]]:
-    """Tokens a second of each text by METHOD's formulas, plain decoding first."""
+def predicted(
+    curve: CostCurve, prior: tuple[float, ...], head: tuple[float, ...] = ()
+) -> list[dict[str, Any]]:
+    """Tokens a second of each text by METHOD's formulas, plain decoding first.
+
+    Args:
+        curve: what passes cost.
+        prior: chance of each look-ahead candidate, once those before it are accepted.
+        head: likewise of the draft head's.
+    """
     from passlm.planner import expected_length
 
     rates = [{"method": "ar", "lookahead_tokens": 0, "tokens_per_second": curve.plain()}]
@@ -90,6 +100,11 @@ def predicted(curve: CostCurve, prior: tuple[float, ...]) -> list[dict[str, Any]
         two, one = curve.two_pass(expected, rows), curve.one_pass(expected, rows)
         for method, rate in (("two-pass", two), ("one-pass", one)):
             rates.append({"method": method, "lookahead_tokens": rows, "tokens_per_second": rate})
+    for tokens in range(1, 1 + len(head)):
+        rate = curve.by_head(expected_length(head[:tokens]), tokens)
+        rates.append(
+            {"method": "draft-head", "lookahead_tokens": tokens, "tokens_per_second": rate}
+        )
     return rates
 
 
@@ -98,6 +113,8 @@ def cost_table(curve: CostCurve) -> str:
     lines = [f"{'pass':<28}{'ms':>8}{'of one row':>12}"]
     passes = [(f"{rows} real rows", curve.of(rows)) for rows in curve.rows]
     passes += [(f"root and {n} look-ahead rows", curve.of(1, n, n)) for n in curve.groups]
+    guesses = range(1, 1 + len(curve.head_seconds))
+    passes += [(f"draft head, {n} tokens more", curve.head(n)) for n in guesses]
     lines += [f"{what:<28}{s * 1e3:>8.1f}{s / curve.of(1):>12.2f}" for what, s in passes]
     return "\n".join(lines)
 
@@ -133,7 +150,7 @@ def plot(curve: CostCurve, rates: list[dict[str, Any]], ceiling: float) -> bytes
     costs.set(title="cost of a pass", xlabel="rows", ylabel="ms", ylim=(0, None))
     costs.legend()
     speeds.axhline(rates[0]["tokens_per_second"], color="0.4", label="plain")
-    for method in ("two-pass", "one-pass"):
+    for method in dict.fromkeys(r["method"] for r in rates[1:]):
         mine = [r for r in rates if r["method"] == method]
         speeds.plot(
             [r["lookahead_tokens"] for r in mine],

@@ -24,6 +24,7 @@ from passlm.errors import InputError
 from passlm.train.config import Kind, TrainConfig
 
 if TYPE_CHECKING:
+    from passlm.card import Card
     from passlm.lookahead import LookAhead
     from passlm.models import LoadedModel
     from passlm.target import Target
@@ -84,6 +85,8 @@ def run(arguments: argparse.Namespace) -> None:
     """
     config = taken(TrainConfig, arguments)
     _check_lists(arguments)
+    if config.kind == "head" and arguments.start_from is None:
+        raise InputError("--kind head adds a draft head to files: name them with --start-from")
     board = _board_writer() if arguments.tensorboard else None
     processes = _processes(arguments)
     with contextlib.nullcontext() if processes is None else processes.ending_together():
@@ -242,14 +245,17 @@ def _trainer(
 ) -> Trainer:
     from passlm.lookahead import LookAhead
     from passlm.models import DEFAULT_HUB_ID, DEFAULT_MODEL
+    from passlm.train.head import HeadTrainer
     from passlm.train.loop import CHECKPOINT, HISTORY, Trainer
 
     named = DEFAULT_HUB_ID if arguments.model == DEFAULT_MODEL else arguments.model
+    head = config.kind == "head"
     rows = LookAhead.mean(target, config.lookahead_tokens, named)
     if arguments.start_from is not None:
         rows = _started_from(arguments.start_from, target, config)
-    rows = _with_parts(rows, target, config)
-    trainer = Trainer(target, rows, windows, held_out, config, arguments.out, processes)
+    rows = _with_head(rows, windows, config) if head else _with_parts(rows, target, config)
+    kind = HeadTrainer if head else Trainer
+    trainer = kind(target, rows, windows, held_out, config, arguments.out, processes)
     if arguments.resume:
         trainer.resume()
     elif arguments.overwrite and trainer.writes:
@@ -264,7 +270,7 @@ def _started_from(name: str, target: Target, config: TrainConfig) -> LookAhead:
 
     rows = load(locate(name, target))
     rows.check(target)
-    if rows.tokens != config.lookahead_tokens:
+    if rows.tokens != config.lookahead_tokens and config.kind != "head":
         raise LookAheadError(
             f"--start-from {name} has {rows.tokens} rows and --lookahead-tokens is "
             f"{config.lookahead_tokens}: make them equal"
@@ -288,6 +294,28 @@ def _with_parts(rows: LookAhead, target: Target, config: TrainConfig) -> LookAhe
         new.lora and (rows.lora or new.lora),
         new.sampler and (kept or new.sampler),
     )
+
+
+def _with_head(rows: LookAhead, windows: TokenWindows, config: TrainConfig) -> LookAhead:
+    """The rows with a draft head; one that they have already goes on from there."""
+    from passlm.card import LookAheadError
+    from passlm.draft_head import DraftHead
+    from passlm.lookahead import LookAhead
+
+    kept = rows.head
+    if kept is None:
+        shape = config.head_width, config.head_tokens, config.head_depths
+        listed = windows.frequent(config.head_vocabulary)
+        d_model = int(rows.embeddings.shape[1])
+        new = DraftHead.start(d_model, *shape, listed, config.seed)
+        return LookAhead(rows.embeddings, rows.card, rows.lora, rows.sampler, new)
+    for name, has in (("width", kept.width), ("tokens", kept.tokens), ("depths", kept.depths)):
+        wanted = getattr(config, f"head_{name}")
+        if has != wanted:
+            raise LookAheadError(
+                f"--start-from has head-{name} {has} and --head-{name} is {wanted}: make them equal"
+            )
+    return rows
 
 
 def _check_parts(rows: LookAhead, new: LookAhead, config: TrainConfig) -> None:
@@ -314,6 +342,8 @@ def _check_parts(rows: LookAhead, new: LookAhead, config: TrainConfig) -> None:
 
 
 def _kind(rows: LookAhead) -> Kind:
+    if rows.head is not None:
+        return "head"
     if rows.sampler is not None:
         return "sampler"
     return "embeddings" if rows.lora is None else "lora"
@@ -367,7 +397,7 @@ def _board(
 
 def _finish(arguments: argparse.Namespace, trainer: Trainer) -> dict[str, Any]:
     from passlm.lookahead import CARD_FILE
-    from passlm.provenance import provenance, write_atomically
+    from passlm.provenance import write_atomically
     from passlm.train.loop import read_history
     from passlm.train.report import curves, model_card
 
@@ -379,30 +409,40 @@ def _finish(arguments: argparse.Namespace, trainer: Trainer) -> dict[str, Any]:
     if not trainer.writes:
         return {}
     rows = trainer.look_ahead
-    rows.card = replace(
-        rows.card,
-        licence=arguments.licence,
-        training={
-            "started_from": rows.card.training if arguments.start_from else "mean embedding",
-            "data": _described_data(arguments),
-            **asdict(trainer.config),
-            "groups_seen": trainer.groups_seen,
-            "seconds": round(trainer.seconds),
-            "dtype": arguments.dtype,
-            "provenance": provenance([]),
-        },
-        accepted_length={
-            "held-out text, teacher-forced": {
-                "accepted_length": sum(shares or ()),
-                "by_position": [round(share, 4) for share in shares or ()],
-            }
-        },
-    )
+    rows.card = _card(arguments, trainer, shares or ())
     rows.save(trainer.folder)
     write_atomically(trainer.folder / "curves.png", curves(history))
     write_atomically(trainer.folder / "README.md", model_card(rows.card))
     _log.info("wrote %s", trainer.folder / CARD_FILE)
     return {"accepted_length": sum(shares or ()), "steps": trainer.steps_done}
+
+
+def _card(arguments: argparse.Namespace, trainer: Trainer, shares: Sequence[float]) -> Card:
+    """The files' card with what was trained, and the held-out shares accepted to each row."""
+    from passlm.provenance import provenance
+
+    card = trainer.look_ahead.card
+    training = {
+        "data": _described_data(arguments),
+        **asdict(trainer.config),
+        "groups_seen": trainer.groups_seen,
+        "seconds": round(trainer.seconds),
+        "dtype": arguments.dtype,
+        "provenance": provenance([]),
+    }
+    by_position = [round(share, 4) for share in shares]
+    if trainer.config.kind == "head":  # the rest of the files is as it was
+        return replace(
+            card, head={**(card.head or {}), "by_position": by_position, "training": training}
+        )
+    started_from = card.training if arguments.start_from else "mean embedding"
+    held_out = {"accepted_length": sum(shares), "by_position": by_position}
+    return replace(
+        card,
+        licence=arguments.licence,
+        training={"started_from": started_from, **training},
+        accepted_length={"held-out text, teacher-forced": held_out},
+    )
 
 
 def _described_data(arguments: argparse.Namespace) -> dict[str, str]:

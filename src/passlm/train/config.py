@@ -8,8 +8,9 @@ from typing import Literal, get_args
 from passlm.errors import InputError
 
 Loss = Literal["distillation", "cross-entropy", "acceptance"]
-Kind = Literal["embeddings", "lora", "sampler"]
-"""What is trained, each with all of those before it; see METHOD's list in `docs/training.md`."""
+Kind = Literal["embeddings", "lora", "sampler", "head"]
+"""What is trained, each with all of those before it, but for `head`: a draft head is trained alone
+and added to files that there are; see `docs/training.md`."""
 
 
 class ConfigError(InputError):
@@ -26,7 +27,10 @@ class TrainConfig:
 
     kind: Kind = field(
         default="sampler",
-        metadata={"help": "what to train: embeddings alone, gated LoRA too, a sampler head too"},
+        metadata={
+            "help": "what to train: embeddings alone, gated LoRA too, a sampler head too; or a "
+            "draft head for the files of --start-from"
+        },
     )
     lookahead_tokens: int = field(default=6, metadata={"help": "look-ahead rows to train, L"})
     lora_rank: int = field(default=12, metadata={"help": "of each layer's low-rank update"})
@@ -37,6 +41,21 @@ class TrainConfig:
     sampler_width: int = field(default=640, metadata={"help": "of the sampler head"})
     sampler_tokens: int = field(
         default=2, metadata={"help": "how many tokens before its own the head is told"}
+    )
+    head_width: int = field(default=640, metadata={"help": "of the draft head"})
+    head_tokens: int = field(
+        default=2,
+        metadata={"help": "how many tokens before the guessed one the draft head is told"},
+    )
+    head_depths: int = field(
+        default=3, metadata={"help": "tokens that the draft head guesses behind a row"}
+    )
+    head_vocabulary: int = field(
+        default=8192,
+        metadata={"help": "tokens that the draft head guesses among, the text's most frequent"},
+    )
+    head_texts: int = field(
+        default=64, metadata={"help": "a draft head's anchors are drawn from so many last texts"}
     )
     steps: int = field(default=1000, metadata={"help": "optimiser steps"})
     sequences: int = field(default=1, metadata={"help": "texts that go through at once"})
@@ -64,10 +83,11 @@ class TrainConfig:
         default=1.0, metadata={"help": "row j weighs this to the power of j - 1 in the loss"}
     )
     learning_rate: float = field(
-        default=0.01, metadata={"help": "of the embeddings; highest of the cosine, as all three"}
+        default=0.01, metadata={"help": "of the embeddings; highest of the cosine, as all of them"}
     )
     lora_learning_rate: float = field(default=0.002, metadata={"help": "of the LoRA"})
     sampler_learning_rate: float = field(default=0.001, metadata={"help": "of the sampler head"})
+    head_learning_rate: float = field(default=0.002, metadata={"help": "of the draft head"})
     warmup: int = field(default=20, metadata={"help": "steps until the highest rate"})
     clip: float = field(default=1.0, metadata={"help": "longest gradient; 0 for any length"})
     gradient_checkpointing: bool = field(
@@ -85,6 +105,11 @@ class TrainConfig:
             "lora_rank",
             "sampler_width",
             "sampler_tokens",
+            "head_width",
+            "head_tokens",
+            "head_depths",
+            "head_vocabulary",
+            "head_texts",
             "steps",
             "sequences",
             "accumulate",
@@ -94,7 +119,7 @@ class TrainConfig:
             "checkpoint_every",
         ):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        needed = self.anchors + self.lookahead_tokens + 1
+        needed = self.anchors + self.reach + 1
         _require(
             self.sequence_tokens >= needed,
             "sequence_tokens",
@@ -108,6 +133,7 @@ class TrainConfig:
             "learning_rate",
             "lora_learning_rate",
             "sampler_learning_rate",
+            "head_learning_rate",
             "teacher_temperature",
             "position_weight",
         ):
@@ -117,6 +143,11 @@ class TrainConfig:
         _require(self.warmup >= 0, "warmup", self.warmup, "0 or more")
         _require(0 < self.held_out < 1, "held_out", self.held_out, "between 0 and 1")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "between 0 and 2**63 - 1")
+
+    @property
+    def reach(self) -> int:
+        """Tokens that are guessed behind an anchor."""
+        return self.head_depths if self.kind == "head" else self.lookahead_tokens
 
 
 def _require(holds: bool, name: str, value: object, expected: str) -> None:

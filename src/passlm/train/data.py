@@ -363,6 +363,19 @@ class TokenWindows:
         ids = source.window(int(order[place]), self._seed, epoch, self.length)
         return torch.from_numpy(ids.astype(np.int64))
 
+    def frequent(self, count: int) -> Tensor:
+        """Ids of the most frequent tokens, best first, at most so many, int64.
+
+        Each source counts by its weight; ids that do not occur are left out.
+        """
+        longest = 1 + max(int(span.max()) for s in self._sources for span in s.spans)
+        shares = np.zeros(longest)
+        for source, slots in zip(self._sources, self._slots, strict=True):
+            for span in source.spans:
+                shares += np.bincount(span, minlength=longest) * (slots / source.tokens)
+        order = np.argsort(-shares, kind="stable")[:count]
+        return torch.from_numpy(order[shares[order] > 0])
+
     def batch(self, step: int, size: int) -> Tensor:
         """The windows of training step `step`, counted from 0: ids, int64 `[size, length]`."""
         return torch.stack([self.window(step * size + row) for row in range(size)])

@@ -113,11 +113,26 @@ class Trainer:
         self.steps_done = 0
         self.seconds = 0.0
         self.processes = processes
-        self.parameters = dict(look_ahead.named_parameters())
-        self.optimizer = torch.optim.Adam(_rated(look_ahead, config), betas=BETAS)
+        self.parameters = self.trained(look_ahead)
+        self.optimizer = torch.optim.Adam(self.rated(look_ahead), betas=BETAS)
         self._rows = look_ahead.trained_rows(target)
         self._tables = None if look_ahead.sampler is None else target.embeddings
         check_logits(target)
+
+    def trained(self, look_ahead: LookAhead) -> dict[str, nn.Parameter]:
+        """What the steps change, by name."""
+        return dict(look_ahead.named_parameters())
+
+    def rated(self, look_ahead: LookAhead) -> list[dict[str, Any]]:
+        """Adam's parameter groups, each with its highest learning rate."""
+        config = self.config
+        rates = [(look_ahead.embeddings, config.learning_rate)]
+        if look_ahead.lora is not None:
+            rates += [(p, config.lora_learning_rate) for p in look_ahead.lora.parameters()]
+        if look_ahead.sampler is not None:
+            rates += [(p, config.sampler_learning_rate) for p in look_ahead.sampler.parameters()]
+        highest = dict.fromkeys(rate for _, rate in rates)
+        return [{"params": [p for p, r in rates if r == rate], "highest": rate} for rate in highest]
 
     @property
     def groups_seen(self) -> int:
@@ -182,18 +197,28 @@ class Trainer:
         for batch in range(config.accumulate):
             first = ((step * config.accumulate + batch) * count + rank) * config.sequences
             indices = range(first, first + config.sequences)
-            text = torch.stack([self.windows.window(i) for i in indices]).to(self.target.device)
-            layouts = [self._layout(index) for index in indices]
-            hung = self.target.hang(text, layouts, self._rows, config.gradient_checkpointing)
+            text, hung = self.batch(indices)
             total += self._backward(hung, text) / config.accumulate
         if self.processes is None:
             return total
         return self.processes.average(total, self.parameters)
 
+    def batch(self, windows: Sequence[int]) -> tuple[Tensor, Hung]:
+        """Texts of these numbers, `[B, S]`, and the rows on them that are trained."""
+        text = torch.stack([self.windows.window(i) for i in windows]).to(self.target.device)
+        return text, self.hang(text, [self._layout(index) for index in windows])
+
+    def hang(self, text: Tensor, layouts: Sequence[Layout]) -> Hung:
+        """The rows that are trained, hung on some texts, `[B, S]`."""
+        return self.target.hang(text, layouts, self._rows, self.config.gradient_checkpointing)
+
     def _layout(self, window: int) -> Layout:
         config = self.config
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + window)
-        return anchored(config.sequence_tokens, group_lengths(config), generator)
+        return anchored(config.sequence_tokens, group_lengths(config), self.drawing(window))
+
+    def drawing(self, window: int) -> torch.Generator:
+        """What draws the anchors of a text."""
+        return torch.Generator().manual_seed(self.config.seed * 1_000_003 + window)
 
     def _backward(self, hung: Hung, text: Tensor) -> float:
         """Adds a batch's share to the gradients, part by part; gives its mean loss."""
@@ -253,13 +278,13 @@ class Trainer:
         """
         config = self.config
         generator = torch.Generator().manual_seed(config.seed)
-        rows = config.lookahead_tokens
+        rows = config.reach
         groups = min(EVALUATION_GROUPS, config.sequence_tokens - rows - 1)
         lengths: list[Tensor] = []
         for index in range(config.evaluate_texts):
             text = self.held_out.window(index)[None].to(self.target.device)
             layout = anchored(config.sequence_tokens, [rows] * groups, generator)
-            hung = self.target.hang(text, [layout], self._rows)
+            hung = self.hang(text, [layout])
             lengths += [
                 accepted_lengths(part.hits(self._guesses(part)[1]), part.depth)
                 for _, part in parts(self.target, hung, text)
@@ -353,17 +378,6 @@ class Trainer:
         write_atomically(self.folder / HISTORY, lines.getvalue())
 
 
-def _rated(look_ahead: LookAhead, config: TrainConfig) -> list[dict[str, Any]]:
-    """Adam's parameter groups, each with its highest learning rate."""
-    rates = [(look_ahead.embeddings, config.learning_rate)]
-    if look_ahead.lora is not None:
-        rates += [(p, config.lora_learning_rate) for p in look_ahead.lora.parameters()]
-    if look_ahead.sampler is not None:
-        rates += [(p, config.sampler_learning_rate) for p in look_ahead.sampler.parameters()]
-    highest = dict.fromkeys(rate for _, rate in rates)
-    return [{"params": [p for p, r in rates if r == rate], "highest": rate} for rate in highest]
-
-
 def check_logits(target: Target) -> None:
     """Make sure that logits come out of hidden states as they come out of the model itself.
 
@@ -395,7 +409,7 @@ def group_lengths(config: TrainConfig) -> list[int]:
     Later rows are reached less often in decoding and cost as much to train (the conditional drop
     of PARD, arXiv 2504.18583). The numbers are the same for every text, so that texts stack.
     """
-    reach = [round(config.anchors * config.keep**row) for row in range(config.lookahead_tokens)]
+    reach = [round(config.anchors * config.keep**row) for row in range(config.reach)]
     return [sum(1 for count in reach if index < max(count, 1)) for index in range(config.anchors)]
 
 

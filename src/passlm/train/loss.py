@@ -102,13 +102,12 @@ def parts(
     Args:
         target: the model.
         hung: look-ahead rows of the texts.
-        text: token ids, `[B, S]`; each row's `position + 1` lies inside it.
+        text: token ids of the texts, `[T, S]`; each row's `position + 1` lies inside its own.
         temperature: the teacher's distribution is that of its logits divided by this.
         gradients: give every part hidden states that gather a gradient of their own.
     """
     hidden = hung.hidden.detach().flatten(0, 1)
-    depth, position = hung.depth.flatten(), hung.position.flatten()
-    texts = torch.arange(len(text), device=text.device).repeat_interleave(hung.depth.shape[1])
+    depth, position, texts = hung.depth.flatten(), hung.position.flatten(), hung.text.flatten()
     most = max(1, PART_NUMBERS // target.vocabulary)
     starts = (depth == 1).nonzero().squeeze(1).tolist()
     for start, end in _spans([*starts, len(depth)], most):

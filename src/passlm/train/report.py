@@ -78,10 +78,18 @@ def model_card(card: Card) -> str:
             "",
             *_table(("setting", "value"), card.training),
             "",
+            *_of_head(card),
             "![curves](curves.png)",
             "",
         ]
     )
+
+
+def _of_head(card: Card) -> list[str]:
+    """How the draft head was trained, and what of its guesses held-out text accepts."""
+    if card.head is None:
+        return []
+    return ["## Draft head", "", *_table(("setting", "value"), card.head), ""]
 
 
 def _parts(card: Card) -> str:
@@ -100,6 +108,11 @@ def _parts(card: Card) -> str:
         parts.append(
             f"a sampler head of width {card.sampler['width']}, told {told} token"
             f"{'s' * (told > 1)} before each row's own"
+        )
+    if card.head is not None:
+        parts.append(
+            f"a draft head of width {card.head['width']}, which guesses {card.head['depths']} "
+            f"tokens behind a row among {card.head['listed']}, without look-ahead rows"
         )
     return "; ".join(parts)
 

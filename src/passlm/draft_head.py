@@ -1,0 +1,208 @@
+"""The draft head: candidates from the last settled row's hidden state, without look-ahead rows.
+
+Every pass has already made the hidden state of the last row it accepted. From that and from the
+embeddings of the last few tokens, settled or drafted since, this head guesses the next token among
+those that texts are mostly made of, and then the ones behind it. A guess costs a small part of a
+pass, so that a draft can be had where no look-ahead group was hung.
+
+Heads that are told the tokens before theirs: Hydra (Ankner et al., arXiv 2402.05109). Drafting from
+a part of the vocabulary: FR-Spec (Zhao et al., arXiv 2502.14856).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from passlm.likeliest import shortlist
+from passlm.products import RowsProduct, preferred
+from passlm.sampler import SHORTLIST, Embeddings, Shortlist, last_tokens, normed
+
+
+class DraftHead(nn.Module):
+    """Two layers from a hidden state and embeddings to logits of the listed tokens.
+
+    A guess `j` tokens behind the row has the logits
+    `E out(silu(hidden_in(h) + token_in(e) + depth_in_j))`, where `E` are the listed tokens' rows of
+    the target's output layer.
+
+    Args:
+        hidden_in: `[width, d_model]`, for the row's hidden state.
+        token_in: `[width, tokens * d_model]`, for the embeddings of so many tokens before the
+            guessed one, the last one first.
+        depth_in: `[depths, width]`, one for each token that may be guessed behind a row.
+        out: `[d_model, width]`.
+        listed: ids of the tokens that may be guessed, `[K]`.
+    """
+
+    NAMES = ("hidden_in", "token_in", "depth_in", "out", "listed")
+    listed: Tensor
+
+    def __init__(
+        self, hidden_in: Tensor, token_in: Tensor, depth_in: Tensor, out: Tensor, listed: Tensor
+    ) -> None:
+        super().__init__()
+        self.hidden_in = nn.Parameter(hidden_in)
+        self.token_in = nn.Parameter(token_in)
+        self.depth_in = nn.Parameter(depth_in)
+        self.out = nn.Parameter(out)
+        self.register_buffer("listed", listed.long())
+
+    @classmethod
+    def start(
+        cls, d_model: int, width: int, tokens: int, depths: int, listed: Tensor, seed: int = 0
+    ) -> DraftHead:
+        """A head that knows nothing yet: `out` is zero."""
+        generator = torch.Generator().manual_seed(seed)
+        hidden_in = torch.randn(width, d_model, generator=generator) / d_model**0.5
+        token_in = torch.randn(width, tokens * d_model, generator=generator)
+        return cls(
+            hidden_in,
+            token_in / (tokens * d_model) ** 0.5,
+            torch.zeros(depths, width),
+            torch.zeros(d_model, width),
+            listed,
+        )
+
+    @property
+    def width(self) -> int:
+        """Numbers between the two layers."""
+        return int(self.out.shape[1])
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens before the guessed one it is told."""
+        return int(self.token_in.shape[1]) // int(self.hidden_in.shape[1])
+
+    @property
+    def depths(self) -> int:
+        """How many tokens it can guess behind a row."""
+        return len(self.depth_in)
+
+    def description(self) -> dict[str, int]:
+        """What a look-ahead card says of its shape."""
+        return {
+            "width": self.width,
+            "tokens": self.tokens,
+            "depths": self.depths,
+            "listed": len(self.listed),
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that is stored, by its name."""
+        return {f"head.{name}": getattr(self, name) for name in self.NAMES}
+
+    def logits(self, hidden: Tensor, before: Tensor, depth: Tensor, outputs: Tensor) -> Tensor:
+        """Logits of the listed tokens, `[R, K]`, for training.
+
+        Args:
+            hidden: hidden states of real rows, as the target's output layer takes them, `[R, d]`.
+            before: input embeddings of the tokens before the guessed ones, the last one first,
+                `[R, tokens, d]`.
+            depth: how many tokens behind its row each guess is, from 1, `[R]`.
+            outputs: rows of the target's output layer for the listed tokens, `[K, d]`.
+        """
+        from_hidden = nn.functional.linear(normed(hidden), self.hidden_in)
+        told = nn.functional.linear(normed(before).flatten(-2), self.token_in)
+        inner = nn.functional.silu(from_hidden + told + self.depth_in[depth - 1])
+        return nn.functional.linear(nn.functional.linear(inner, self.out), outputs)
+
+
+@dataclass(frozen=True)
+class AppliedHead:
+    """A draft head in the form decoding takes: copies without gradients, for one target.
+
+    Attributes:
+        hidden_in: product with `hidden_in`; the others likewise.
+        token_in: of the embeddings of the tokens before.
+        out: back to a hidden state.
+        outputs: the listed tokens' rows of the target's output layer.
+        depth_in: `[depths, width]`.
+        listed: ids of the listed tokens, `[K]`.
+        inputs: input embeddings of the target, `[V, d_model]`.
+        tokens: how many tokens before the guessed one are told.
+    """
+
+    hidden_in: nn.Module
+    token_in: nn.Module
+    out: nn.Module
+    outputs: nn.Module
+    depth_in: Tensor
+    listed: Tensor
+    inputs: Tensor
+    tokens: int
+
+    @classmethod
+    def of(cls, head: DraftHead, tables: Embeddings, dtype: torch.dtype) -> AppliedHead:
+        """A head for a target with these tables.
+
+        On a CPU rows are float32. Where our own products are the fastest, weights have the type
+        asked for, and what a row gives does not depend on the rows beside it.
+        """
+        device = tables.inputs.device
+        rows = torch.float32 if device.type == "cpu" else dtype
+        ours = device.type == "cpu" and dtype in (torch.bfloat16, torch.float32) and preferred()
+
+        def product(weight: Tensor) -> nn.Module:
+            weight = weight.detach().to(device)
+            return RowsProduct(weight.to(dtype)) if ours else _Linear(weight.to(rows))
+
+        listed = head.listed.to(device)
+        return cls(
+            product(head.hidden_in),
+            product(head.token_in),
+            product(head.out),
+            product(tables.outputs[listed]),
+            head.depth_in.detach().to(device, rows, copy=True),
+            listed,
+            tables.inputs,
+            head.tokens,
+        )
+
+    @property
+    def depths(self) -> int:
+        """How many tokens it can guess behind a row."""
+        return len(self.depth_in)
+
+
+class _Linear(nn.Module):
+    """A plain product with a copy of some weights."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return nn.functional.linear(rows, self.get_buffer("weight"))
+
+
+class HeadSampler:
+    """Drafts behind the last rows of some texts, token by token; stands in for a `GroupSampler`.
+
+    Args:
+        head: the head.
+        hidden: the rows' hidden states, `[d_model]` each.
+        lengths: how many tokens each text is to have, up to the head's depths.
+    """
+
+    def __init__(self, head: AppliedHead, hidden: Sequence[Tensor], lengths: Sequence[int]) -> None:
+        self._head = head
+        self.lengths = list(lengths)
+        rows = normed(torch.stack(list(hidden)).to(head.depth_in.dtype))
+        self._from_hidden: Tensor = head.hidden_in(rows)
+
+    def shortlists(
+        self, depth: int, groups: Sequence[int], histories: Sequence[Sequence[int]]
+    ) -> tuple[list[Shortlist], Tensor]:
+        """What some texts may guess at one depth; see `GroupSampler.shortlists`."""
+        head = self._head
+        before = head.inputs[last_tokens(histories, head.tokens, head.listed.device)]
+        told: Tensor = head.token_in(normed(before.to(self._from_hidden.dtype)).flatten(-2))
+        inner = nn.functional.silu(self._from_hidden[list(groups)] + told + head.depth_in[depth])
+        logits: Tensor = head.outputs(head.out(inner))
+        best, places = shortlist(logits, min(SHORTLIST, len(head.listed)))
+        vocabulary = len(head.inputs)
+        return [Shortlist(own, vocabulary) for own in head.listed[places]], best

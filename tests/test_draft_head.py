@@ -1,0 +1,209 @@
+"""The draft head: its numbers, its files, and what it drafts in a decoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.functional import silu
+
+from passlm import lookahead
+from passlm.decode import Decoder
+from passlm.draft_head import AppliedHead, DraftHead, HeadSampler
+from passlm.lookahead import LookAhead, LookAheadError
+from passlm.params import SamplingParams
+from passlm.plan import Chain, Limits
+from passlm.planner import AutoPlan, CostCurve
+from passlm.products import preferred
+from passlm.row import Request
+from passlm.sampler import Embeddings
+from passlm.target import Target
+
+VOCABULARY, D, WIDTH, TOLD, DEPTHS, LISTED = 40, 16, 12, 2, 3, 30
+
+
+def noise(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def tables() -> Embeddings:
+    return Embeddings(noise(VOCABULARY, D, seed=1), noise(VOCABULARY, D, seed=2))
+
+
+@pytest.fixture
+def head() -> DraftHead:
+    listed = torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(3))[:LISTED]
+    made = DraftHead.start(D, WIDTH, TOLD, DEPTHS, listed)
+    made.out.data.copy_(noise(D, WIDTH, seed=4))
+    made.depth_in.data.copy_(noise(DEPTHS, WIDTH, seed=5))
+    return made
+
+
+def by_hand(head: DraftHead, tables: Embeddings, hidden: Tensor, text: list[int], j: int) -> Tensor:
+    """The definition, for one guess `j` tokens behind its row."""
+
+    def normed(row: Tensor) -> Tensor:
+        return row / (row.square().mean() + 1e-6).sqrt()
+
+    told = torch.cat([normed(tables.inputs[token]) for token in (text[-1], text[-2])])
+    inner = silu(head.hidden_in @ normed(hidden) + head.token_in @ told + head.depth_in[j - 1])
+    return tables.outputs[head.listed] @ (head.out @ inner)
+
+
+def test_logits_are_those_of_the_definition(head: DraftHead, tables: Embeddings) -> None:
+    """Catches tokens told in the wrong order, another depth's numbers, unlisted rows."""
+    texts, depths = [[5, 9], [7, 1], [3, 3]], torch.tensor([1, 3, 2])
+    hidden = noise(3, D, seed=6)
+    before = tables.inputs[torch.tensor([text[::-1] for text in texts])]
+    found = head.logits(hidden, before, depths, tables.outputs[head.listed])
+    for row, text in enumerate(texts):
+        expected = by_hand(head, tables, hidden[row], text, int(depths[row]))
+        torch.testing.assert_close(found[row], expected)
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+def test_decoding_takes_the_same_numbers(
+    head: DraftHead, tables: Embeddings, dtype: torch.dtype, close: float
+) -> None:
+    """Catches places of the list taken for ids, another text's hidden state or history, later
+    training that reaches a copy, and numbers that depend on the texts beside."""
+    tables = Embeddings(tables.inputs.to(dtype), tables.outputs.to(dtype))
+    exact = Embeddings(tables.inputs.float(), tables.outputs.float())
+    hidden, texts = noise(3, D, seed=7), [[1, 2, 3], [4], [5, 6]]
+    expected = [
+        by_hand(head, exact, hidden[n], text if len(text) > 1 else text * 2, 2)
+        for n, text in enumerate(texts)
+    ]
+    applied = AppliedHead.of(head, tables, dtype)
+    ids = head.listed.tolist()
+    head.out.data.zero_()
+    sampler = HeadSampler(applied, list(hidden), [2, 2, 2])
+    shortlists, logits = sampler.shortlists(1, [2, 0, 1], [texts[2], texts[0], texts[1]])
+    for at, n in enumerate((2, 0, 1)):
+        order = [ids.index(token) for token in shortlists[at].tokens.tolist()]
+        assert shortlists[at].vocabulary == VOCABULARY
+        wanted = expected[n].detach()
+        scale = float(wanted.abs().max())
+        torch.testing.assert_close(logits[at], wanted[order], rtol=close, atol=close * scale)
+        assert bool((logits[at].diff() <= 0).all())
+    if preferred():
+        alone = HeadSampler(applied, [hidden[2]], [2]).shortlists(1, [0], [texts[2]])[1]
+        assert torch.equal(alone[0], logits[0])
+
+
+# Files
+
+
+def test_files_keep_it(llama: Target, tmp_path: Path) -> None:
+    """Catches a part left out of the folder, ids rounded, and a card without its figures."""
+    rows = tiny.random_look_ahead(llama, 3, rank=2, sampler_width=4, head_width=8)
+    assert rows.head is not None
+    rows.card.head.update(by_position=[0.5, 0.2, 0.15])  # type: ignore[union-attr]
+    rows.save(tmp_path)
+    again = lookahead.load(tmp_path)
+    assert again.head is not None
+    assert torch.equal(again.head.listed, rows.head.listed)
+    torch.testing.assert_close(again.head.out, rows.head.out, rtol=0.01, atol=0.01)
+    assert again.card.head_prior == pytest.approx((0.5, 0.4, 0.75))
+    assert again.card.head == {"width": 8, "tokens": 2, "depths": 3, "listed": 48} | {
+        "by_position": [0.5, 0.2, 0.15]
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "said"),
+    [
+        ("head.out", torch.zeros(4, 4), "another shape"),
+        ("head.listed", torch.full((48,), 64, dtype=torch.int32), "does not know"),
+        ("head.listed", torch.full((48,), -1, dtype=torch.int32), "does not know"),
+        ("head.more", torch.zeros(2), "other tensors"),
+        ("head.out", None, "head.out"),
+    ],
+)
+def test_damaged_files_are_refused(
+    llama: Target, tmp_path: Path, name: str, changed: Tensor | None, said: str
+) -> None:
+    """Catches an index error in the middle of a text."""
+    tiny.random_look_ahead(llama, 3, head_width=8).save(tmp_path)
+    path = tmp_path / lookahead.TENSORS_FILE
+    tensors = {k: v for k, v in load_file(path).items() if k != name}
+    save_file(tensors if changed is None else {**tensors, name: changed}, path)
+    with pytest.raises(LookAheadError, match=said):
+        lookahead.load(tmp_path)
+
+
+def test_without_figures_a_card_guesses(llama: Target) -> None:
+    """Catches a head that is never tried since nobody measured it."""
+    card = tiny.random_look_ahead(llama, 3, head_width=8).card
+    assert len(card.head_prior) == 3
+    assert all(0 < chance < 1 for chance in card.head_prior)
+    assert LookAhead.mean(llama, 3, "tiny").card.head_prior == ()
+
+
+# In a decoder
+
+CHEAP = CostCurve((1, 41), (1.0, 1.2), (1, 6), (0.1, 0.1), 0.0, (0.01, 0.02, 0.03))
+
+
+def test_it_drafts_behind_the_row_that_was_accepted_last(llama: Target) -> None:
+    """Catches the hidden state of another row of the pass, or of the pass before."""
+    rows = tiny.random_look_ahead(llama, 3, head_width=8).rows(llama)
+    assert rows.head is not None
+    plan = AutoPlan(CHEAP, lookup=False, head=(0.6, 0.5, 0.4))
+    request = Request.of(tiny.prompt(9), SamplingParams(), 30, plan)
+    decoder = Decoder(llama, rows)
+    row = decoder.join(request)
+    seen: set[int] = set()
+    decoder.step()
+    for _ in range(20):
+        text, before = list(row.tokens), row.hidden
+        # The state of the row that the root was drawn from: the last but one token's.
+        truth = llama.hidden(torch.tensor([text]))[0, -2]
+        assert before is not None
+        torch.testing.assert_close(before, truth, rtol=1e-4, atol=1e-4)
+        decoder.step()
+        if not decoder.rows:
+            break
+        guesses = row.choice.chain
+        assert guesses is not None
+        sampler = HeadSampler(rows.head, [truth], [1])
+        first = sampler.shortlists(0, [0], [text])[0][0].tokens[0]
+        assert guesses.source == "head"
+        assert guesses.tokens[0] == int(first)
+        seen.add(len(guesses.tokens))
+    assert 3 in seen
+
+
+def test_it_is_asked_only_where_it_pays(llama: Target) -> None:
+    """Catches guesses that nobody verifies, beside sure copies or where rows are dear."""
+    sure, weak = Chain((1,) * 12, "lookup", 16), Chain((1,) * 12, "lookup", 1)
+    chooser = AutoPlan(CHEAP, lookup=True, head=(0.6, 0.5, 0.4)).begin()
+    assert chooser.drafts([], 9) == 3
+    assert chooser.drafts([], 2) == 2
+    assert chooser.drafts([weak], 9) == 3
+    assert chooser.drafts([sure], 9) == 0
+    dear = CostCurve((1, 11), (1.0, 11.0), head_seconds=(0.1, 0.2, 0.3))
+    assert AutoPlan(dear, head=(0.6, 0.5, 0.4)).begin().drafts([], 9) == 0
+    unmeasured = CostCurve((1, 41), (1.0, 1.2))
+    assert AutoPlan(unmeasured, head=(0.6, 0.5, 0.4)).begin().drafts([], 9) == 0
+
+
+def test_what_it_took_and_what_came_of_it_count(llama: Target) -> None:
+    """Catches guessing that is free to the chooser, and a head trusted for ever."""
+    curve = CostCurve((1, 11), (1.0, 3.0), head_seconds=(0.1, 0.2, 0.3))
+    chooser = AutoPlan(curve, lookup=False, head=(0.9, 0.9, 0.9)).begin()
+    rates, guessed = [chooser.rate], []
+    for _ in range(400):
+        guessed.append(chooser.drafts([], 9))
+        chain = Chain((1,) * guessed[-1], "head") if guessed[-1] else None
+        choice = chooser.choose([chain] if chain else [], Limits(1000))
+        chooser.learn(choice, [99])
+        rates.append(chooser.rate)
+    assert guessed[0] == 3
+    assert rates[20] < rates[0]
+    assert sum(count > 0 for count in guessed[-100:]) < 20

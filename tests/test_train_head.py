@@ -1,0 +1,124 @@
+"""Training a draft head: its rows, and that it is trained for what decoding asks of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from small_llama import counting, counting_llama, trainer
+
+from passlm.decode import Decoder
+from passlm.lookahead import LookAhead
+from passlm.params import SamplingParams
+from passlm.plan import Plan, make_layout
+from passlm.planner import AutoPlan, CostCurve
+from passlm.row import Request
+from passlm.train.config import TrainConfig
+from passlm.train.head import HeadTrainer
+from passlm.train.loss import accepted_lengths, parts
+
+CONFIG = TrainConfig(
+    kind="head",
+    steps=40,
+    sequences=2,
+    sequence_tokens=32,
+    anchors=12,
+    keep=0.5,
+    head_width=24,
+    head_depths=3,
+    head_texts=5,
+    head_learning_rate=0.03,
+    warmup=2,
+    evaluate_every=40,
+    evaluate_texts=2,
+)
+
+
+def head_trainer(folder: Path, config: TrainConfig = CONFIG) -> HeadTrainer:
+    made = trainer(folder, config)
+    assert isinstance(made, HeadTrainer)
+    return made
+
+
+@cache
+def trained() -> tuple[LookAhead, HeadTrainer]:
+    """A head that guesses some of a counting text, and what trained it."""
+    with TemporaryDirectory() as folder:
+        run = head_trainer(Path(folder))
+        for _ in run.run():
+            pass
+    return run.look_ahead, run
+
+
+def test_anchors_come_from_the_last_texts(tmp_path: Path) -> None:
+    """Catches rows of one text alone, hidden states of another token, and anchors without a token
+    to guess."""
+    run = head_trainer(tmp_path)
+    text, hung = run.batch([8, 9])
+    assert text.tolist() == [run.windows.window(index).tolist() for index in range(4, 10)]
+    assert hung.depth.shape == hung.position.shape == hung.text.shape
+    for slot, newest in enumerate((8, 9)):
+        assert {int(t) + 4 for t in hung.text[slot]} <= set(range(newest - 4, newest + 1))
+    assert len(set(hung.text.flatten().tolist())) > 3
+    anchors = hung.position - hung.depth
+    truth = torch.stack([run.target.hidden(one[None])[0] for one in text])
+    torch.testing.assert_close(hung.hidden, truth[hung.text, anchors])
+    assert int(hung.position.max()) + 1 < CONFIG.sequence_tokens
+    assert torch.bincount(hung.depth.flatten()).tolist() == [0, 24, 12, 6]
+
+
+def test_a_step_depends_on_its_number_alone(tmp_path: Path) -> None:
+    """Catches anchors that depend on how texts are split over steps, batches or a restart."""
+    run, again = head_trainer(tmp_path), head_trainer(tmp_path)
+    for step in range(3):
+        run.batch([2 * step, 2 * step + 1])
+    text, together = run.batch([6, 7])
+    for slot, window in enumerate((6, 7)):
+        its_text, alone = again.batch([window])
+        position = together.position[slot]
+        assert torch.equal(alone.position[0], position)
+        assert torch.equal(its_text[alone.text[0], position], text[together.text[slot], position])
+
+
+def test_training_reports_the_accepted_length_that_decoding_counts() -> None:
+    """Catches a head that trains at one place and decodes at another, or is told another token:
+    each draft of a decoded text is made again on the finished text."""
+    rows, run = trained()
+    target = counting_llama()
+    curve = CostCurve((1, 41), (1.0, 1.01), head_seconds=(0.001, 0.002, 0.003))
+    plan = AutoPlan(curve, lookup=False, head=(0.7, 0.7, 0.7))
+    compared = 0
+    for seed in range(3):
+        prompt = counting(1, 10, seed=seed)[0].tolist()
+        decoder = Decoder(target, rows.rows(target))
+        row = decoder.join(Request.of(prompt, SamplingParams(), 60, plan))
+        passes = []
+        while decoder.rows:
+            anchor = len(row.tokens) - 2  # the row that the root was drawn from
+            ((_, step),) = decoder.step()
+            chain = row.choice.chain
+            if chain is not None and step.judged == 3:
+                assert chain.source == "head"
+                passes.append((anchor, step.accepted))
+        tokens = torch.tensor([row.tokens])
+        for anchor, accepted in passes[:-2]:  # the last ones are cut
+            groups = [0] * len(row.tokens)
+            groups[anchor] = 3
+            hung = run.hang(tokens, [make_layout(Plan(len(groups) - 1, tuple(groups)))])
+            ((_, part),) = parts(target, hung, tokens)
+            lengths = accepted_lengths(part.hits(run._guesses(part)[1]), part.depth)
+            assert lengths.tolist() == [accepted]
+            compared += accepted > 0
+    assert compared > 10
+
+
+def test_a_list_too_short_for_the_text_is_no_fault(tmp_path: Path) -> None:
+    """Catches losses and hits that need the text's token on the list."""
+    run = head_trainer(tmp_path, replace(CONFIG, steps=2, loss="cross-entropy"))
+    assert run.look_ahead.head is not None
+    run.look_ahead.head.listed = run.look_ahead.head.listed[:3]
+    assert all(step.loss == step.loss for step in run.run())
+    assert 0 <= sum(run.evaluate()) < 3
