@@ -172,9 +172,12 @@ def test_it_drafts_behind_the_row_that_was_accepted_last(llama: Target) -> None:
         guesses = row.choice.chain
         assert guesses is not None
         sampler = HeadSampler(rows.head, [truth], [1])
-        first = sampler.shortlists(0, [0], [text])[0][0].tokens[0]
+        ((first,), logits) = sampler.shortlists(0, [0], [text])
         assert guesses.source == "head"
-        assert guesses.tokens[0] == int(first)
+        assert guesses.tokens[0] == int(first.tokens[0])
+        assert guesses.sureness[0] == pytest.approx(
+            float(logits.detach().softmax(-1)[0, 0]), rel=1e-3
+        )
         seen.add(len(guesses.tokens))
     assert 3 in seen
 
@@ -193,6 +196,24 @@ def test_it_is_asked_only_where_it_pays(llama: Target) -> None:
     assert AutoPlan(unmeasured, head=(0.6, 0.5, 0.4)).begin().drafts([], 9) == 0
 
 
+def test_sure_guesses_are_verified_and_others_are_not() -> None:
+    """Catches guesses that are all trusted alike, and probabilities of another token."""
+    curve = CostCurve((1, 11), (1.0, 3.0), head_seconds=(0.01, 0.02, 0.03))
+    chooser = AutoPlan(curve, lookup=False, head=(0.5, 0.5, 0.5)).begin()
+
+    def verified(*sureness: float) -> int:
+        chain = Chain((1,) * len(sureness), "head", sureness=sureness)
+        return chooser.choose([chain], Limits(1000)).plan.candidates
+
+    assert verified(0.05, 0.9, 0.9) == 0
+    assert verified(0.9, 0.9, 0.05) == 2
+    assert verified(0.95) == 1
+    for _ in range(60):  # what is said to be sure and fails is sure no more
+        chain = Chain((1,), "head", sureness=(0.95,))
+        chooser.learn(chooser.choose([chain], Limits(1000)), [99])
+    assert verified(0.95) == 0
+
+
 def test_what_it_took_and_what_came_of_it_count(llama: Target) -> None:
     """Catches guessing that is free to the chooser, and a head trusted for ever."""
     curve = CostCurve((1, 11), (1.0, 3.0), head_seconds=(0.1, 0.2, 0.3))
@@ -200,7 +221,8 @@ def test_what_it_took_and_what_came_of_it_count(llama: Target) -> None:
     rates, guessed = [chooser.rate], []
     for _ in range(400):
         guessed.append(chooser.drafts([], 9))
-        chain = Chain((1,) * guessed[-1], "head") if guessed[-1] else None
+        count = guessed[-1]
+        chain = Chain((1,) * count, "head", sureness=(0.9,) * count) if count else None
         choice = chooser.choose([chain] if chain else [], Limits(1000))
         chooser.learn(choice, [99])
         rates.append(chooser.rate)

@@ -101,11 +101,13 @@ class Chain:
         source: drawn from a look-ahead group or from the draft head, or copied from earlier in the
             text.
         evidence: of a copied one, how many tokens before it agree with the text's last ones.
+        sureness: the probability that a draft head gave each of its tokens; none of other sources.
     """
 
     tokens: tuple[int, ...]
     source: Source = "look-ahead"
     evidence: int = 0
+    sureness: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

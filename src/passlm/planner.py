@@ -26,6 +26,7 @@ _LOOKS_A_WORTH = 4  # of these, what groups are worth is reckoned anew at one: i
 _FIRST_ROUNDS = 3  # of weighing groups by plans and plans by groups, before the first pass
 _MEMORY = 0.97  # what counts keep of their weight when one more is counted
 _LONG_MEMORY = 0.998  # and from pass to pass, so that what failed once is tried again
+_GAIN_MEMORY = 0.9  # what the mean worth of a draft head's guesses keeps when some more are made
 _CAUTION = 1.03  # times what a pass of several rows is said to cost: the best of many estimates is
 # on average one that is too good
 _PRIOR_WEIGHT = 4.0  # how many counted candidates the prior is worth
@@ -35,6 +36,10 @@ _LOOKUP_PRIOR = (
     *(0.23, 0.57, 0.65, 0.72, 0.76, 0.79, 0.83, 0.85),
     *(0.85, 0.87, 0.90, 0.93, 0.94, 0.94, 0.95, 0.98),
 )
+# How often a draft head's token is accepted, by the probability that it gave it: below 0.1, 0.2,
+# ..., above 0.8; on 22 of these answers.
+_SURE = (0.1, 0.2, 0.3, 0.45, 0.6, 0.8)
+_HEAD_PRIOR = (0.06, 0.13, 0.21, 0.30, 0.42, 0.55, 0.70)
 
 
 @dataclass(frozen=True)
@@ -250,7 +255,9 @@ class AutoChooser:
     def __init__(self, settings: AutoPlan) -> None:
         self._settings = settings
         self._ahead = Acceptance(settings.prior)
-        self._by_head = Acceptance(settings.head)
+        self._by_head = Acceptance(_HEAD_PRIOR)
+        self._gains: list[float] = []  # tokens that a head's first, first two, ... guesses bring
+        self._expected: list[float] = []  # the same before any was made
         self._copied = Acceptance(_LOOKUP_PRIOR)
         self._offered: dict[int, float] = {0: 1.0}  # how often lookup chains of which evidence
         self._seconds = _PRIOR_WEIGHT * settings.curve.of(1)
@@ -263,7 +270,14 @@ class AutoChooser:
         self._texts = 1
         self._shared: Shared | None = None  # the last pass, where it was agreed with other texts
         for _ in range(_FIRST_ROUNDS):
+            self._gains = self._expected = self._first_gains()
             self._weigh_anew()
+
+    def _first_gains(self) -> list[float]:
+        """What the draft head's guesses are worth as far as the prior tells, in tokens."""
+        head = self._settings.head[: self._settings.head_depths]
+        alone = self._best(())[0]
+        return [self._best(head[:count])[0] - alone for count in range(1, 1 + len(head))]
 
     def resize(self, texts: int) -> None:
         """See `plan.Chooser`: go on with other costs; what was counted is kept."""
@@ -291,20 +305,30 @@ class AutoChooser:
 
     def drafts(self, chains: Sequence[Chain], most: int) -> int:
         """See `plan.Chooser`: as many as are worth their time beside the chains at hand."""
-        most = min(most, self._settings.head_depths)
-        if not most:
-            return 0
-        keys = [_NOTHING, *(_key(chain) for chain in chains)]
-        best, self._guessed = max(map(self._at_best, keys)), 0
-        for count in range(1, 1 + most):
-            worth = self._by_guessing(count)
-            if worth > best:
-                best, self._guessed = worth, count
+        net = self._net_gains()[:most]
+        self._guessed = 0
+        if max(net, default=0.0) > 0:
+            alone = self._at_best(_NOTHING)
+            others = max((self._at_best(_key(chain)) for chain in chains), default=alone)
+            if alone + max(net) > others:
+                self._guessed = 1 + net.index(max(net))
         return self._guessed
 
-    def _by_guessing(self, count: int) -> float:
-        """What is left of a chain's worth when so many tokens were guessed by the draft head."""
-        return self._at_best(("head", count, 0)) - self.rate * self._settings.curve.head(count)
+    def _net_gains(self) -> list[float]:
+        """What guesses of the draft head have been bringing, less their time, in tokens."""
+        costs = self._settings.curve.head_seconds
+        pairs = zip(self._gains, costs, strict=False)
+        return [gain - self.rate * seconds for gain, seconds in pairs]
+
+    def _note_gains(self, chains: Sequence[Chain]) -> None:
+        """Learn from what the draft head's guesses at hand are worth."""
+        for chain in chains:
+            if chain.source == "head":
+                source, levels = _key(chain)
+                alone = self._at_best(_NOTHING)
+                for at in range(len(levels)):
+                    gain = max(0.0, self._at_best((source, levels[: 1 + at])) - alone)
+                    self._gains[at] += (1 - _GAIN_MEMORY) * (gain - self._gains[at])
 
     def worth(self, chains: Sequence[Chain], shared: Shared) -> float:
         """See `plan.Chooser`."""
@@ -319,6 +343,7 @@ class AutoChooser:
             self._weigh_anew()
         elif self._passes % apart == 0:
             self._weighed.clear()
+        self._note_gains(chains)
         evidence = max((chain.evidence for chain in chains), default=0)
         self._fade(self._offered)
         self._offered[evidence] = self._offered.get(evidence, 0.0) + 1
@@ -345,10 +370,12 @@ class AutoChooser:
         plan, accepted = choice.plan, len(settled) - 1
         for acceptance in (self._ahead, self._by_head, self._copied):
             acceptance.forget()
+        pairs = zip(self._gains, self._expected, strict=True)
+        self._gains = [first + _LONG_MEMORY * (gain - first) for gain, first in pairs]
         for chain in self._at_hand:
             counts = self._counts(chain.source)
-            for place, (guess, token) in enumerate(zip(chain.tokens, settled, strict=False)):
-                counts.count(_level(chain.source, chain.evidence, place), guess == token)
+            for level, guess, token in zip(_key(chain)[1], chain.tokens, settled, strict=False):
+                counts.count(level, guess == token)
                 if guess != token:
                     break
         self._tokens = self._tokens * _MEMORY + 1 + accepted
@@ -371,16 +398,15 @@ class AutoChooser:
         """Let plans follow the counts, and the worth of groups those plans."""
         self._weighed.clear()
         total = sum(self._offered.values())
-        guesses = map(self._by_guessing, range(1, 1 + self._settings.head_depths))
-        without = max([self._at_best(_NOTHING), *guesses])
+        without = self._at_best(_NOTHING) + max([0.0, *self._net_gains()])
         others = [
-            (weight / total, self._at_best(("lookup", LONGEST_LOOKUP, evidence)))
+            (weight / total, self._at_best(("lookup", _levels("lookup", LONGEST_LOOKUP, evidence))))
             for evidence, weight in self._offered.items()
             if evidence
         ]
         rest = 1 - sum(share for share, _ in others)
         for rows in range(1, len(self._worth)):
-            with_group = self._at_best(("look-ahead", rows, 0))
+            with_group = self._at_best(("look-ahead", _levels("look-ahead", rows)))
             gains = [share * (max(v, with_group) - max(v, without)) for share, v in others]
             self._worth[rows] = max(0.0, rest * (with_group - without) + sum(gains))
         self._weighed.clear()
@@ -393,9 +419,9 @@ class AutoChooser:
     def _weigh(self, key: _Key, shared: Shared | None) -> tuple[float, Plan]:
         """The best plan for a chain of this kind, and what it is worth, in tokens."""
         if (key, shared) not in self._weighed:
-            source, length, evidence = key
+            source, levels = key
             counts = self._counts(source)
-            chances = [counts[_level(source, evidence, place)] for place in range(length)]
+            chances = [counts[level] for level in levels]
             self._weighed[key, shared] = self._best(chances, shared)
         return self._weighed[key, shared]
 
@@ -451,14 +477,19 @@ class AutoChooser:
         return best, set(likeliest[:hung])
 
 
-_Key = tuple[Source, int, int]  # source of a chain, its length, its evidence
-_NOTHING: _Key = ("look-ahead", 0, 0)
+_Key = tuple[Source, tuple[int, ...]]  # source of a chain, and where its candidates are counted
+_NOTHING: _Key = ("look-ahead", ())
 
 
 def _key(chain: Chain) -> _Key:
-    return chain.source, len(chain.tokens), chain.evidence
+    if chain.source == "head":
+        return chain.source, tuple(bisect_right(_SURE, sure) for sure in chain.sureness)
+    return chain.source, _levels(chain.source, len(chain.tokens), chain.evidence)
 
 
-def _level(source: Source, evidence: int, place: int) -> int:
-    """Where a candidate is counted: by place, or by how much text agrees once it is reached."""
-    return min(evidence + place, LONGEST_MATCH) - 1 if source == "lookup" else place
+@lru_cache(maxsize=512)
+def _levels(source: Source, length: int, evidence: int = 0) -> tuple[int, ...]:
+    """Where candidates are counted: by place, or by how much text agrees once they are reached."""
+    if source == "lookup":
+        return tuple(min(evidence + place, LONGEST_MATCH) - 1 for place in range(length))
+    return tuple(range(length))

@@ -95,6 +95,7 @@ class Row:
         tokens: settled ids, prompt included; the last one is the root.
         drafted: draft tokens behind it.
         drafted_by: a look-ahead group, or the draft head.
+        sureness: the probabilities that a draft head gave them.
         q: the distributions they were drawn from, `[M, V]`, where the judge needs them: not of
             greedy drafts, whose `q` is one-hot.
         choice: what the pass under way verifies and computes.
@@ -111,6 +112,7 @@ class Row:
     q: Tensor | None = None
     choice: Choice = field(default=Choice(None, Plan(0, (0,))))
     drafted_by: Source = "look-ahead"
+    sureness: list[float] = field(default_factory=list)
     hidden: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -172,7 +174,10 @@ class Row:
 
     def chains(self) -> list[Chain]:
         """The candidates at hand: those drafted, and those copied."""
-        chains = [Chain(tuple(self.drafted), self.drafted_by)] if self.drafted else []
+        chains = []
+        if self.drafted:
+            sureness = tuple(self.sureness)
+            chains.append(Chain(tuple(self.drafted), self.drafted_by, sureness=sureness))
         if self._lookup is not None:
             found, evidence = self._lookup.find(self.tokens, self._chooser.lookup)
             if found:
@@ -230,7 +235,7 @@ class Row:
 
     def begin_draft(self, source: Source = "look-ahead") -> None:
         """Forget what was drafted before; what is drawn from now on comes from this source."""
-        self.drafted, self.q, self.drafted_by = [], None, source
+        self.drafted, self.sureness, self.q, self.drafted_by = [], [], None, source
         self._known_noise = {}
 
     def draft(self, group: Tensor) -> None:
@@ -253,6 +258,7 @@ class Row:
         """
         distribution = self.request.distribution
         history = [*self.tokens, *self.drafted]
+        listed, given = among, logits
         if among is not None and not distribution.treats_alike:
             logits, among = among.of_all(logits), None
         if distribution.greedy or self.request.draft == "greedy":
@@ -261,7 +267,12 @@ class Row:
             drawn = likeliest(logits) if alike else distribution.best(logits, history)
         else:
             drawn = self._sampled(distribution(logits, history), among)
-        self.drafted += (drawn if among is None else among.tokens[drawn]).tolist()
+        tokens = (drawn if among is None else among.tokens[drawn]).tolist()
+        self.drafted += tokens
+        if self.drafted_by == "head":
+            assert listed is not None, "a draft head guesses among listed tokens"
+            guessed = (listed.tokens == tokens[0]).nonzero()[0]
+            self.sureness.append(float(given.softmax(-1)[0, guessed]))
 
     def _sampled(self, q: Tensor, among: Shortlist | None) -> Tensor:
         """Places drawn from `q`, which is kept where the judge needs it, `[R]`."""
