@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,8 +13,10 @@ from tiny import random_look_ahead
 
 from passlm import compiled, costs
 from passlm.costs import GROUPS, REAL_ROWS, Costs, measure, rising
+from passlm.decode import Decoder
 from passlm.lookahead import LookAhead
 from passlm.planner import CostCurve
+from passlm.row import Row
 from passlm.target import Target
 
 CURVE = CostCurve((1, 2), (1.0, 1.5), (1, 2), (0.25, 0.5), 0.125)
@@ -51,8 +53,11 @@ def files(folder: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_real_passes_are_measured(target: Target, batch: int) -> None:
-    """Catches plans that are not run as asked, and groups without a cost."""
+def test_real_passes_are_measured(
+    target: Target, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches plans that are not run as asked, groups without a cost, and a draft head that is
+    timed where it has nothing to do."""
     rows = LookAhead.mean(target, 4, "small")
     curve = measure(target, rows.rows(target), batch, context=20, rounds=2)
     assert curve.rows == REAL_ROWS
@@ -62,9 +67,18 @@ def test_real_passes_are_measured(target: Target, batch: int) -> None:
     bare = measure(target, None, batch, context=20, rounds=1)
     assert bare.groups == ()
     head = random_look_ahead(target, 3, head_width=8).rows(target)
+    asked: list[int] = []
+    guess = Decoder._draft_by_head
+
+    def counted(self: Decoder, rows: Sequence[Row]) -> None:
+        guess(self, rows)
+        asked.append(sum(len(row.drafted) for row in rows if row.drafted_by == "head"))
+
+    monkeypatch.setattr(Decoder, "_draft_by_head", counted)
     guesses = measure(target, head, batch, context=20, rounds=2).head_seconds
     assert len(guesses) == 3
-    assert guesses == tuple(sorted(guesses))
+    steps = len(asked) // (len(REAL_ROWS) + 3 + 1 + 3)  # of each kind: rows, groups, both, guesses
+    assert [asked.count(batch * count) for count in (1, 2, 3)] == [steps] * 3
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -16,7 +17,7 @@ from passlm.decode import Decoder
 from passlm.draft_head import AppliedHead, DraftHead, HeadSampler
 from passlm.lookahead import LookAhead, LookAheadError
 from passlm.params import SamplingParams
-from passlm.plan import Chain, Limits
+from passlm.plan import ByHead, Chain, Limits, autoregressive
 from passlm.planner import AutoPlan, CostCurve
 from passlm.products import preferred
 from passlm.row import Request
@@ -151,35 +152,71 @@ CHEAP = CostCurve((1, 41), (1.0, 1.2), (1, 6), (0.1, 0.1), 0.0, (0.01, 0.02, 0.0
 
 
 def test_it_drafts_behind_the_row_that_was_accepted_last(llama: Target) -> None:
-    """Catches the hidden state of another row of the pass, or of the pass before."""
+    """Catches the hidden state of another row or text of the pass, or of the pass before: texts
+    accept unlike numbers of candidates, so that their last rows lie at unlike places."""
     rows = tiny.random_look_ahead(llama, 3, head_width=8).rows(llama)
     assert rows.head is not None
-    plan = AutoPlan(CHEAP, lookup=False, head=(0.6, 0.5, 0.4))
-    request = Request.of(tiny.prompt(9), SamplingParams(), 30, plan)
-    decoder = Decoder(llama, rows)
-    row = decoder.join(request)
-    seen: set[int] = set()
+    prompts = [tiny.prompt(length) for length in (9, 5, 12)]
+    plain = tiny.run(llama, tiny.requests_for(prompts, new=40)).texts
+    asked = [Request.of(prompt, SamplingParams(), 40, ByHead(3)) for prompt in prompts]
+    decoder = tiny.RiggedDecoder(llama, rows, tiny.Rig(prompts, plain))
+    texts = [decoder.join(request) for request in asked]
     decoder.step()
-    for _ in range(20):
-        text, before = list(row.tokens), row.hidden
-        # The state of the row that the root was drawn from: the last but one token's.
-        truth = llama.hidden(torch.tensor([text]))[0, -2]
-        assert before is not None
-        torch.testing.assert_close(before, truth, rtol=1e-4, atol=1e-4)
-        decoder.step()
-        if not decoder.rows:
-            break
-        guesses = row.choice.chain
-        assert guesses is not None
-        sampler = HeadSampler(rows.head, [truth], [1])
-        ((first,), logits) = sampler.shortlists(0, [0], [text])
-        assert guesses.source == "head"
-        assert guesses.tokens[0] == int(first.tokens[0])
-        assert guesses.sureness[0] == pytest.approx(
-            float(logits.detach().softmax(-1)[0, 0]), rel=1e-3
-        )
-        seen.add(len(guesses.tokens))
-    assert 3 in seen
+    unlike = 0
+    for _ in range(8):
+        before = [(list(row.tokens), row.hidden) for row in texts]
+        with torch.inference_mode():
+            Decoder._draft_by_head(decoder, texts)
+        for row, (text, hidden) in zip(texts, before, strict=True):
+            # The state of the row that the root was drawn from: the last but one token's.
+            truth = llama.hidden(torch.tensor([text]))[0, -2]
+            assert hidden is not None
+            torch.testing.assert_close(hidden, truth, rtol=1e-4, atol=1e-4)
+            sampler = HeadSampler(rows.head, [truth], [1])
+            ((first,), logits) = sampler.shortlists(0, [0], [text])
+            assert row.drafted_by == "head"
+            assert row.drafted[0] == int(first.tokens[0])
+            sure = float(logits.detach().softmax(-1)[0, 0])
+            assert row.sureness[0] == pytest.approx(sure, rel=1e-3)
+            row.begin_draft()
+        accepted = {step.accepted for _, step in decoder.step()}
+        unlike += len(accepted) > 1
+    assert unlike >= 3
+
+
+def test_rejection_gives_one_text_alone_and_in_a_batch(llama: Target) -> None:
+    """Catches `q`, hidden states or noise of another text of the batch."""
+    rows = tiny.random_look_ahead(llama, 3, head_width=8).rows(llama)
+    sampling = SamplingParams(temperature=0.8, top_k=10, judge="rejection", seed=4)
+    asked = [Request.of(tiny.prompt(n), sampling, 20, ByHead(3)) for n in (3, 9, 6)]
+    together = tiny.run(llama, asked, rows)
+    assert [tiny.run(llama, [request], rows).texts[0] for request in asked] == together.texts
+
+
+def test_guesses_that_are_forbidden_end_no_text(llama: Target) -> None:
+    """Catches an index error where processors forbid all that is listed."""
+    look_ahead = tiny.random_look_ahead(llama, 3, head_width=8)
+    assert look_ahead.head is not None
+    listed = set(look_ahead.head.listed.tolist())
+    bias = dict.fromkeys(listed, -1e12)
+    rows = look_ahead.rows(llama)
+    for temperature in (0.0, 0.8):
+        sampling = SamplingParams(temperature=temperature, seed=1, logit_bias=bias)
+        texts = [
+            tiny.run(llama, [Request.of([1, 2, 3], sampling, 9, plan)], rows).texts
+            for plan in (autoregressive, ByHead(3))
+        ]
+        assert texts[0] == texts[1]
+        assert not listed.intersection(texts[0][0])
+
+
+def test_copies_are_copies(head: DraftHead, tables: Embeddings, monkeypatch: Any) -> None:
+    """Catches later training that reaches a decoder where products are torch's."""
+    monkeypatch.setattr("passlm.draft_head.preferred", lambda: False)
+    applied = AppliedHead.of(head, tables, torch.float32)
+    before = applied.out(torch.ones(1, WIDTH))
+    head.out.data.zero_()
+    assert torch.equal(applied.out(torch.ones(1, WIDTH)), before)
 
 
 def test_it_is_asked_only_where_it_pays(llama: Target) -> None:

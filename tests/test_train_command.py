@@ -233,9 +233,15 @@ def test_a_draft_head_is_added_to_files(
     again[again.index(str(first))] = str(out)
     second = ["--out", str(tmp_path / "second")]
     assert "has head-width 8 and --head-width is 9" in complaint(capsys, [*again, *second])
-    assert "has kind head and --kind is sampler" in complaint(
-        capsys, [*run("--start-from", str(out)), *second]
+    again = run(*asked, "--head-vocabulary", "19", "--overwrite")
+    again[again.index(str(first))] = str(out)
+    assert "has head-vocabulary 20" in complaint(capsys, [*again, *second])
+    assert "gradient-checkpointing" in complaint(
+        capsys, [*run(*asked, "--gradient-checkpointing"), *second]
     )
+    assert main([*run("--start-from", str(out)), *second]) == DONE  # rows go on without the head
+    assert "the draft head of --start-from is left out" in capsys.readouterr().err
+    assert load(tmp_path / "second").head is None
 
 
 @pytest.mark.parametrize("kind", ["embeddings", "lora", "sampler"])

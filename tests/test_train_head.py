@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pytest
 import torch
-from small_llama import counting, counting_llama, trainer
+from small_llama import counting, counting_llama, small_llama, trainer
+from torch import Tensor
 
 from passlm.decode import Decoder
 from passlm.lookahead import LookAhead
 from passlm.params import SamplingParams
-from passlm.plan import Plan, make_layout
+from passlm.plan import ByHead, Plan, make_layout
 from passlm.planner import AutoPlan, CostCurve
 from passlm.row import Request
+from passlm.target import Target
 from passlm.train.config import TrainConfig
 from passlm.train.head import HeadTrainer
 from passlm.train.loss import accepted_lengths, parts
@@ -58,11 +62,10 @@ def test_anchors_come_from_the_last_texts(tmp_path: Path) -> None:
     to guess."""
     run = head_trainer(tmp_path)
     text, hung = run.batch([8, 9])
-    assert text.tolist() == [run.windows.window(index).tolist() for index in range(4, 10)]
+    last = [run.windows.window(index).tolist() for index in range(6, 10)]
+    assert all(one in last for one in text.tolist())
     assert hung.depth.shape == hung.position.shape == hung.text.shape
-    for slot, newest in enumerate((8, 9)):
-        assert {int(t) + 4 for t in hung.text[slot]} <= set(range(newest - 4, newest + 1))
-    assert len(set(hung.text.flatten().tolist())) > 3
+    assert len(set(hung.text.flatten().tolist())) > 2
     anchors = hung.position - hung.depth
     truth = torch.stack([run.target.hidden(one[None])[0] for one in text])
     torch.testing.assert_close(hung.hidden, truth[hung.text, anchors])
@@ -71,16 +74,39 @@ def test_anchors_come_from_the_last_texts(tmp_path: Path) -> None:
 
 
 def test_a_step_depends_on_its_number_alone(tmp_path: Path) -> None:
-    """Catches anchors that depend on how texts are split over steps, batches or a restart."""
+    """Catches anchors that a restart changes, and texts that are read once more for each step."""
     run, again = head_trainer(tmp_path), head_trainer(tmp_path)
+    read = []
+    hidden, target = run.target.hidden, run.target
     for step in range(3):
         run.batch([2 * step, 2 * step + 1])
-    text, together = run.batch([6, 7])
-    for slot, window in enumerate((6, 7)):
-        its_text, alone = again.batch([window])
-        position = together.position[slot]
-        assert torch.equal(alone.position[0], position)
-        assert torch.equal(its_text[alone.text[0], position], text[together.text[slot], position])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(target, "hidden", lambda text: read.append(1) or hidden(text))
+        text, one = run.batch([6, 7])
+    assert len(read) == 2
+    its_text, other = again.batch([6, 7])
+    assert torch.equal(one.position, other.position)
+    assert torch.equal(text[one.text, one.position], its_text[other.text, other.position])
+
+
+def test_each_process_draws_from_its_own_texts(tmp_path: Path) -> None:
+    """Catches processes that read unequal numbers of texts, for which sharded layers would wait."""
+    run = head_trainer(tmp_path)
+    run.processes = Neighbours()
+    assert run._last([2, 3]) == [2, 3]
+    assert run._last([14, 15]) == [10, 11, 14, 15]
+
+
+class Neighbours:
+    """The second of two processes."""
+
+    place = (1, 2)
+
+    def average(self, loss: float, parameters: Mapping[str, Tensor]) -> float:
+        return loss
+
+    def any(self, flag: bool) -> bool:
+        return flag
 
 
 def test_training_reports_the_accepted_length_that_decoding_counts() -> None:
@@ -113,6 +139,21 @@ def test_training_reports_the_accepted_length_that_decoding_counts() -> None:
             assert lengths.tolist() == [accepted]
             compared += accepted > 0
     assert compared > 10
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_target_of_16_bits_trains_one(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Catches products of numbers of two types, in training or in decoding."""
+    target = Target(small_llama().to(dtype))
+    run = trainer(tmp_path, replace(CONFIG, steps=2, evaluate_every=1), target)
+    assert all(step.loss == step.loss for step in run.run())
+    rows = run.look_ahead.rows(target)
+    request = Request.of([1, 2, 3], SamplingParams(), 6, ByHead(2))
+    decoder = Decoder(target, rows)
+    row = decoder.join(request)
+    while decoder.rows:
+        decoder.step()
+    assert len(row.tokens) == 9
 
 
 def test_a_list_too_short_for_the_text_is_no_fault(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -41,7 +42,7 @@ _MOST_ROUNDS = 24
 _ENOUGH_SECONDS = 3.0  # of measuring one curve, once there are the least rounds
 _ROUNDS_A_SITTING = 3  # behind texts that are read anew
 CONTEXTS = (128, 512, 2048, 8192)  # a curve is measured behind so many tokens
-_MARGIN = 144  # tokens that one sitting may need behind them
+_MARGIN = 192  # tokens that one sitting may need behind them
 _STAGGER = 3  # tokens by which the texts of a batch differ in length
 _BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
@@ -139,7 +140,8 @@ def measure(
     hung = {n: medians[Plan(0, (n,))] for n in groups if Plan(0, (n,)) in medians}
     risen = zip(hung, rising(list(hung.values())), strict=True)
     dearer = [max(0.0, took - curve.of(1 + n)) for n, took in risen]
-    more = [max(0.0, known[s] - curve.of(1 + s.guessed)) for s in guesses if s in known]
+    timed_guesses = list(takewhile(known.__contains__, guesses))
+    more = [max(0.0, known[step] - curve.of(1 + step.guessed)) for step in timed_guesses]
     curve = replace(
         curve, groups=tuple(hung), group_seconds=tuple(dearer), head_seconds=rising(more)
     )
@@ -190,6 +192,8 @@ def _sitting(
         if len(decoder.rows) < batch:  # the model's context is full
             break
         script.timed = step
+        for row in decoder.rows:
+            row.begin_draft()  # what a group drafted would be in the head's way
         begun = time.perf_counter()
         decoder.step()
         taken.append((step, time.perf_counter() - begun))
@@ -305,7 +309,7 @@ class Costs:
             "dtype": str(self.target.dtype),
             "device": str(self.target.device),
             "environment": environment(),
-            "sittings": [_STAGGER, _ROUNDS_A_SITTING],
+            "sittings": [_STAGGER, _ROUNDS_A_SITTING, _MARGIN],
             "look_ahead": card and [card.look_ahead_tokens, card.lora, card.sampler, shape],
         }
 

@@ -63,7 +63,8 @@ class Decoder:
         observer: looks on; None lets nobody.
 
     Raises:
-        UnsupportedModelError: the rows have a sampler head and the target's weights are not plain.
+        UnsupportedModelError: the rows have a sampler head and the output layer's weights are not
+            plain.
     """
 
     def __init__(

@@ -105,6 +105,7 @@ class DraftHead(nn.Module):
             depth: how many tokens behind its row each guess is, from 1, `[R]`.
             outputs: rows of the target's output layer for the listed tokens, `[K, d]`.
         """
+        hidden, before, outputs = (rows.to(self.out.dtype) for rows in (hidden, before, outputs))
         from_hidden = nn.functional.linear(normed(hidden), self.hidden_in)
         told = nn.functional.linear(normed(before).flatten(-2), self.token_in)
         inner = nn.functional.silu(from_hidden + told + self.depth_in[depth - 1])
@@ -147,8 +148,8 @@ class AppliedHead:
         ours = device.type == "cpu" and dtype in (torch.bfloat16, torch.float32) and preferred()
 
         def product(weight: Tensor) -> nn.Module:
-            weight = weight.detach().to(device)
-            return RowsProduct(weight.to(dtype)) if ours else _Linear(weight.to(rows))
+            weight = weight.detach().to(device, rows, copy=True)
+            return RowsProduct(weight.to(dtype)) if ours else _Linear(weight)
 
         listed = head.listed.to(device)
         return cls(

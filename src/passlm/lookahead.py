@@ -117,6 +117,10 @@ class LookAhead(nn.Module):
         """What decoding takes: copies in the target's type, where it lies.
 
         Later changes here do not reach them.
+
+        Raises:
+            UnsupportedModelError: there is a draft head, and the output layer's weights are not
+                plain.
         """
         sampler = None
         if self.sampler is not None:

@@ -15,6 +15,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import Literal
 
 from passlm.lookup import LONGEST_MATCH
 from passlm.plan import Chain, Choice, Limits, Plan, Shared, Source
@@ -255,7 +256,8 @@ class AutoChooser:
     def __init__(self, settings: AutoPlan) -> None:
         self._settings = settings
         self._ahead = Acceptance(settings.prior)
-        self._by_head = Acceptance(_HEAD_PRIOR)
+        self._by_head = Acceptance(settings.head)
+        self._by_sureness = Acceptance(_HEAD_PRIOR)
         self._gains: list[float] = []  # tokens that a head's first, first two, ... guesses bring
         self._expected: list[float] = []  # the same before any was made
         self._copied = Acceptance(_LOOKUP_PRIOR)
@@ -270,7 +272,8 @@ class AutoChooser:
         self._texts = 1
         self._shared: Shared | None = None  # the last pass, where it was agreed with other texts
         for _ in range(_FIRST_ROUNDS):
-            self._gains = self._expected = self._first_gains()
+            self._expected = self._first_gains()
+            self._gains = list(self._expected)
             self._weigh_anew()
 
     def _first_gains(self) -> list[float]:
@@ -286,6 +289,10 @@ class AutoChooser:
         if settings is not self._settings:
             self._seconds *= settings.curve.of(1) / self._settings.curve.of(1)
             self._settings = settings
+            expected = self._first_gains()
+            rows = zip(self._gains, expected, self._expected, strict=False)
+            self._gains = [gain + new - old for gain, new, old in rows]
+            self._expected = expected[: len(self._gains)]
             self._weigh_anew()
 
     @property
@@ -320,14 +327,15 @@ class AutoChooser:
         pairs = zip(self._gains, costs, strict=False)
         return [gain - self.rate * seconds for gain, seconds in pairs]
 
-    def _note_gains(self, chains: Sequence[Chain]) -> None:
-        """Learn from what the draft head's guesses at hand are worth."""
+    def _note_gains(self, chains: Sequence[Chain], shared: Shared | None) -> None:
+        """Learn from what the draft head's guesses at hand are worth in such a pass."""
         for chain in chains:
             if chain.source == "head":
-                source, levels = _key(chain)
-                alone = self._at_best(_NOTHING)
-                for at in range(len(levels)):
-                    gain = max(0.0, self._at_best((source, levels[: 1 + at])) - alone)
+                counted, levels = _key(chain)
+                alone = self._weigh(_NOTHING, shared)[0]
+                for at in range(min(len(levels), len(self._gains))):
+                    worth = self._weigh((counted, levels[: 1 + at]), shared)[0]
+                    gain = max(0.0, worth - alone)
                     self._gains[at] += (1 - _GAIN_MEMORY) * (gain - self._gains[at])
 
     def worth(self, chains: Sequence[Chain], shared: Shared) -> float:
@@ -343,7 +351,7 @@ class AutoChooser:
             self._weigh_anew()
         elif self._passes % apart == 0:
             self._weighed.clear()
-        self._note_gains(chains)
+        self._note_gains(chains, limits.shared)
         evidence = max((chain.evidence for chain in chains), default=0)
         self._fade(self._offered)
         self._offered[evidence] = self._offered.get(evidence, 0.0) + 1
@@ -368,13 +376,14 @@ class AutoChooser:
         than they are drawn again.)
         """
         plan, accepted = choice.plan, len(settled) - 1
-        for acceptance in (self._ahead, self._by_head, self._copied):
+        for acceptance in (self._ahead, self._by_head, self._by_sureness, self._copied):
             acceptance.forget()
         pairs = zip(self._gains, self._expected, strict=True)
         self._gains = [first + _LONG_MEMORY * (gain - first) for gain, first in pairs]
         for chain in self._at_hand:
-            counts = self._counts(chain.source)
-            for level, guess, token in zip(_key(chain)[1], chain.tokens, settled, strict=False):
+            counted, levels = _key(chain)
+            counts = self._counts(counted)
+            for level, guess, token in zip(levels, chain.tokens, settled, strict=False):
                 counts.count(level, guess == token)
                 if guess != token:
                     break
@@ -385,9 +394,14 @@ class AutoChooser:
         self._seconds = self._seconds * _MEMORY + cost + self._settings.curve.head(self._guessed)
         self._guessed = 0
 
-    def _counts(self, source: Source) -> Acceptance:
-        """What was accepted of candidates from there."""
-        return {"look-ahead": self._ahead, "head": self._by_head, "lookup": self._copied}[source]
+    def _counts(self, counted: _Counted) -> Acceptance:
+        """What was accepted of candidates that are counted there."""
+        return {
+            "look-ahead": self._ahead,
+            "head": self._by_head,
+            "sureness": self._by_sureness,
+            "lookup": self._copied,
+        }[counted]
 
     @staticmethod
     def _fade(weights: dict[int, float]) -> None:
@@ -419,8 +433,8 @@ class AutoChooser:
     def _weigh(self, key: _Key, shared: Shared | None) -> tuple[float, Plan]:
         """The best plan for a chain of this kind, and what it is worth, in tokens."""
         if (key, shared) not in self._weighed:
-            source, levels = key
-            counts = self._counts(source)
+            counted, levels = key
+            counts = self._counts(counted)
             chances = [counts[level] for level in levels]
             self._weighed[key, shared] = self._best(chances, shared)
         return self._weighed[key, shared]
@@ -477,19 +491,20 @@ class AutoChooser:
         return best, set(likeliest[:hung])
 
 
-_Key = tuple[Source, tuple[int, ...]]  # source of a chain, and where its candidates are counted
+_Counted = Literal["look-ahead", "head", "sureness", "lookup"]
+_Key = tuple[_Counted, tuple[int, ...]]  # where the candidates of a chain are counted
 _NOTHING: _Key = ("look-ahead", ())
 
 
 def _key(chain: Chain) -> _Key:
-    if chain.source == "head":
-        return chain.source, tuple(bisect_right(_SURE, sure) for sure in chain.sureness)
+    if chain.sureness:
+        return "sureness", tuple(bisect_right(_SURE, sure) for sure in chain.sureness)
     return chain.source, _levels(chain.source, len(chain.tokens), chain.evidence)
 
 
 @lru_cache(maxsize=512)
 def _levels(source: Source, length: int, evidence: int = 0) -> tuple[int, ...]:
-    """Where candidates are counted: by place, or by how much text agrees once they are reached."""
+    """Levels by place, or by how much text agrees once a candidate is reached."""
     if source == "lookup":
         return tuple(min(evidence + place, LONGEST_MATCH) - 1 for place in range(length))
     return tuple(range(length))

@@ -100,7 +100,7 @@ class Row:
             greedy drafts, whose `q` is one-hot.
         choice: what the pass under way verifies and computes.
         hidden: what the output layer was given for the row that the root was drawn from,
-            `[d_model]`; None where no draft head asks for it, and before the first pass.
+            `[d_model]`; None before the first pass, and where passes do not keep it.
     """
 
     request: Request
@@ -176,13 +176,23 @@ class Row:
         """The candidates at hand: those drafted, and those copied."""
         chains = []
         if self.drafted:
-            sureness = tuple(self.sureness)
+            sureness = () if self._draws_for_rejection else tuple(self.sureness)
             chains.append(Chain(tuple(self.drafted), self.drafted_by, sureness=sureness))
         if self._lookup is not None:
             found, evidence = self._lookup.find(self.tokens, self._chooser.lookup)
             if found:
                 chains.append(Chain(tuple(found), "lookup", evidence))
         return chains
+
+    @property
+    def _draws_for_rejection(self) -> bool:
+        """Whether candidates are draws from `q`, which they are no more once they are picked over.
+
+        The rejection judge takes them for such: nothing may depend on which tokens were drawn.
+        """
+        request = self.request
+        sampled = not request.distribution.greedy and request.draft == "sampled"
+        return sampled and request.judge == "rejection"
 
     def judge(self, logits: Tensor, best: Sequence[int] | None = None) -> list[int]:
         """The tokens that a pass settles: accepted candidates and one drawn behind them.
@@ -271,8 +281,9 @@ class Row:
         self.drafted += tokens
         if self.drafted_by == "head":
             assert listed is not None, "a draft head guesses among listed tokens"
-            guessed = (listed.tokens == tokens[0]).nonzero()[0]
-            self.sureness.append(float(given.softmax(-1)[0, guessed]))
+            # No listed token where processors forbid them all.
+            chances = given.softmax(-1)[0, listed.tokens == tokens[0]]
+            self.sureness.append(float(chances.sum()))
 
     def _sampled(self, q: Tensor, among: Shortlist | None) -> Tensor:
         """Places drawn from `q`, which is kept where the judge needs it, `[R]`."""

@@ -258,7 +258,7 @@ class Target:
 
     @property
     def embeddings(self) -> Embeddings:
-        """The tables that a sampler head shares with the model.
+        """The tables that a sampler head and a draft head share with the model.
 
         Raises:
             UnsupportedModelError: the output layer's weights cannot be read.
@@ -267,7 +267,7 @@ class Target:
         if outputs is None or not outputs.is_floating_point() or outputs.ndim != 2:
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} has no output layer with plain weights, which a "
-                "sampler head needs: do without one"
+                "sampler head and a draft head need: do without them"
             )
         return Embeddings(self._embedding.weight, outputs)
 

@@ -71,7 +71,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tensorboard", action="store_true", help="write event files to DIR/tensorboard as well"
     )
-    parser.add_argument("--licence", default="apache-2.0", help="of the files; default apache-2.0")
+    parser.add_argument(
+        "--licence",
+        help="of the files; default apache-2.0, or for a draft head that of --start-from",
+    )
     add_fields(parser, TrainConfig)
     add_json_argument(parser)
 
@@ -282,6 +285,8 @@ def _with_parts(rows: LookAhead, target: Target, config: TrainConfig) -> LookAhe
     """The rows with what `--kind` trains; parts that they have already go on from there."""
     from passlm.lookahead import LookAhead
 
+    if rows.head is not None:
+        _log.warning("the draft head of --start-from is left out: train one again afterwards")
     rank = 0 if config.kind == "embeddings" else config.lora_rank
     width = config.sampler_width if config.kind == "sampler" else 0
     told = config.sampler_tokens
@@ -309,7 +314,8 @@ def _with_head(rows: LookAhead, windows: TokenWindows, config: TrainConfig) -> L
         d_model = int(rows.embeddings.shape[1])
         new = DraftHead.start(d_model, *shape, listed, config.seed)
         return LookAhead(rows.embeddings, rows.card, rows.lora, rows.sampler, new)
-    for name, has in (("width", kept.width), ("tokens", kept.tokens), ("depths", kept.depths)):
+    parts = [("width", kept.width), ("tokens", kept.tokens), ("depths", kept.depths)]
+    for name, has in (*parts, ("vocabulary", len(kept.listed))):
         wanted = getattr(config, f"head_{name}")
         if has != wanted:
             raise LookAheadError(
@@ -342,8 +348,6 @@ def _check_parts(rows: LookAhead, new: LookAhead, config: TrainConfig) -> None:
 
 
 def _kind(rows: LookAhead) -> Kind:
-    if rows.head is not None:
-        return "head"
     if rows.sampler is not None:
         return "sampler"
     return "embeddings" if rows.lora is None else "lora"
@@ -432,14 +436,18 @@ def _card(arguments: argparse.Namespace, trainer: Trainer, shares: Sequence[floa
     }
     by_position = [round(share, 4) for share in shares]
     if trainer.config.kind == "head":  # the rest of the files is as it was
+        shape = ("width", "tokens", "depths", "listed")  # figures of before are of another head
+        card_head = {name: value for name, value in (card.head or {}).items() if name in shape}
         return replace(
-            card, head={**(card.head or {}), "by_position": by_position, "training": training}
+            card,
+            licence=arguments.licence or card.licence,
+            head={**card_head, "by_position": by_position, "training": training},
         )
     started_from = card.training if arguments.start_from else "mean embedding"
     held_out = {"accepted_length": sum(shares), "by_position": by_position}
     return replace(
         card,
-        licence=arguments.licence,
+        licence=arguments.licence or "apache-2.0",
         training={"started_from": started_from, **training},
         accepted_length={"held-out text, teacher-forced": held_out},
     )

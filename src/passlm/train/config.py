@@ -139,6 +139,12 @@ class TrainConfig:
         ):
             value = getattr(self, name)
             _require(0 < value < float("inf"), name, value, "a number above 0")
+        _require(
+            not (self.kind == "head" and self.gradient_checkpointing),
+            "gradient_checkpointing",
+            True,
+            "left out for a draft head, which has no gradients in the model's layers",
+        )
         _require(self.clip >= 0, "clip", self.clip, "0 or more")
         _require(self.warmup >= 0, "warmup", self.warmup, "0 or more")
         _require(0 < self.held_out < 1, "held_out", self.held_out, "between 0 and 1")

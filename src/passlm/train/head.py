@@ -7,8 +7,8 @@ anchors are drawn from the last texts together. Everything else is the loop's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cached_property, lru_cache
+import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,38 +24,51 @@ from passlm.train.loss import Guess, Part, parts, row_losses
 class HeadTrainer(Trainer):
     """Trains the draft head of look-ahead files, and leaves what else they hold as it is."""
 
-    @cached_property
-    def _read(self) -> Callable[[int], tuple[Tensor, Tensor]]:
-        """A text and its hidden states by the text's number, the last ones remembered."""
-        room = self.config.head_texts + self.config.sequences
-
-        @lru_cache(maxsize=room)
-        def read(window: int) -> tuple[Tensor, Tensor]:
-            text = self.windows.window(window).to(self.target.device)
-            return text, self.target.hidden(text[None])[0]
-
-        return read
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self._known: dict[int, tuple[Tensor, Tensor]] = {}
 
     def batch(self, windows: Sequence[int]) -> tuple[Tensor, Hung]:
-        """Anchors of the last texts up to each of these: a function of its number alone."""
+        """Anchors of the last texts that this process had, these the last of them.
+
+        They depend on the numbers of the texts alone: a resumed run draws the same.
+        """
         config, lengths = self.config, torch.tensor(group_lengths(self.config))
-        first = max(0, windows[0] + 1 - config.head_texts)
-        known = [self._read(number) for number in range(first, windows[-1] + 1)]
-        text, hidden = (torch.stack(part) for part in zip(*known, strict=True))
+        numbers = self._last(windows)
+        for number in [known for known in self._known if known not in numbers]:
+            del self._known[number]
         places = config.sequence_tokens - config.reach - 1
-        texts, anchors = [], []
-        for window in windows:
-            oldest, draw = max(0, window + 1 - config.head_texts), self.drawing(window)
-            of = torch.randint(oldest, window + 1, lengths.shape, generator=draw)
-            texts.append(of - first)
-            anchors.append(torch.randint(places, lengths.shape, generator=draw))
-        at, anchor = (
-            torch.stack(drawn).repeat_interleave(lengths, 1).to(text.device)
-            for drawn in (texts, anchors)
-        )
+        shape = len(windows), len(lengths)
+        draw = self.drawing(windows[0])
+        texts = torch.randint(len(numbers), shape, generator=draw)
+        anchors = torch.randint(places, shape, generator=draw)
+        drawn, at = torch.unique(texts, return_inverse=True)
+        read = [self._read(number) for number in numbers]  # all: as many in every process
+        text, hidden = (torch.stack([read[n][part] for n in drawn.tolist()]) for part in (0, 1))
+        at, anchor = (each.repeat_interleave(lengths, 1).to(text.device) for each in (at, anchors))
         rows = torch.cat([torch.arange(1, 1 + length) for length in lengths.tolist()])
         depth = rows.to(text.device).expand_as(at)
         return text, Hung(hidden[at, anchor], hidden, depth, anchor + depth, at)
+
+    def _last(self, windows: Sequence[int]) -> list[int]:
+        """Numbers of the texts of this process's last steps, up to these."""
+        size = len(windows)
+        apart = size * (1 if self.processes is None else self.processes.place[1])
+        steps = max(1, self.config.head_texts // size)
+        firsts = range(windows[0] % apart, windows[0] + 1, apart)[-steps:]
+        return [first + at for first in firsts for at in range(size)]
+
+    def _read(self, window: int) -> tuple[Tensor, Tensor]:
+        """A text, `[S]`, and its hidden states, `[S, d_model]`; the last ones are remembered."""
+        if window not in self._known:
+            text = self.windows.window(window).to(self.target.device)
+            self._known[window] = text, self.target.hidden(text[None])[0]
+        return self._known[window]
+
+    def _settings(self) -> dict[str, Any]:
+        listed = [] if self.look_ahead.head is None else self.look_ahead.head.listed.tolist()
+        digest = hashlib.sha256(repr(listed).encode()).hexdigest()
+        return {**super()._settings(), "listed tokens": digest[:12]}
 
     def trained(self, look_ahead: LookAhead) -> dict[str, nn.Parameter]:
         """The head's parameters, by name."""

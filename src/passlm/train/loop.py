@@ -48,7 +48,7 @@ class Progress:
     Attributes:
         step: steps done.
         loss: of this step, nats a row.
-        learning_rate: of the embeddings in this step.
+        learning_rate: of the embeddings in this step; others move with it.
         gradient_norm: before clipping.
         seconds: since the run, resumed or not, began.
         accepted_length: held-out, over whole groups, at steps where it was measured.

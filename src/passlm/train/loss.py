@@ -51,7 +51,7 @@ class Part:
         hidden: `[R, d_model]`; its gradient is what is wanted.
         teacher: the target's own logits where each row stands, `[R, V]` float32.
         depth: `j` of each row, `[R]`; 1 starts a group.
-        text: token ids of the texts, `[B, S]`.
+        text: token ids of the texts, `[T, S]`.
         at: text and position of each row, both `[R]`.
     """
 
