@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def test_decoding_takes_the_same_numbers(
         for n, text in enumerate(texts)
     ]
     applied = AppliedHead.of(head, tables, dtype)
-    ids = head.listed.tolist()
+    ids, before = head.listed.tolist(), deepcopy(head)
     head.out.data.zero_()
     sampler = HeadSampler(applied, list(hidden), [2, 2, 2])
     shortlists, logits = sampler.shortlists(1, [2, 0, 1], [texts[2], texts[0], texts[1]])
@@ -92,6 +93,15 @@ def test_decoding_takes_the_same_numbers(
         scale = float(wanted.abs().max())
         torch.testing.assert_close(logits[at], wanted[order], rtol=close, atol=close * scale)
         assert bool((logits[at].diff() <= 0).all())
+    found = HeadSampler(applied, list(hidden), [1, 3, 2]).likeliest(texts)
+    assert list(map(len, found)) == [1, 3, 2]
+    for n, text in enumerate(texts):
+        told = text if len(text) > 1 else text * 2
+        for j, (token, sure) in enumerate(found[n], start=1):
+            chances = by_hand(before, exact, hidden[n], told, j).detach().softmax(-1)
+            assert chances[ids.index(token)] == pytest.approx(float(chances.max()), rel=0.1)
+            assert sure == pytest.approx(float(chances.max()), rel=0.1)
+            told = [*told, token]
     if preferred():
         alone = HeadSampler(applied, [hidden[2]], [2]).shortlists(1, [0], [texts[2]])[1]
         assert torch.equal(alone[0], logits[0])

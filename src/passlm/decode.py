@@ -181,13 +181,22 @@ class Decoder:
         if head is None:
             return
         lengths = [row.head_tokens(self.target.context, head.depths) for row in rows]
-        drafting = [row for row, length in zip(rows, lengths, strict=True) if length]
-        if not drafting:
-            return
-        for row in drafting:
-            row.begin_draft("head")
-        hidden = [row.hidden for row in drafting if row.hidden is not None]
-        draft_together(drafting, HeadSampler(head, hidden, list(filter(None, lengths))))
+        asked = [(row, length) for row, length in zip(rows, lengths, strict=True) if length]
+        for draws in (False, True):
+            some = [(row, length) for row, length in asked if row.takes_guesses != draws]
+            if not some:
+                continue
+            drafting = [row for row, _ in some]
+            for row in drafting:
+                row.begin_draft("head")
+            hidden = [row.hidden for row in drafting if row.hidden is not None]
+            sampler = HeadSampler(head, hidden, [length for _, length in some])
+            if draws:
+                draft_together(drafting, sampler)
+                continue
+            guesses = sampler.likeliest([row.tokens for row in drafting])
+            for row, own in zip(drafting, guesses, strict=True):
+                row.take(own)
 
     def _judge(self, rows: Sequence[Row], logits: Sequence[Tensor]) -> list[list[int]]:
         """What the pass settles of each text; greedy ones look for their best tokens together."""

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from passlm.likeliest import shortlist
+from passlm.likeliest import likeliest, shortlist
 from passlm.products import RowsProduct, preferred
-from passlm.sampler import SHORTLIST, Embeddings, Shortlist, last_tokens, normed
+from passlm.sampler import EPSILON, SHORTLIST, Embeddings, Shortlist, last_tokens, normed
 
 
 class DraftHead(nn.Module):
@@ -124,6 +124,7 @@ class AppliedHead:
         depth_in: `[depths, width]`.
         listed: ids of the listed tokens, `[K]`.
         inputs: input embeddings of the target, `[V, d_model]`.
+        scales: what makes each of them one of root mean square 1, `[V]` float32.
         tokens: how many tokens before the guessed one are told.
     """
 
@@ -134,6 +135,7 @@ class AppliedHead:
     depth_in: Tensor
     listed: Tensor
     inputs: Tensor
+    scales: Tensor
     tokens: int
 
     @classmethod
@@ -160,6 +162,7 @@ class AppliedHead:
             head.depth_in.detach().to(device, rows, copy=True),
             listed,
             tables.inputs,
+            scales(tables.inputs),
             head.tokens,
         )
 
@@ -167,6 +170,19 @@ class AppliedHead:
     def depths(self) -> int:
         """How many tokens it can guess behind a row."""
         return len(self.depth_in)
+
+    def logits(self, from_hidden: Tensor, last: Tensor, depth: int) -> Tensor:
+        """Logits of the listed tokens, `[N, K]`.
+
+        Args:
+            from_hidden: the hidden states' part of the first layer, `[N, width]`.
+            last: ids of the last tokens of each text, the last one first, `[N, tokens]`.
+            depth: of the guess, from 0.
+        """
+        told = self.inputs[last].to(from_hidden) * self.scales[last, None].to(from_hidden)
+        inner = from_hidden + self.token_in(told.flatten(-2)) + self.depth_in[depth]
+        made: Tensor = self.outputs(self.out(nn.functional.silu(inner)))
+        return made
 
 
 class _Linear(nn.Module):
@@ -181,7 +197,7 @@ class _Linear(nn.Module):
 
 
 class HeadSampler:
-    """Drafts behind the last rows of some texts, token by token; stands in for a `GroupSampler`.
+    """Drafts behind the last rows of some texts, token by token; can stand in for a `GroupSampler`.
 
     Args:
         head: the head.
@@ -200,10 +216,39 @@ class HeadSampler:
     ) -> tuple[list[Shortlist], Tensor]:
         """What some texts may guess at one depth; see `GroupSampler.shortlists`."""
         head = self._head
-        before = head.inputs[last_tokens(histories, head.tokens, head.listed.device)]
-        told: Tensor = head.token_in(normed(before.to(self._from_hidden.dtype)).flatten(-2))
-        inner = nn.functional.silu(self._from_hidden[list(groups)] + told + head.depth_in[depth])
-        logits: Tensor = head.outputs(head.out(inner))
+        logits = self._logits(depth, groups, histories)
         best, places = shortlist(logits, min(SHORTLIST, len(head.listed)))
         vocabulary = len(head.inputs)
         return [Shortlist(own, vocabulary) for own in head.listed[places]], best
+
+    def likeliest(self, texts: Sequence[Sequence[int]]) -> list[list[tuple[int, float]]]:
+        """Each text's likeliest tokens, one behind the other, and the head's probability of each.
+
+        Args:
+            texts: the tokens so far.
+        """
+        made: list[list[tuple[int, float]]] = [[] for _ in texts]
+        last = [list(text[-self._head.tokens :]) for text in texts]
+        for depth in range(max(self.lengths)):
+            going = [at for at, length in enumerate(self.lengths) if depth < length]
+            logits = self._logits(depth, going, [last[at] for at in going]).float()
+            places = likeliest(logits)
+            best = logits.gather(1, places[:, None]) - logits.logsumexp(-1, keepdim=True)
+            tokens = self._head.listed[places].tolist()
+            for at, token, sure in zip(going, tokens, best[:, 0].exp().tolist(), strict=True):
+                made[at].append((token, sure))
+                last[at].append(token)
+        return made
+
+    def _logits(self, depth: int, groups: Sequence[int], texts: Sequence[Sequence[int]]) -> Tensor:
+        head, hidden = self._head, self._from_hidden
+        if list(groups) != list(range(len(hidden))):
+            hidden = hidden[list(groups)]
+        last = last_tokens(texts, head.tokens, head.listed.device)
+        return head.logits(hidden, last, depth)
+
+
+def scales(embeddings: Tensor) -> Tensor:
+    """What `normed` multiplies each embedding by, `[V]` float32, without a copy of the table."""
+    lengths: Tensor = torch.linalg.vector_norm(embeddings, dim=-1, dtype=torch.float32)
+    return (lengths.square() / embeddings.shape[1] + EPSILON).rsqrt()

@@ -259,6 +259,24 @@ class Row:
         for start in range(0, len(group), together):
             self.draw(group[start : start + together])
 
+    @property
+    def takes_guesses(self) -> bool:
+        """Whether a draft head's likeliest tokens will do for candidates.
+
+        The coupled judge asks no more of a candidate than that it is the token to come. Where
+        processors tell tokens apart, they have a say in what is likely.
+        """
+        return self.request.distribution.treats_alike and not self._draws_for_rejection
+
+    def take(self, guesses: Sequence[tuple[int, float]]) -> None:
+        """Make these tokens the candidates behind those drafted already.
+
+        Args:
+            guesses: ids and how probable they are.
+        """
+        self.drafted += [token for token, _ in guesses]
+        self.sureness += [sure for _, sure in guesses]
+
     def draw(self, logits: Tensor, among: Shortlist | None = None) -> None:
         """Draw candidates behind those drafted already.
 

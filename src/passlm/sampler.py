@@ -22,7 +22,7 @@ from passlm.products import RowsProduct, preferred
 
 SHORTLIST = 64
 OUT_OF_REACH = -1e9  # the logit of a token off the shortlist: finite, since processors divide
-_EPSILON = 1e-6
+EPSILON = 1e-6
 
 
 class SamplerHead(nn.Module):
@@ -129,7 +129,7 @@ def normed(rows: Tensor) -> Tensor:
     Args:
         rows: `[..., d]`.
     """
-    return rows * (rows.square().mean(-1, keepdim=True) + _EPSILON).rsqrt()
+    return rows * (rows.square().mean(-1, keepdim=True) + EPSILON).rsqrt()
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class TrainConfig:
         default=3, metadata={"help": "tokens that the draft head guesses behind a row"}
     )
     head_vocabulary: int = field(
-        default=8192,
+        default=4096,
         metadata={"help": "tokens that the draft head guesses among, the text's most frequent"},
     )
     head_texts: int = field(
