@@ -13,10 +13,11 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-RESULTS = ("all-compiled", "int8-compiled", "humaneval")
+RESULTS = ("epyc-compiled", "all-compiled", "int8-compiled", "humaneval")
 NAMES = {
     "ar": "plain decoding, tokens/s",
     "lookup": "prompt lookup alone",
+    "draft-head": "draft head before every pass",
     "hf": "transformers' `generate`",
     "hf-prompt-lookup": "transformers' prompt lookup",
     "llama-cpp": "llama.cpp",
