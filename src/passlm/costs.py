@@ -27,7 +27,7 @@ from passlm.decode import Decoder
 from passlm.lookahead import LookAhead, fingerprint
 from passlm.params import SamplingParams
 from passlm.passes import LookAheadRows
-from passlm.plan import Chain, Choice, Chooser, Limits, Plan, Shared
+from passlm.plan import Chain, Choice, Chooser, Limits, Plan, Shared, verifying
 from passlm.planner import AutoPlan, CostCurve
 from passlm.provenance import cache_folder, environment, provenance, write_atomically
 from passlm.quantize import Int8Linear
@@ -112,12 +112,12 @@ def measure(
         context = max(1, min(context, target.context - _MARGIN))
     longest = 0 if rows is None else len(rows.inputs)
     groups = [length for length in GROUPS if length <= longest]
-    plans = [_verifying(count - 1) for count in REAL_ROWS]
+    plans = [verifying(count - 1) for count in REAL_ROWS]
     plans += [Plan(0, (length,)) for length in groups]
     wide = Plan(_WIDE[0], (min(_WIDE[1], longest),) * (1 + _WIDE[0])) if groups else None
     plans += [wide] if wide else []
     depths = 0 if rows is None or rows.head is None else rows.head.depths
-    guesses = [_Timed(_verifying(count), count) for count in range(1, 1 + depths)]
+    guesses = [_Timed(verifying(count), count) for count in range(1, 1 + depths)]
     timed = [*map(_Timed, plans), *guesses]
     seconds: dict[_Timed, list[float]] = {step: [] for step in timed}
     prompt = [1 + place % (target.vocabulary - 1) for place in range(context)]
@@ -149,10 +149,6 @@ def measure(
         return curve
     rest = medians[wide] - curve.of(1 + wide.candidates, sum(wide.groups), wide.groups[0])
     return replace(curve, row_seconds=max(0.0, rest / sum(wide.groups[1:])))
-
-
-def _verifying(candidates: int) -> Plan:
-    return Plan(candidates, (0,) * (1 + candidates))
 
 
 def _sitting(

@@ -282,7 +282,7 @@ class TwoPass:
     def __call__(self, candidates: int, longest_group: int) -> Plan:
         """See `Strategy`."""
         if candidates:
-            return Plan(candidates, (0,) * (1 + candidates))
+            return verifying(candidates)
         return Plan(0, (min(self.look_ahead, longest_group),))
 
 
@@ -308,7 +308,7 @@ class ByHead:
         return FixedChooser(verifying, self.guesses)
 
 
-def verifying(candidates: int, longest_group: int) -> Plan:
+def verifying(candidates: int, longest_group: int = 0) -> Plan:
     """The candidates at hand, and no groups."""
     return Plan(candidates, (0,) * (1 + candidates))
 

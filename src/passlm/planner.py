@@ -100,12 +100,7 @@ class CostCurve:
         return (1 + expected) / self.of(1 + rows, (1 + rows) * rows, rows)
 
     def by_head(self, expected: float, tokens: int) -> float:
-        """Tokens a second where a draft head guesses for each pass, `(1 + E(k)) / (h(k) + c(1+k))`.
-
-        Args:
-            expected: `E(k)`, the mean accepted length.
-            tokens: `k`, that it guesses.
-        """
+        """Tokens a second with a draft head, `(1 + E(k)) / (h(k) + c(1 + k))` of `k` guesses."""
         return (1 + expected) / (self.head(tokens) + self.of(1 + tokens))
 
 
@@ -255,12 +250,14 @@ class AutoChooser:
 
     def __init__(self, settings: AutoPlan) -> None:
         self._settings = settings
-        self._ahead = Acceptance(settings.prior)
-        self._by_head = Acceptance(settings.head)
-        self._by_sureness = Acceptance(_HEAD_PRIOR)
+        self._counts: dict[_Counted, Acceptance] = {
+            "look-ahead": Acceptance(settings.prior),
+            "head": Acceptance(settings.head),
+            "sureness": Acceptance(_HEAD_PRIOR),
+            "lookup": Acceptance(_LOOKUP_PRIOR),
+        }
         self._gains: list[float] = []  # tokens that a head's first, first two, ... guesses bring
         self._expected: list[float] = []  # the same before any was made
-        self._copied = Acceptance(_LOOKUP_PRIOR)
         self._offered: dict[int, float] = {0: 1.0}  # how often lookup chains of which evidence
         self._seconds = _PRIOR_WEIGHT * settings.curve.of(1)
         self._tokens = settings.first_rate * self._seconds
@@ -376,13 +373,13 @@ class AutoChooser:
         than they are drawn again.)
         """
         plan, accepted = choice.plan, len(settled) - 1
-        for acceptance in (self._ahead, self._by_head, self._by_sureness, self._copied):
+        for acceptance in self._counts.values():
             acceptance.forget()
         pairs = zip(self._gains, self._expected, strict=True)
         self._gains = [first + _LONG_MEMORY * (gain - first) for gain, first in pairs]
         for chain in self._at_hand:
             counted, levels = _key(chain)
-            counts = self._counts(counted)
+            counts = self._counts[counted]
             for level, guess, token in zip(levels, chain.tokens, settled, strict=False):
                 counts.count(level, guess == token)
                 if guess != token:
@@ -393,15 +390,6 @@ class AutoChooser:
         )
         self._seconds = self._seconds * _MEMORY + cost + self._settings.curve.head(self._guessed)
         self._guessed = 0
-
-    def _counts(self, counted: _Counted) -> Acceptance:
-        """What was accepted of candidates that are counted there."""
-        return {
-            "look-ahead": self._ahead,
-            "head": self._by_head,
-            "sureness": self._by_sureness,
-            "lookup": self._copied,
-        }[counted]
 
     @staticmethod
     def _fade(weights: dict[int, float]) -> None:
@@ -434,7 +422,7 @@ class AutoChooser:
         """The best plan for a chain of this kind, and what it is worth, in tokens."""
         if (key, shared) not in self._weighed:
             counted, levels = key
-            counts = self._counts(counted)
+            counts = self._counts[counted]
             chances = [counts[level] for level in levels]
             self._weighed[key, shared] = self._best(chances, shared)
         return self._weighed[key, shared]

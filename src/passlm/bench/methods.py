@@ -270,7 +270,7 @@ def check_head(rows: LookAhead | None, tokens: int) -> None:
     if not 1 <= tokens <= rows.head.depths:
         raise MethodError(
             f"method draft-head with {tokens} tokens: these files' head guesses 1 to "
-            f"{rows.head.depths}"
+            f"{rows.head.depths}, give so many with --lookahead-tokens"
         )
 
 
