@@ -5,6 +5,8 @@ A pass here writes keys that say who wrote them; what is read back shows where t
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Sequence
 
 import pytest
@@ -310,3 +312,21 @@ def test_prefix_leaves_the_texts_keys_alone() -> None:
     assert prefix.get_seq_length() == 3
     assert prefix.layers[0].get_mask_sizes(2) == (5, 0)
     assert settled(cache) == [[1, 2, 3], [11, 12, 13]]
+
+
+def test_memory_is_free_once_nobody_has_the_cache() -> None:
+    """Catches a cycle between a cache and its layers: keys and values of texts that are over would
+    wait for the collector, gigabytes of them in a server."""
+    gc.disable()
+    try:
+        cache = RowCache(LAYERS)
+        write(cache, [[1.0, 2.0]])
+        cache.settle(0, 2)
+        other = cache.copied(0, 1)
+        cache.append(other)
+        held = [weakref.ref(one.row_layers[0].stored[0]) for one in (cache, other)]  # type: ignore[index]
+        assert all(ref() is not None for ref in held)
+        del cache, other
+        assert [ref() for ref in held] == [None, None]
+    finally:
+        gc.enable()

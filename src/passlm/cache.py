@@ -10,6 +10,7 @@ holes that fit nothing later. Batch rows that leave make room for those that joi
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -26,8 +27,16 @@ class RowLayer(StaticLayer):  # type: ignore[no-untyped-call]  # its base's hook
 
     def __init__(self, cache: RowCache) -> None:
         super().__init__(max_cache_len=0)
-        self.cache = cache
+        # No cycle: what a cache holds is to be free once nobody has it.
+        self._cache = weakref.ref(cache)
         self.stored: tuple[Tensor, Tensor] | None = None  # of all rows that there is room for
+
+    @property
+    def cache(self) -> RowCache:
+        """The cache that it is a layer of."""
+        cache = self._cache()
+        assert cache is not None, "a layer is used as a part of its cache"
+        return cache
 
     def hold(self, keys: Tensor, values: Tensor) -> None:
         """Take these tensors, `[held, heads, capacity, d_head]`, for its own."""
