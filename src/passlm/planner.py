@@ -230,6 +230,8 @@ class AutoPlan:
         for rows in range(1, 1 + len(self.prior)):
             expected = expected_length(self.prior[:rows])
             rates += [self.curve.two_pass(expected, rows), self.curve.one_pass(expected, rows)]
+        for tokens in range(1, 1 + self.head_depths):
+            rates.append(self.curve.by_head(expected_length(self.head[:tokens]), tokens))
         return max(rates)
 
     def begin(self) -> AutoChooser:
