@@ -138,12 +138,27 @@ def asked(
     return query.to(dtype), key.to(dtype), value.to(dtype), mask.to(dtype)
 
 
-def computed(query: Any, key: Any, value: Any, mask: Any, scale: float = 0.2) -> torch.Tensor:
+def computed(
+    query: Any, key: Any, value: Any, mask: Any, scale: float = 0.2, texts: Any = None
+) -> torch.Tensor:
     none = query.new_empty(0)
     found: torch.Tensor = torch.ops.passlm.rows_attention(
-        query, key, value, none if mask is None else mask, scale, torch.get_num_threads()
+        query,
+        key,
+        value,
+        none if mask is None else mask,
+        none.long() if texts is None else texts,
+        scale,
+        torch.get_num_threads(),
     )
     return found
+
+
+def in_line(query: Any, mask: Any, texts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Some rows of each text behind each other, `texts` saying of which: its next one each time."""
+    places = [(int(text), int((texts[:at] == text).sum())) for at, text in enumerate(texts)]
+    line = torch.stack([query[text, :, row] for text, row in places], 1)[None]
+    return line, torch.stack([mask[text, 0, row] for text, row in places])[None, None]
 
 
 needs_operators = pytest.mark.skipif(
@@ -192,6 +207,37 @@ def test_a_row_attends_the_same_whatever_is_beside_it(
     assert torch.equal(computed(query, *longer, torch.cat([mask, closed], 3)), together)
 
 
+TEXTS = [2, 2, 2, 0, 1, 1, 1, 1, 1, 1, 1, 0]
+
+
+@needs_operators
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_in_one_line_attend_to_their_own_text(dtype: torch.dtype) -> None:
+    """Catches a row given the keys of its neighbour's text, and texts that have to follow each
+    other in the cache's order or be there all."""
+    query, key, value, mask = asked((4, 9, 3, 7, 129, 64), dtype)
+    texts = torch.tensor(TEXTS)
+    line, own = in_line(query, mask, texts)
+    found = computed(line, key, value, own, texts=texts)
+    apart = computed(query, key, value, mask)
+    expected = [apart[text, TEXTS[:at].count(text)] for at, text in enumerate(TEXTS)]
+    assert torch.equal(found, torch.stack(expected)[None])
+
+
+def test_rows_in_one_line_without_our_own_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches layers that our operator does not know and that get another text's keys."""
+    query, key, value, mask = asked((4, 9, 3, 7, 129, 64), torch.float32)
+    texts = torch.tensor(TEXTS)
+    line, own = in_line(query, mask, texts)
+    expected, _ = grouped_attention(Layer(), query, key, value, mask, scaling=0.2)
+    monkeypatch.setattr(native, "available", lambda: False)
+    model = small_llama()
+    with grouped(model, texts):
+        found, _ = grouped_attention(Layer(), line, key, value, own, scaling=0.2)
+    rows = [expected[text, TEXTS[:at].count(text)] for at, text in enumerate(TEXTS)]
+    torch.testing.assert_close(found, torch.stack(rows)[None])
+
+
 @needs_operators
 def test_a_row_that_sees_nothing_gives_zeros() -> None:
     """Catches fillers of a batch that are no numbers, and spread through the pass."""
@@ -215,7 +261,7 @@ def test_large_scores_and_far_ones() -> None:
 
 
 @needs_operators
-@pytest.mark.parametrize("what", ["float16", "mixed", "strided", "boolean"])
+@pytest.mark.parametrize("what", ["float16", "mixed", "strided", "boolean", "texts", "many"])
 def test_what_the_operator_cannot_take_is_refused(what: str) -> None:
     """Catches memory read that is none of ours."""
     query, key, value, mask = asked(SHAPES[0], torch.float32)
@@ -225,7 +271,8 @@ def test_what_the_operator_cannot_take_is_refused(what: str) -> None:
         key = key.bfloat16()
     elif what == "strided":
         query = query.repeat_interleave(2, -1)[..., ::2]
-    else:
+    elif what == "boolean":
         mask = mask < 0
+    texts = {"texts": torch.ones(1).long(), "many": torch.zeros(2).long()}.get(what)
     with pytest.raises(RuntimeError):
-        computed(query, key, value, mask)
+        computed(query, key, value, mask, texts=texts)

@@ -5,12 +5,16 @@ Where this machine has our own operators (`native.py`), `cpp/attention.cpp` comp
 gives does not depend on the rows beside it. Elsewhere torch's does. Transformers copies keys and
 values that several query heads share for each of them before it calls that with a mask; here the
 heads' queries stand below each other instead, as further rows with their row's mask.
+
+Rows of several texts may stand in one line, so that a text costs its own rows and not those of the
+longest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -28,16 +32,26 @@ _OPERATOR = "passlm::rows_attention"
 
 torch.library.define(
     _OPERATOR,
-    "(Tensor query, Tensor keys, Tensor values, Tensor mask, float scale, int threads) -> Tensor",
+    "(Tensor query, Tensor keys, Tensor values, Tensor mask, Tensor texts, float scale, "
+    "int threads) -> Tensor",
 )
 
 
 @torch.library.register_fake(_OPERATOR)  # type: ignore[untyped-decorator]
 def _shape(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float, threads: int
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    texts: Tensor,
+    scale: float,
+    threads: int,
 ) -> Tensor:
-    batch, heads, rows, width = query.shape
-    return query.new_empty(batch, rows, heads, width)
+    lines, heads, rows, width = query.shape
+    return query.new_empty(lines, rows, heads, width)
+
+
+_texts: ContextVar[Tensor | None] = ContextVar("texts", default=None)  # of the rows in one line
 
 
 def grouped_attention(
@@ -50,6 +64,9 @@ def grouped_attention(
     **given: Any,
 ) -> tuple[Tensor, None]:
     """As transformers' `sdpa_attention_forward`, for `query` `[B, heads, Q, d_head]`.
+
+    Where rows of several texts stand in one line, `query` is `[1, heads, N, d_head]` and the mask
+    likewise, while keys and values are those of all texts.
 
     Args:
         module: the layer.
@@ -68,16 +85,24 @@ def grouped_attention(
     groups = heads // key.shape[1]
     special = any(given.get(name) is not None for name in _ELSEWHERE)
     by_head = attention_mask is not None and attention_mask.shape[1] != 1
+    texts = _texts.get()
     if not special and not by_head and _has_operator(query, key, value, attention_mask):
         computed: Tensor = torch.ops.passlm.rows_attention(
             query,
             key,
             value,
             query.new_empty(0) if attention_mask is None else attention_mask,
+            query.new_empty(0, dtype=torch.long) if texts is None else texts,
             width**-0.5 if scaling is None else scaling,
             torch.get_num_threads(),
         )
         return computed, None
+    if texts is not None:  # each row as a text of its own
+        apart = None if attention_mask is None else attention_mask.transpose(0, 2)
+        single, _ = sdpa_attention_forward(
+            module, query.transpose(0, 2), key[texts], value[texts], apart, scaling=scaling, **given
+        )
+        return single.transpose(0, 1), None
     if groups == 1 or attention_mask is None or by_head or special:
         plain, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **given
@@ -123,12 +148,19 @@ def can_group(model: PreTrainedModel) -> bool:
 
 
 @contextmanager
-def grouped(model: PreTrainedModel) -> Iterator[None]:
-    """Its layers' attention is `grouped_attention` for the time being."""
+def grouped(model: PreTrainedModel, texts: Tensor | None = None) -> Iterator[None]:
+    """Its layers' attention is `grouped_attention` for the time being.
+
+    Args:
+        model: the model.
+        texts: which text of the cache each row is of, `[N]`, where all rows stand in one line;
+            None where every text has a line of its own.
+    """
     config: Any = model.config.get_text_config()
-    before = config._attn_implementation
+    before, token = config._attn_implementation, _texts.set(texts)
     config._attn_implementation = NAME
     try:
         yield
     finally:
         config._attn_implementation = before
+        _texts.reset(token)

@@ -8,6 +8,9 @@ which rows need logits is known only to `decode.py`.
 Where look-ahead rows are to be expected, the package computes their LoRA as well, multiplied by 0
 for real rows: that adds an exact zero to what the untouched weights give. Our own products skip it
 in passes without such rows; where a machine has others, those passes have a package of their own.
+
+Where our own attention computes them, the rows of all texts stand in one line, and a text costs its
+own rows; elsewhere every text has as many as the longest.
 """
 
 from __future__ import annotations
@@ -61,12 +64,19 @@ class CompileError(Exception):
 
 
 class _SlotLayer(StaticLayer):  # type: ignore[no-untyped-call]  # its base's hook
-    """A cache layer of tensors that are inputs of the traced pass."""
+    """A cache layer of tensors that are inputs of the traced pass.
 
-    def __init__(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+    Args:
+        keys: `[B, heads, S, d_head]`.
+        values: likewise.
+        slots: where each row is written, `[B, Q]`, or `[1, N]` in one line.
+        texts: which text each row of one line is of, `[N]`; None where each text has a line.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, slots: Tensor, texts: Tensor | None) -> None:
         super().__init__(max_cache_len=0)
         self.keys, self.values = keys, values
-        self.slots = slots  # [B, Q]
+        self.slots, self.texts = slots, texts
         self.is_initialized = True
 
     def update(
@@ -76,8 +86,13 @@ class _SlotLayer(StaticLayer):  # type: ignore[no-untyped-call]  # its base's ho
         assert self.keys is not None, "made with tensors"
         assert self.values is not None, "made with tensors"
         for stored, states in ((self.keys, key_states), (self.values, value_states)):
-            places = self.slots[:, None, :, None].expand_as(states)
-            stored.scatter_(2, places, states)
+            if self.texts is None:
+                places = self.slots[:, None, :, None].expand_as(states)
+                stored.scatter_(2, places, states)
+            else:
+                heads = torch.arange(stored.shape[1])
+                rows = self.texts[:, None], heads[None], self.slots[0][:, None]
+                stored.index_put_(rows, states[0].transpose(0, 1))
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
@@ -109,11 +124,19 @@ class _GatedSplit(RowSplit):
 class _Body(nn.Module):
     """The pass as a function of tensors alone."""
 
-    def __init__(self, body: nn.Module, joined: JoinedLinears, lora: AppliedLora | None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        joined: JoinedLinears,
+        lora: AppliedLora | None,
+        in_line: bool,
+    ) -> None:
         super().__init__()
-        self.body = body
+        self.body: nn.Module = getattr(model, str(model.base_model_prefix))
         self.joined = joined
         self.lora = lora  # of layers that are not joined
+        self.in_line = in_line
+        self._model = [model]  # no part of it
 
     def forward(
         self,
@@ -121,12 +144,16 @@ class _Body(nn.Module):
         positions: Tensor,
         mask: Any,
         slots: Tensor,
+        texts: Tensor,
         gate: Tensor,
         keys: list[Tensor],
         values: list[Tensor],
     ) -> Tensor:
-        layers = [_SlotLayer(k, v, slots) for k, v in zip(keys, values, strict=True)]
+        line = texts[0] if self.in_line else None
+        layers = [_SlotLayer(k, v, slots, line) for k, v in zip(keys, values, strict=True)]
         with ExitStack() as stack:
+            if can_group(self._model[0]):
+                stack.enter_context(grouped(self._model[0], line))
             if self.lora is not None:
                 stack.enter_context(self.lora.applied(_GatedSplit(gate)))
             stack.enter_context(self.joined.applied(gate))
@@ -166,6 +193,10 @@ class CompiledPasses:
         shapes: of what a pass is given.
         folder: where packages are kept.
         probe: runs the model on a short text; see `lora.groups_of`.
+
+    Attributes:
+        shapes: the same.
+        in_line: whether the rows of all texts are given in one line, as `B = 1` and `Q = N`.
     """
 
     def __init__(
@@ -176,6 +207,7 @@ class CompiledPasses:
         probe: Callable[[], object],
     ) -> None:
         self.shapes = shapes
+        self.in_line = can_group(model) and native.available()
         self._model = model
         self._folder = folder
         self._probe = probe
@@ -191,6 +223,7 @@ class CompiledPasses:
         positions: Tensor,
         mask: Any,
         slots: Tensor,
+        texts: Tensor,
         gate: Tensor | None,
         lora: AppliedLora | None,
         layers: Sequence[tuple[Tensor, Tensor]],
@@ -202,6 +235,7 @@ class CompiledPasses:
             positions: `[B, Q]`.
             mask: `[B, 1, Q, S]`, or one for each kind of layers.
             slots: where each row is written, `[B, Q]`.
+            texts: which text each row is of, `[B, Q]`.
             gate: 1 for a look-ahead row and 0 for a real one, `[B, Q]`; None without such rows.
             lora: what acts on look-ahead rows.
             layers: keys and values, `[B, heads, S, d_head]`; written to.
@@ -213,7 +247,7 @@ class CompiledPasses:
             lora, gate = self._expected, torch.zeros_like(positions)
         run = self._package(lora)
         keys, values = ([layer[at] for layer in layers] for at in (0, 1))
-        return run(inputs, positions, mask, slots, gate.to(inputs.dtype), keys, values)
+        return run(inputs, positions, mask, slots, texts, gate.to(inputs.dtype), keys, values)
 
     def expect(self, lora: AppliedLora | None) -> None:
         """Hear what acts on look-ahead rows to come: its package then serves all passes."""
@@ -247,6 +281,7 @@ class CompiledPasses:
             "weights": self._digest,
             "config": self._model.config.to_json_string(),
             "shapes": repr(self.shapes),
+            "in_line": self.in_line,
             "lora": None if lora is None else _digest(lora.tensors),
             "products": products.described(),
             "traced": [hashlib.sha256(Path(m).read_bytes()).hexdigest() for m in _TRACED],
@@ -255,7 +290,7 @@ class CompiledPasses:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
     def _example(self, lora: AppliedLora | None) -> _Traced:
-        return _Traced(self._model, self.shapes, lora, self._probe)
+        return _Traced(self._model, self.shapes, lora, self._probe, self.in_line)
 
 
 @dataclass(frozen=True)
@@ -266,34 +301,37 @@ class _Traced:
     shapes: Shapes
     lora: AppliedLora | None
     probe: Callable[[], object]
+    in_line: bool
 
     def exported(self) -> torch.export.ExportedProgram:
         """The pass for any number of texts, rows and slots."""
-        body: nn.Module = getattr(self.model, str(self.model.base_model_prefix))
         texts = torch.export.Dim("texts", min=1, max=_MOST_TEXTS)
         rows = torch.export.Dim("rows", min=1, max=MOST_ROWS)
         slots = torch.export.Dim("slots", min=2, max=_MOST_SLOTS)
         layers = len(self.shapes.layers)
-        mask = {0: texts, 2: rows, 3: slots}
+        lines: dict[int, Any] = {} if self.in_line else {0: texts}
+        mask = {**lines, 2: rows, 3: slots}
+        by_row = {**lines, 1: rows}
         kinds = self.shapes.mask_kinds
         stored = [{0: texts, 2: slots}] * layers
         dynamic = (
-            {0: texts, 1: rows},
-            {0: texts, 1: rows},
+            by_row,
+            by_row,
             mask if len(kinds) == 1 else dict.fromkeys(kinds, mask),
-            {0: texts, 1: rows},
-            {0: texts, 1: rows},
+            by_row,
+            by_row,
+            by_row,
             stored,
             stored,
         )
+        joined = JoinedLinears(self.model, self.probe, self.lora)
+        lora = self.lora and self.lora.traced(without=joined.layers)
+        body = _Body(self.model, joined, lora, self.in_line)
         with ExitStack() as stack:
-            if can_group(self.model):
-                stack.enter_context(grouped(self.model))
-            joined = JoinedLinears(self.model, self.probe, self.lora)
             if products.preferred():
-                stack.enter_context(PackedLinears(body, without=joined.layers).applied())
+                stack.enter_context(PackedLinears(body.body, without=joined.layers).applied())
             return torch.export.export(
-                _Body(body, joined, self.lora and self.lora.traced(without=joined.layers)),
+                body,
                 self._inputs(),
                 dynamic_shapes=dynamic,
                 strict=False,
@@ -303,16 +341,18 @@ class _Traced:
         texts, rows, slots = _EXAMPLE
         shapes, weight = self.shapes, next(self.model.parameters())
         new = weight.new_zeros
-        places = torch.arange(rows).repeat(texts, 1)
-        mask = torch.ones(texts, 1, rows, slots, dtype=torch.bool).to(shapes.mask_type)
+        lines = 1 if self.in_line else texts
+        places = torch.arange(rows).repeat(lines, 1)
+        mask = torch.ones(lines, 1, rows, slots, dtype=torch.bool).to(shapes.mask_type)
         masks = {kind: mask.clone() for kind in shapes.mask_kinds}
         keys, values = ([new(texts, h, slots, d) for h, d in shapes.layers] for _ in range(2))
         return (
-            new(texts, rows, shapes.d_model),
+            new(lines, rows, shapes.d_model),
             places,
             masks if len(masks) > 1 else mask,
             places.clone(),
-            new(texts, rows),
+            torch.zeros_like(places),
+            new(lines, rows),
             keys,
             values,
         )

@@ -158,7 +158,8 @@ class Decoder:
         rows = list(self.rows)
         self._draft_by_head(rows)
         chains = [row.chains() for row in rows]
-        agreed, context = agreed_pass(rows, chains), self.target.context
+        context = self.target.context
+        agreed = None if self.target.in_line else agreed_pass(rows, chains)
         passes = [
             row.choose_plan(own, context, agreed if row.chooser else None)
             for row, own in zip(rows, chains, strict=True)
@@ -227,7 +228,7 @@ class Decoder:
         for index, (row, step) in enumerate(zip(rows, steps, strict=True)):
             if step.finish_reason is None:
                 row.begin_draft()
-                row.hidden = None if output.hidden is None else output.hidden[index, step.accepted]
+                row.hidden = None if output.hidden is None else output.hidden[index][step.accepted]
                 if row.plan.groups[step.accepted]:
                     places.append((index, row.plan.group(step.accepted)))
         drafting = [rows[index] for index, _ in places]
@@ -237,7 +238,7 @@ class Decoder:
                 row.draft(group)
         elif places:
             assert output.hidden is not None, "a pass with a sampler head keeps what it takes"
-            hidden = [output.hidden[index, at] for index, at in places]
+            hidden = [output.hidden[index][at] for index, at in places]
             draft_together(drafting, GroupSampler(self._sampler, self._tables, groups, hidden))
 
     def _room(self, request: Request) -> tuple[int, FinishReason]:

@@ -35,7 +35,8 @@ C_SHIMS = {
         AtenTensorHandle parts, int64_t width, int64_t threads, AtenTensorHandle* made)""",
     "rows_attention": """AOTITorchError aoti_torch_cpu_rows_attention(
         AtenTensorHandle query, AtenTensorHandle keys, AtenTensorHandle values,
-        AtenTensorHandle mask, double scale, int64_t threads, AtenTensorHandle* made)""",
+        AtenTensorHandle mask, AtenTensorHandle texts, double scale, int64_t threads,
+        AtenTensorHandle* made)""",
 }
 """How compiled passes call each operator."""
 

@@ -6,8 +6,7 @@ Running it is left to `target.py`, what is done with logits to `decode.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from passlm.lora import AppliedLora
 from passlm.plan import Plan
 from passlm.sampler import SamplerHead
 
-_FEW_ROWS = 16  # up to so many, the output layer's time is that of reading its weights
+_MORE_ROWS = 6  # that the output layer computes in the time of reading its weights once more
 
 
 @dataclass(frozen=True)
@@ -64,23 +63,23 @@ class PassOutput:
     Attributes:
         whole: logits of all rows, `[B, Q, V]`, where `Q` is the longest plan; None where they are
             made when asked for.
-        hidden: what the target's output layer is given, `[B, Q, d_model]`; None where nothing
-            asks for it.
+        hidden: what the target's output layer is given for each text, `[Q_b, d_model]`; None where
+            nothing asks for it.
         head: the output layer.
     """
 
     whole: Tensor | None
-    hidden: Tensor | None = None
+    hidden: Sequence[Tensor] | None = None
     head: Callable[[Tensor], Tensor] | None = None
+    _made: list[Tensor] = field(default_factory=list, init=False, repr=False)  # of all rows
 
     @property
     def logits(self) -> Tensor:
-        """Logits of all rows, `[B, Q, V]`."""
-        if self.whole is not None:
-            return self.whole
-        assert self.head is not None, "neither logits nor what makes them"
-        assert self.hidden is not None, "neither logits nor what they are made of"
-        return self.head(self.hidden)
+        """Logits of all rows, `[B, Q, V]`, of texts with plans of one length."""
+        if self.whole is None:
+            self._make_all()
+            return torch.stack(self._made)
+        return self.whole
 
     def of(self, places: Sequence[tuple[int, slice]]) -> list[Tensor]:
         """Logits of some rows of some texts, `[rows, V]` each, made all at once.
@@ -90,18 +89,24 @@ class PassOutput:
         """
         if not places:
             return []
-        if self.head is not None and self.hidden is not None and self.whole is None:
-            if self.hidden.shape[:2].numel() > _FEW_ROWS:
-                return self._made(self.head, [self.hidden[text, rows] for text, rows in places])
-            self.whole = self.head(self.hidden)
-        logits = self.logits
-        return [logits[text, rows] for text, rows in places]
+        if self.whole is not None:
+            return [self.whole[text, rows] for text, rows in places]
+        assert self.hidden is not None, "neither logits nor what they are made of"
+        asked = [self.hidden[text][rows] for text, rows in places]
+        if not self._made and sum(map(len, self.hidden)) - sum(map(len, asked)) > _MORE_ROWS:
+            return self._logits_of(asked)
+        self._make_all()
+        return [self._made[text][rows] for text, rows in places]
 
-    @staticmethod
-    def _made(head: Callable[[Tensor], Tensor], parts: list[Tensor]) -> list[Tensor]:
-        ends = list(accumulate(map(len, parts)))[:-1]
-        made = torch.tensor_split(head(torch.cat(parts)), ends)
-        return list(made)
+    def _make_all(self) -> None:
+        if not self._made:
+            assert self.hidden is not None, "neither logits nor what they are made of"
+            self._made = self._logits_of(self.hidden)
+
+    def _logits_of(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        assert self.head is not None, "neither logits nor what makes them"
+        made = self.head(torch.cat(list(parts)))
+        return list(torch.split(made, [len(part) for part in parts]))
 
 
 @dataclass(frozen=True)

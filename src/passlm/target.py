@@ -12,7 +12,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +100,14 @@ class Target:
         if self._compiled is not None:
             passes = "compiled"
         return f"{passes}, int8" if self._quantized else passes
+
+    @property
+    def in_line(self) -> bool:
+        """Whether a pass costs what its rows cost, however unlike their numbers are by text.
+
+        Elsewhere every text of a batch costs as much as the one with the longest plan.
+        """
+        return self._compiled is not None and self._compiled.in_line
 
     @property
     def d_model(self) -> int:
@@ -332,17 +340,28 @@ class Target:
         full = visibility(
             cache.lengths, [layout.visible for layout in layouts], self.device, cache.capacity
         )
-        hidden = self._call_compiled(
-            compiled,
+        numbers = [row.plan.rows for row in rows]
+        given = _Given(
             self._inputs(rows, longest, look_ahead),
             positions,
             self._by_kind(full, cache, positions),
             lengths + torch.arange(longest),
+            torch.arange(len(rows))[:, None].expand(-1, longest).contiguous(),
             gate,
+        )
+        if compiled.in_line and len(rows) > 1:
+            given = given.in_line(numbers, longest)
+        hidden = self._call_compiled(
+            compiled,
+            *given,
             None if look_ahead is None else look_ahead.lora,
             cache.slots(compiled.shapes.layers, self.model.dtype),
         )
-        return PassOutput(None, hidden, self._head)
+        if compiled.in_line:
+            own = list(torch.split(hidden[0], numbers))
+        else:
+            own = [text[:number] for text, number in zip(hidden, numbers, strict=True)]
+        return PassOutput(None, own, self._head)
 
     def _call_compiled(self, compiled: CompiledPasses, *inputs: Any) -> Tensor:
         """The compiled pass, alone: what a stopwatch is put around."""
@@ -387,7 +406,7 @@ class Target:
                 use_cache=True,
                 **options,
             )
-        return PassOutput(output.logits, hidden[0] if hidden else None)
+        return PassOutput(output.logits, list(hidden[0]) if hidden else None)
 
     def _laid_out(
         self, cache: RowCache, rows: Sequence[PassRow]
@@ -452,6 +471,39 @@ class Target:
         blocked = torch.finfo(self.dtype).min
         return torch.zeros(mask.shape, dtype=self.dtype, device=mask.device).masked_fill_(
             ~mask, blocked
+        )
+
+
+class _Given(NamedTuple):
+    """What a compiled pass takes of rows, `[B, Q]` each; see `CompiledPasses.__call__`."""
+
+    inputs: Tensor
+    positions: Tensor
+    mask: Any
+    slots: Tensor
+    texts: Tensor
+    gate: Tensor | None
+
+    def in_line(self, numbers: Sequence[int], longest: int) -> _Given:
+        """The first so many rows of each text in one line, without those that fill up others."""
+        starts = range(0, len(numbers) * longest, longest)
+        pairs = zip(starts, numbers, strict=True)
+        kept = torch.cat([torch.arange(start, start + number) for start, number in pairs])
+
+        def line(rows: Tensor) -> Tensor:
+            return rows.flatten(0, 1)[kept][None]
+
+        def seen(mask: Tensor) -> Tensor:
+            return mask.flatten(0, 2)[kept][None, None]
+
+        masks = self.mask
+        return _Given(
+            line(self.inputs),
+            line(self.positions),
+            {k: seen(m) for k, m in masks.items()} if isinstance(masks, dict) else seen(masks),
+            line(self.slots),
+            line(self.texts),
+            None if self.gate is None else line(self.gate),
         )
 
 

@@ -112,7 +112,8 @@ class TimedTarget(Target):
         self, cache: RowCache, rows: Sequence[PassRow], look_ahead: LookAheadRows | None
     ) -> PassOutput:
         """See `Target`."""
-        self.rows += len(rows) * max(row.plan.rows for row in rows)
+        numbers = [row.plan.rows for row in rows]
+        self.rows += sum(numbers) if self.in_line else len(rows) * max(numbers)
         return super().run(cache, rows, look_ahead)
 
     @property

@@ -3,6 +3,9 @@
 // Query heads that share keys and values are computed together. Numbers are float32 in registers. A
 // row's sums run over the slots in their order, and slots that it does not see add exact zeros: what
 // it gives does not depend on the rows beside it nor on the length of the cache, bit for bit.
+//
+// Every text has a line of as many rows, or all rows stand in one line and say of which text they
+// are.
 
 #include <cmath>
 #include <utility>
@@ -96,29 +99,53 @@ ALWAYS_INLINE Floats exponential(Floats x) {
     return (Floats)(bits & ~far);
 }
 
+// Neighbouring rows of one text.
+struct Run {
+    int64_t text;
+    int64_t line, first;  // where they begin: in which line of rows, and at which place of it
+    int64_t rows;
+};
+
 struct Pass {
     View query, keys, values, mask;
-    int64_t texts, heads, key_heads, rows, slots, width, blocks;
+    int64_t lines, heads, key_heads, rows, slots, width, blocks;
     float scale;
-    const Floats* added;  // to scores, [texts, rows, blocks]
-    const char* seen;     // whether a row sees something of a block, [texts, rows, blocks]
-    char* output;         // [texts, rows, heads, width]
+    const Floats* added;  // to scores, [lines, rows, blocks]
+    const char* seen;     // whether a row sees something of a block, [lines, rows, blocks]
+    char* output;         // [lines, rows, heads, width]
+    std::vector<Run> runs;
 };
+
+// Which rows are of which text: `texts` says it of each row, or each line is a text.
+std::vector<Run> runs_of(const View& texts, int64_t lines, int64_t rows, int64_t most) {
+    std::vector<Run> runs;
+    if (!texts.numbers) {
+        for (int64_t line = 0; line < lines; line++) runs.push_back({line, line, 0, rows});
+        return runs;
+    }
+    const auto* text = reinterpret_cast<const int64_t*>(texts.data);
+    for (int64_t n = 0; n < rows; n++) {
+        STD_TORCH_CHECK(text[n] >= 0 && text[n] < most, "a row is of no text of the cache");
+        if (runs.empty() || runs.back().text != text[n]) runs.push_back({text[n], 0, n, 0});
+        runs.back().rows++;
+    }
+    return runs;
+}
 
 // What is added to each row's scores, -inf beyond the last slot, and which blocks are seen.
 void lay_out(Pass& pass, std::vector<Floats>& added, std::vector<char>& seen) {
     const View& mask = pass.mask;
-    const int64_t rows = pass.texts * pass.rows;
+    const int64_t rows = pass.lines * pass.rows;
     added.resize(rows * pass.blocks);
     seen.resize(rows * pass.blocks);
     for (int64_t n = 0; n < rows; n++) {
         auto* row = reinterpret_cast<float*>(added.data() + n * pass.blocks);
         std::fill(row + pass.slots, row + pass.blocks * LANES, -INFINITY);
-        const int64_t text = mask.sizes[0] == 1 ? 0 : n / pass.rows;
+        const int64_t line = mask.sizes[0] == 1 ? 0 : n / pass.rows;
         if (!mask.numbers) {
             std::fill(row, row + pass.slots, 0.0f);
         } else {
-            const int64_t at = text * mask.strides[0] + n % pass.rows * mask.strides[2];
+            const int64_t at = line * mask.strides[0] + n % pass.rows * mask.strides[2];
             if (mask.half()) {
                 const char* from = mask.data + 2 * at;
                 for (int64_t i = 0; i < pass.slots; i++) row[i] = widened(from + 2 * i);
@@ -147,16 +174,17 @@ struct Rows {
     static constexpr int64_t bytes = sizeof(Floats) / LANES / Kind::vectors;  // of a number
 
     const Pass& pass;
-    int64_t text, key_head, begin, number, together, vectors;
+    const Run& run;
+    int64_t key_head, begin, number, together, vectors;
     Floats* queries;   // [rows, vectors]
     Floats* unpacked;  // keys of a block, [LANES, vectors]
     Floats* scores;    // [rows, blocks]; then weights
     std::vector<int64_t> blocks;  // that are seen
     float total[MOST_ROWS];
 
-    Rows(const Pass& pass, int64_t text, int64_t key_head, int64_t begin, int64_t end,
+    Rows(const Pass& pass, const Run& run, int64_t key_head, int64_t begin, int64_t end,
          std::vector<Floats>& room)
-        : pass(pass), text(text), key_head(key_head), begin(begin), number(end - begin),
+        : pass(pass), run(run), key_head(key_head), begin(begin), number(end - begin),
           together(pass.heads / pass.key_heads), vectors(known ? known : padded(pass)) {
         room.resize((number + LANES) * vectors + number * pass.blocks);
         queries = room.data();
@@ -176,11 +204,13 @@ struct Rows {
         return (pass.width + together - 1) / together * Kind::vectors;
     }
 
-    int64_t row(int64_t r) const { return text * pass.rows + (begin + r) / together; }
+    int64_t in_line(int64_t r) const { return run.first + (begin + r) / together; }
+    int64_t row(int64_t r) const { return run.line * pass.rows + in_line(r); }
     int64_t head(int64_t r) const { return key_head * together + (begin + r) % together; }
 
-    const char* place(const View& of, int64_t head, int64_t at) const {
-        return of.data + bytes * (text * of.strides[0] + head * of.strides[1] + at * of.strides[2]);
+    static const char* place(const View& of, int64_t first, int64_t head, int64_t at) {
+        return of.data +
+               bytes * (first * of.strides[0] + head * of.strides[1] + at * of.strides[2]);
     }
 
     // The numbers of a head, those from the `v`th vector on: as many as `Kind` reads at a time, with
@@ -215,13 +245,13 @@ struct Rows {
 
     void score() {
         for (int64_t r = 0; r < number; r++) {
-            read_all(place(pass.query, head(r), (begin + r) / together), queries + r * vectors);
+            read_all(place(pass.query, run.line, head(r), in_line(r)), queries + r * vectors);
             for (int64_t v = 0; v < vectors; v++) queries[r * vectors + v] *= pass.scale;
         }
         for (int64_t b : blocks) {
             for (int64_t i = 0; i < LANES; i++) {
                 const int64_t slot = std::min(b * LANES + i, pass.slots - 1);
-                read_all(place(pass.keys, key_head, slot), unpacked + i * vectors);
+                read_all(place(pass.keys, run.text, key_head, slot), unpacked + i * vectors);
             }
             for (int64_t r = 0; r < number; r++) {
                 scores[r * pass.blocks + b] =
@@ -258,7 +288,7 @@ struct Rows {
                     weights[r] = reinterpret_cast<const float*>(scores + (first + r) * pass.blocks + b);
                 }
                 const int64_t slots = std::min<int64_t>(LANES, pass.slots - b * LANES);
-                const char* from = place(pass.values, key_head, b * LANES);
+                const char* from = place(pass.values, run.text, key_head, b * LANES);
                 for (int64_t i = 0; i < slots; i++, from += bytes * pass.values.strides[2]) {
                     Floats value[vectors_at_once];
                     for (int k = 0; k < vectors_at_once; k += Kind::vectors) {
@@ -292,22 +322,35 @@ struct Rows {
     }
 };
 
+// A part of the work: some of the stacked rows of a run and of one head of keys.
+struct Part {
+    const Run* run;
+    int64_t key_head, begin, end;
+};
+
 template <class Kind, int known>
 void attend_all(const Pass& pass, int64_t threads) {
-    const int64_t stacked = pass.heads / pass.key_heads * pass.rows;
-    const int64_t pairs = std::max<int64_t>(1, pass.texts * pass.key_heads);
-    const int64_t parts = std::max((stacked + MOST_ROWS - 1) / MOST_ROWS,
-                                   std::min(stacked, (SHARES * threads + pairs - 1) / pairs));
-    const int64_t items = pass.texts * pass.key_heads * parts;
+    const int64_t together = pass.heads / pass.key_heads;
+    const int64_t pairs = std::max<int64_t>(1, pass.runs.size() * pass.key_heads);
+    std::vector<Part> all;
+    for (const Run& run : pass.runs) {
+        const int64_t stacked = together * run.rows;
+        const int64_t parts = std::max((stacked + MOST_ROWS - 1) / MOST_ROWS,
+                                       std::min(stacked, (SHARES * threads + pairs - 1) / pairs));
+        for (int64_t head = 0; head < pass.key_heads; head++) {
+            for (int64_t part = 0; part < parts; part++) {
+                all.push_back({&run, head, stacked * part / parts, stacked * (part + 1) / parts});
+            }
+        }
+    }
+    const int64_t parts = all.size();
 #pragma omp parallel num_threads(threads)
     {
         static thread_local std::vector<Floats> room;
-        const int64_t share = omp_get_thread_num(), shares = omp_get_num_threads();
-        for (int64_t n = items * share / shares; n < items * (share + 1) / shares; n++) {
-            const int64_t part = n % parts, pair = n / parts;
-            Rows<Kind, known>(pass, pair / pass.key_heads, pair % pass.key_heads,
-                              stacked * part / parts, stacked * (part + 1) / parts, room)
-                .attend();
+#pragma omp for schedule(dynamic)
+        for (int64_t n = 0; n < parts; n++) {
+            const Part& part = all[n];
+            Rows<Kind, known>(pass, *part.run, part.key_head, part.begin, part.end, room).attend();
         }
     }
 }
@@ -324,11 +367,13 @@ void attend_all(const Pass& pass, int64_t threads) {
 }
 
 AtenTensorHandle attention(AtenTensorHandle query, AtenTensorHandle keys, AtenTensorHandle values,
-                           AtenTensorHandle mask, double scale, int64_t threads) {
+                           AtenTensorHandle mask, AtenTensorHandle texts, double scale,
+                           int64_t threads) {
     Pass pass{View(query), View(keys), View(values), View(mask), 0, 0, 0, 0, 0, 0, 0,
-              float(scale), nullptr, nullptr, nullptr};
+              float(scale), nullptr, nullptr, nullptr, {}};
+    const View text(texts);
     const int64_t* sizes = pass.query.sizes;
-    pass.texts = sizes[0], pass.heads = sizes[1], pass.rows = sizes[2], pass.width = sizes[3];
+    pass.lines = sizes[0], pass.heads = sizes[1], pass.rows = sizes[2], pass.width = sizes[3];
     pass.key_heads = pass.keys.sizes[1], pass.slots = pass.keys.sizes[2];
     pass.blocks = (pass.slots + LANES - 1) / LANES;
     STD_TORCH_CHECK(pass.query.half() || pass.query.full(), "queries must be bfloat16 or float32");
@@ -340,10 +385,17 @@ AtenTensorHandle attention(AtenTensorHandle query, AtenTensorHandle keys, AtenTe
     STD_TORCH_CHECK(!pass.mask.numbers || (pass.mask.strides[3] == 1 &&
                                            (pass.mask.half() || pass.mask.full())),
                     "a mask must be bfloat16 or float32, its slots side by side");
+    STD_TORCH_CHECK(!text.numbers || (pass.lines == 1 && text.numbers == pass.rows &&
+                                      text.type == aoti_torch_dtype_int64() &&
+                                      text.strides[text.dimensions - 1] == 1),
+                    "texts must be a whole number for each row of one line");
+    STD_TORCH_CHECK(text.numbers || pass.lines == pass.keys.sizes[0],
+                    "queries and keys must be of as many texts");
+    pass.runs = runs_of(text, pass.lines, pass.rows, pass.keys.sizes[0]);
     static thread_local std::vector<Floats> added;
     static thread_local std::vector<char> seen;
     lay_out(pass, added, seen);
-    const int64_t shape[] = {pass.texts, pass.rows, pass.heads, pass.width};
+    const int64_t shape[] = {pass.lines, pass.rows, pass.heads, pass.width};
     const AtenTensorHandle made = empty(shape, 4, pass.query.type);
     pass.output = View(made).data;
     if (pass.query.half()) {
@@ -356,9 +408,10 @@ AtenTensorHandle attention(AtenTensorHandle query, AtenTensorHandle keys, AtenTe
 
 using torch::stable::Tensor;
 
-Tensor boxed(Tensor query, Tensor keys, Tensor values, Tensor mask, double scale,
+Tensor boxed(Tensor query, Tensor keys, Tensor values, Tensor mask, Tensor texts, double scale,
              int64_t threads) {
-    return Tensor(attention(query.get(), keys.get(), values.get(), mask.get(), scale, threads));
+    return Tensor(attention(query.get(), keys.get(), values.get(), mask.get(), texts.get(), scale,
+                            threads));
 }
 
 }  // namespace
@@ -366,9 +419,9 @@ Tensor boxed(Tensor query, Tensor keys, Tensor values, Tensor mask, double scale
 // What compiled passes call, without torch's dispatcher between.
 extern "C" AOTITorchError aoti_torch_cpu_rows_attention(
     AtenTensorHandle query, AtenTensorHandle keys, AtenTensorHandle values, AtenTensorHandle mask,
-    double scale, int64_t threads, AtenTensorHandle* made) {
+    AtenTensorHandle texts, double scale, int64_t threads, AtenTensorHandle* made) {
     try {
-        *made = attention(query, keys, values, mask, scale, threads);
+        *made = attention(query, keys, values, mask, texts, scale, threads);
         return AOTI_TORCH_SUCCESS;
     } catch (...) {
         return AOTI_TORCH_FAILURE;
