@@ -173,6 +173,8 @@ def test_the_card_gives_the_prior(folder: Path, target: Target, measured: Calls)
     assert Costs(target, rows).auto(1, 100, longest=1).prior == (0.5,)
     assert Costs(target, rows).auto(1, 100, longest=0).prior == ()
     assert Costs(target).auto(1, 100).prior == ()
+    costs = Costs(target, rows)
+    assert costs.auto(1, 100) is costs.auto(1, 110), "each text would weigh its plans anew"
     with_head = random_look_ahead(target, 3, head_width=8)
     assert Costs(target, with_head).auto(1, 100).head == with_head.card.head_prior
     assert Costs(target, with_head).auto(1, 100, longest=0).head == ()

@@ -265,3 +265,44 @@ def test_the_same_text_gives_the_same_plans() -> None:
 def test_nothing_is_computed_beyond_the_end(limits: Limits, plan: Plan) -> None:
     """Catches rows of no use near the text's end, and positions that the model does not have."""
     assert Choice(DRAFT, Plan(4, (3,) * 5)).within(limits).plan == plan
+
+
+def test_what_a_text_begins_with_is_weighed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches every text, and every batch that shrinks or grows, weighing all plans anew: with
+    many texts that takes longer than what it saves."""
+    curves = {1: FLAT, 4: STEEP}
+    plan = AutoPlan(FLAT, PRIOR, curves=curves.get)
+    weighings: list[AutoChooser] = []
+    weigh = AutoChooser._weigh_anew
+
+    def counted(self: AutoChooser) -> None:
+        weighings.append(self)
+        weigh(self)
+
+    monkeypatch.setattr(AutoChooser, "_weigh_anew", counted)
+    first = plan.begin()
+    once = len(weighings)
+    assert once > 0
+    assert plan.begin().weighed == first.weighed
+    assert len(weighings) == once
+    for _ in range(3):
+        for texts in (4, 1):
+            first.resize(texts)
+    assert len(weighings) == 2 * once
+    first.resize(4)
+    assert plan.resized(4).begin().weighed == first.weighed
+    assert plan.resized(4).resized(1) is plan
+
+
+def test_what_groups_are_worth_is_remembered_by_the_size_of_the_batch() -> None:
+    """Catches a text that takes its neighbours' coming and going for a new beginning."""
+    plan = AutoPlan(FLAT, PRIOR, curves={1: FLAT, 4: STEEP}.get)
+    chooser = plan.begin()
+    for _ in range(64):
+        chooser.learn(chooser.choose([DRAFT], WIDE), [WRONG])
+    learnt = chooser.weighed[1]
+    assert learnt != plan.begin().weighed[1]
+    chooser.resize(4)
+    assert chooser.weighed[1] == plan.resized(4).begin().weighed[1]
+    chooser.resize(1)
+    assert chooser.weighed[1] == learnt

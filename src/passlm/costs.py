@@ -227,6 +227,7 @@ class Costs:
     def __post_init__(self) -> None:
         self._known: dict[tuple[int, int], CostCurve] = {}
         self._unknown: set[tuple[int, int]] = set()  # looked for in vain
+        self._plans: dict[tuple[AutoPlan, int], AutoPlan] = {}  # by themselves and their context
 
     def curve(self, batch: int, context: int, anew: bool = False) -> CostCurve:
         """What passes cost for so many texts behind so many tokens.
@@ -263,7 +264,8 @@ class Costs:
         def of(texts: int) -> CostCurve | None:
             return self.known(texts, context)
 
-        return AutoPlan(self.curve(batch, context), prior, lookup, of, head)
+        made = AutoPlan(self.curve(batch, context), prior, lookup, of, head)
+        return self._plans.setdefault((made, _near(context, CONTEXTS)), made)  # weighed once
 
     def known(self, batch: int, context: int) -> CostCurve | None:
         """As `curve`, but only what was measured before."""

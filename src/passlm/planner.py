@@ -14,7 +14,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Literal
 
 from passlm.lookup import LONGEST_MATCH
@@ -176,6 +176,9 @@ class AutoPlan:
         default=None, repr=False, compare=False
     )
     head: tuple[float, ...] = ()
+    _resized: dict[CostCurve, AutoPlan] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         if self.prior and not self.curve.groups:
@@ -217,7 +220,21 @@ class AutoPlan:
     def resized(self, texts: int) -> AutoPlan:
         """The same in a batch of so many texts, where its costs are known."""
         curve = None if self.curves is None else self.curves(texts)
-        return self if curve is None or curve == self.curve else replace(self, curve=curve)
+        if curve is None or curve == self.curve:
+            return self
+        if curve not in self._resized:
+            other = replace(self, curve=curve)
+            object.__setattr__(other, "_resized", self._resized)
+            self._resized.update({self.curve: self, curve: other})
+        return self._resized[curve]
+
+    @cached_property
+    def first_weighing(self) -> tuple[list[float], list[float]]:
+        """What a text knows as it begins: what guesses of the head and what groups are worth."""
+        chooser = AutoChooser(self, weighed=([], [0.0] * (1 + len(self.prior))))
+        for _ in range(_FIRST_ROUNDS):
+            chooser.weigh_first()
+        return chooser.weighed
 
     cost: Callable[[int, int, int, Shared | None], float] = field(
         init=False, repr=False, compare=False
@@ -248,9 +265,14 @@ class AutoChooser:
 
     Args:
         settings: costs, priors and what may be drafted.
+        weighed: what the head's guesses and groups are worth, by their lengths; None for what
+            `settings` say.
     """
 
-    def __init__(self, settings: AutoPlan) -> None:
+    def __init__(
+        self, settings: AutoPlan, weighed: tuple[list[float], list[float]] | None = None
+    ) -> None:
+        gains, worth = settings.first_weighing if weighed is None else weighed
         self._settings = settings
         self._counts: dict[_Counted, Acceptance] = {
             "look-ahead": Acceptance(settings.prior),
@@ -258,41 +280,51 @@ class AutoChooser:
             "sureness": Acceptance(_HEAD_PRIOR),
             "lookup": Acceptance(_LOOKUP_PRIOR),
         }
-        self._gains: list[float] = []  # tokens that a head's first, first two, ... guesses bring
-        self._expected: list[float] = []  # the same before any was made
+        self._gains = list(gains)  # tokens that a head's first, first two, ... guesses bring
+        self._expected = list(gains)  # the same before any was made
         self._offered: dict[int, float] = {0: 1.0}  # how often lookup chains of which evidence
         self._seconds = _PRIOR_WEIGHT * settings.curve.of(1)
         self._tokens = settings.first_rate * self._seconds
-        self._worth = [0.0] * (1 + len(settings.prior))  # of a group of so many rows, in tokens
+        self._worth = list(worth)  # of a group of so many rows, in tokens
+        self._worth_elsewhere: dict[CostCurve, list[float]] = {}  # at batch sizes met before
         self._weighed: dict[tuple[_Key, Shared | None], tuple[float, Plan]] = {}
         self._passes = 0
         self._at_hand: Sequence[Chain] = ()
         self._guessed = 0  # tokens that the draft head guessed for the next pass
         self._texts = 1
         self._shared: Shared | None = None  # the last pass, where it was agreed with other texts
-        for _ in range(_FIRST_ROUNDS):
-            self._expected = self._first_gains()
-            self._gains = list(self._expected)
-            self._weigh_anew()
 
-    def _first_gains(self) -> list[float]:
-        """What the draft head's guesses are worth as far as the prior tells, in tokens."""
+    @property
+    def weighed(self) -> tuple[list[float], list[float]]:
+        """What the draft head's guesses and what groups are worth, in tokens."""
+        return list(self._gains), list(self._worth)
+
+    def weigh_first(self) -> None:
+        """Weigh guesses and groups as far as priors tell, each by what the other is worth."""
         head = self._settings.head[: self._settings.head_depths]
         alone = self._best(())[0]
-        return [self._best(head[:count])[0] - alone for count in range(1, 1 + len(head))]
+        gains = [self._best(head[:count])[0] - alone for count in range(1, 1 + len(head))]
+        self._gains, self._expected = gains, list(gains)
+        self._weigh_anew()
 
     def resize(self, texts: int) -> None:
-        """See `plan.Chooser`: go on with other costs; what was counted is kept."""
+        """See `plan.Chooser`: go on with other costs; what was counted is kept.
+
+        Batches change often and weighing takes long: until it is next done, groups are worth what
+        they were when the batch last had this size, or what the prior tells.
+        """
         self._texts = texts
         settings = self._settings.resized(texts)
         if settings is not self._settings:
+            self._worth_elsewhere[self._settings.curve] = self._worth
             self._seconds *= settings.curve.of(1) / self._settings.curve.of(1)
             self._settings = settings
-            expected = self._first_gains()
+            expected, worth = settings.first_weighing
             rows = zip(self._gains, expected, self._expected, strict=False)
             self._gains = [gain + new - old for gain, new, old in rows]
             self._expected = expected[: len(self._gains)]
-            self._weigh_anew()
+            self._worth = self._worth_elsewhere.get(settings.curve, list(worth))
+            self._weighed.clear()
 
     @property
     def lookup(self) -> int:
@@ -455,6 +487,8 @@ class AutoChooser:
                 continue
             likeliest = sorted(range(1 + candidates), key=here.__getitem__, reverse=True)
             for rows in range(1, len(self._worth)):
+                if self._worth[rows] <= 0:
+                    continue
                 value, hung = self._groups(tokens, rows, here, likeliest, shared)
                 if value > best:
                     groups = [rows if at in hung else 0 for at in range(1 + candidates)]
