@@ -2,6 +2,9 @@
 
     python recipes/serve_speed.py --out docs/results/serve/speed -- --compile
 
+A round counts until a stream finds no prompt left to ask: what follows would measure the slowest
+text and not so many streams.
+
 What stands behind `--` are flags of the model and the engine, for `passlm serve` and, at one
 stream, for the same decoding inside this process, as `passlm generate` does it.
 """
@@ -38,12 +41,12 @@ INSIDE = "inside"  # this process, without a server
 class Run:
     """Tokens and seconds of one way to run the prompts, over all rounds."""
 
-    tokens: int = 0
-    passes: int = 0
+    tokens: float = 0.0
+    passes: float = 0.0
     seconds: float = 0.0
     rounds: list[float] = field(default_factory=list)
 
-    def add(self, tokens: int, passes: int, seconds: float) -> None:
+    def add(self, tokens: float, passes: float, seconds: float) -> None:
         """Count one round."""
         self.tokens += tokens
         self.passes += passes
@@ -97,13 +100,21 @@ def parser() -> Parser:
 
 
 def run(arguments: argparse.Namespace, engine: Sequence[str]) -> dict[str, Any]:
-    """All rows, written as they come."""
+    """All rows, written as they come.
+
+    Raises:
+        InputError: there are not enough prompts to keep all streams busy, or the engine's flags are
+            wrong.
+    """
+    most = max(arguments.streams)
+    if arguments.prompts < most:
+        raise InputError(f"prompts is {arguments.prompts}: {most} streams take as many at least")
     flags = Parser(prog="behind --", allow_abbrev=False)
     add_model_arguments(flags)
     add_decoding_arguments(flags, compiled=True)  # as passlm serve
     lm = loaded(flags.parse(engine))
     order, salt, rows = random.Random(arguments.seed), Salt(), []
-    with Served([*engine, "--max-batch", str(max(arguments.streams))]) as server:
+    with Served([*engine, "--max-batch", str(most)]) as server:
         for suite in arguments.suite:
             tasks = load_suite(suite, lm.encode, lm.decode, arguments.prompts)
             for streams in arguments.streams:
@@ -151,10 +162,16 @@ def measure(
     begun = time.perf_counter()
     if way.startswith(INSIDE):
         counts = [inside(lm, body) for body in bodies]
+        seconds = time.perf_counter() - begun
+        into.add(sum(tokens for tokens, _ in counts), sum(passes for _, passes in counts), seconds)
     else:
-        counts = asyncio.run(through_server(server, bodies, streams))
-    seconds = time.perf_counter() - begun
-    into.add(sum(tokens for tokens, _ in counts), sum(passes for _, passes in counts), seconds)
+        answers, ended = asyncio.run(through_server(server, bodies, streams))
+        shares = [(answer, answer.share(ended)) for answer in answers]
+        into.add(
+            sum(answer.tokens * share for answer, share in shares),
+            sum(answer.passes * share for answer, share in shares),
+            ended - begun,
+        )
 
 
 def inside(lm: Generator, body: dict[str, Any]) -> tuple[int, int]:
@@ -172,24 +189,48 @@ def inside(lm: Generator, body: dict[str, Any]) -> tuple[int, int]:
     return stats.tokens, stats.passes
 
 
+@dataclass
+class Answer:
+    """What came of one request.
+
+    Attributes:
+        tokens: new ones.
+        passes: that they took.
+        events: when each part of it came.
+    """
+
+    tokens: int
+    passes: int
+    events: list[float]
+
+    def share(self, until: float) -> float:
+        """The part of it that had come by then, an event being like another."""
+        return sum(event <= until for event in self.events) / max(1, len(self.events))
+
+
 async def through_server(
     server: Served, bodies: Sequence[dict[str, Any]], streams: int
-) -> list[tuple[int, int]]:
-    """Tokens and passes of each text; so many streams take the next prompt as they are done."""
+) -> tuple[list[Answer], float]:
+    """What came of each text, and when a stream first found none left.
+
+    So many streams take the next prompt as they are done.
+    """
     left = iter(bodies)
     async with server.client(streams) as client:
         taken = await asyncio.gather(*(stream(client, left) for _ in range(streams)))
-    return [counts for part in taken for counts in part]
+    return [answer for part, _ in taken for answer in part], min(ended for _, ended in taken)
 
 
-async def stream(client: Client, left: Iterator[dict[str, Any]]) -> list[tuple[int, int]]:
-    """One stream."""
-    counts = []
+async def stream(client: Client, left: Iterator[dict[str, Any]]) -> tuple[list[Answer], float]:
+    """One stream, and when it was done."""
+    answers = []
     for body in left:
+        sent = time.perf_counter()
         reply = await ask(client, body)
         assert reply.usage is not None, "the server told no usage"
-        counts.append((reply.tokens, reply.usage["passlm"]["passes"]))
-    return counts
+        events = [sent + after for after in reply.chunks]
+        answers.append(Answer(reply.tokens, reply.usage["passlm"]["passes"], events))
+    return answers, time.perf_counter()
 
 
 def row(suite: str, streams: int, runs: dict[str, Run]) -> dict[str, Any]:
@@ -239,7 +280,8 @@ def markdown(report: dict[str, Any]) -> str:
         "# Throughput of the server",
         "",
         f"`passlm serve {' '.join(report['flags'])}`: new tokens a second of all streams together, "
-        f"reading the prompts included; {report['prompts']} prompts of each suite, "
+        "reading the prompts included, as long as all of them are busy; "
+        f"{report['prompts']} prompts of each suite, "
         f"{report['rounds']} rounds, {report['max_new_tokens']} new tokens, greedy, the methods in "
         "turn. No prompt was met before by the server.",
         "",
