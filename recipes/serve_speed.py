@@ -281,9 +281,9 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         f"`passlm serve {' '.join(report['flags'])}`: new tokens a second of all streams together, "
         "reading the prompts included, as long as all of them are busy; "
-        f"{report['prompts']} prompts of each suite, "
-        f"rounds: {report['rounds']}, {report['max_new_tokens']} new tokens, greedy, the methods in "
-        "turn. No prompt was met before by the server.",
+        f"{report['prompts']} prompts of each suite, rounds: {report['rounds']}, "
+        f"{report['max_new_tokens']} new tokens, greedy, the methods in turn. No prompt was met "
+        "before by the server.",
         "",
         "| prompts | streams | plain | auto | auto over plain | tokens a pass, auto |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
