@@ -10,7 +10,7 @@ from small_llama import small_llama
 from torch import nn
 
 from passlm import attention, native
-from passlm.attention import can_group, grouped, grouped_attention
+from passlm.attention import can_group, can_stand_in_line, grouped, grouped_attention
 from passlm.passes import PassRow
 from passlm.plan import Plan
 from passlm.target import Target
@@ -107,6 +107,13 @@ def test_models_that_gain_nothing_keep_their_attention(monkeypatch: pytest.Monke
     model.config.num_key_value_heads = model.config.num_attention_heads
     monkeypatch.setattr(native, "available", lambda: False)
     assert not can_group(model)
+
+
+@pytest.mark.skipif(not native.available(), reason="no line without our own attention")
+def test_rows_that_our_attention_does_not_know_stand_in_no_line() -> None:
+    """Catches a cache that is copied for every row."""
+    assert can_stand_in_line(small_llama())
+    assert not can_stand_in_line(small_llama().half())
 
 
 SHAPES = (  # texts, heads, heads of keys, rows, slots, numbers of a head
@@ -261,7 +268,9 @@ def test_large_scores_and_far_ones() -> None:
 
 
 @needs_operators
-@pytest.mark.parametrize("what", ["float16", "mixed", "strided", "boolean", "texts", "many"])
+@pytest.mark.parametrize(
+    "what", ["float16", "mixed", "strided", "boolean", "short", "values", "texts", "many"]
+)
 def test_what_the_operator_cannot_take_is_refused(what: str) -> None:
     """Catches memory read that is none of ours."""
     query, key, value, mask = asked(SHAPES[0], torch.float32)
@@ -273,6 +282,10 @@ def test_what_the_operator_cannot_take_is_refused(what: str) -> None:
         query = query.repeat_interleave(2, -1)[..., ::2]
     elif what == "boolean":
         mask = mask < 0
+    elif what == "short":
+        mask = mask[..., 1:]
+    elif what == "values":
+        value = value[:, :, 1:]
     texts = {"texts": torch.ones(1).long(), "many": torch.zeros(2).long()}.get(what)
     with pytest.raises(RuntimeError):
         computed(query, key, value, mask, texts=texts)

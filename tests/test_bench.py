@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_llama import small_llama
 from tiny import ARCHITECTURES, CONTEXT, VOCABULARY, random_look_ahead
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -36,6 +37,8 @@ from passlm.generate import Generator
 from passlm.lookahead import LookAhead
 from passlm.outputs import Stats, Step
 from passlm.params import SamplingParams, StopParams
+from passlm.passes import PassRow
+from passlm.plan import Plan
 from passlm.target import Target
 
 UNKNOWN, END = 0, 1
@@ -693,3 +696,17 @@ def test_generated_code_is_scored_by_method(
     texts = [lm.tokenizer.decode(range(count), skip_special_tokens=True) for count in (2, 2, 3, 3)]
     assert ran == [("p0", text) for text in texts]
     assert [quality["problems"] for quality in found] == [1, 1]
+
+
+def test_rows_that_fill_up_a_batch_count_where_they_are_computed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Catches a price of drafting in batches that is too low, or that of the longest text for all
+    where each costs its own rows."""
+    target = TimedTarget(small_llama(), pack=False)
+    rows = [PassRow([1, 2, 3], Plan(2, (0, 0, 0))), PassRow([4], Plan(0, (0,)))]
+    target.run(target.new_cache(batch=2), rows, None)
+    assert target.rows == [3, 3]
+    monkeypatch.setattr(TimedTarget, "in_line", True)
+    target.run(target.new_cache(batch=2), rows, None)
+    assert target.rows == [3, 1]

@@ -14,7 +14,7 @@ from tiny import random_look_ahead
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from passlm import compiled, products
+from passlm import attention, compiled, native, products
 from passlm.decode import Decoder
 from passlm.lookahead import LookAhead
 from passlm.params import SamplingParams
@@ -133,6 +133,24 @@ def guesses(
     while decoder.rows:
         decoder.step()
     return verified
+
+
+@pytest.mark.parametrize("form", ["a line for each text", "copies"])
+def test_where_our_attention_does_not_compute(
+    tmp_path: Path, look_ahead: LookAhead, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    """Catches the passes of other machines and models, which nobody would see here: with as many
+    rows for every text as for the longest, and with keys and values copied for each row."""
+    if form == "copies":
+        monkeypatch.setattr(attention, "_has_operator", lambda *_: False)
+    else:
+        monkeypatch.setattr(compiled, "can_stand_in_line", lambda _: False)
+    eager, fast = Target(roomy_llama()), Target(roomy_llama(), compiled=tmp_path)
+    for plan in (TwoPass(3), AutoPlan(CHEAP, (0.6, 0.5, 0.4))):
+        expected = texts(eager, look_ahead, plan, GREEDY)
+        assert texts(fast, look_ahead, plan, GREEDY)[0] == expected[0]
+    assert fast.engine == "compiled"
+    assert fast.in_line == (form == "copies" and native.available())
 
 
 def test_layers_of_two_kinds(folder: Path, tiny_target: Callable[[str], Target]) -> None:

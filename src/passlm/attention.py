@@ -147,6 +147,14 @@ def can_group(model: PreTrainedModel) -> bool:
     return gains and takes and config._attn_implementation == "sdpa" and model.device.type == "cpu"
 
 
+def can_stand_in_line(model: PreTrainedModel) -> bool:
+    """Whether rows of several texts can stand in one line without a copy of the cache for each row.
+
+    Layers whose attention our operator does not know after all make that copy.
+    """
+    return can_group(model) and native.available() and model.dtype in _TYPES
+
+
 @contextmanager
 def grouped(model: PreTrainedModel, texts: Tensor | None = None) -> Iterator[None]:
     """Its layers' attention is `grouped_attention` for the time being.

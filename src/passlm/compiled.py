@@ -39,13 +39,13 @@ import passlm.packing
 import passlm.products
 import passlm.quantize
 from passlm import native, products
-from passlm.attention import can_group, grouped
+from passlm.attention import can_group, can_stand_in_line, grouped
 from passlm.joined import JoinedLinears, joinable
 from passlm.lora import AppliedLora, RowSplit
 from passlm.packing import PackedLinears
 from passlm.provenance import environment
 
-MOST_ROWS = 1024  # of one pass
+MOST_ROWS = 2**16  # of one pass, all texts together
 _MOST_TEXTS = 256
 _MOST_SLOTS = 2**20
 _UNFINISHED = "unfinished-"  # of folders in which passes are being compiled
@@ -207,7 +207,7 @@ class CompiledPasses:
         probe: Callable[[], object],
     ) -> None:
         self.shapes = shapes
-        self.in_line = can_group(model) and native.available()
+        self.in_line = can_stand_in_line(model)
         self._model = model
         self._folder = folder
         self._probe = probe

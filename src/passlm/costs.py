@@ -303,6 +303,7 @@ class Costs:
         return {
             "model": asdict(fingerprint(self.target)),
             "engine": self.target.engine,
+            "in_line": self.target.in_line,
             "products": products.described(),
             "dtype": str(self.target.dtype),
             "device": str(self.target.device),

@@ -63,8 +63,8 @@ class PassOutput:
     Attributes:
         whole: logits of all rows, `[B, Q, V]`, where `Q` is the longest plan; None where they are
             made when asked for.
-        hidden: what the target's output layer is given for each text, `[Q_b, d_model]`; None where
-            nothing asks for it.
+        hidden: what the target's output layer is given for each text, `[Q_b, d_model]`, or `[Q,
+            d_model]` where there are logits of all rows; None where nothing asks for it.
         head: the output layer.
     """
 

@@ -23,7 +23,7 @@ from passlm.plan import Chain, Choice, Limits, Plan, Shared, Source
 LONGEST_LOOKUP = 12  # candidates of a lookup chain
 _PASSES_A_LOOK = 8  # passes between two looks at the counts, for each text of the batch,
 _MOST_LOOKS_APART = 4  # up to so many: looking takes time that all of them wait for
-_LOOKS_A_WORTH = 4  # of these, what groups are worth is reckoned anew at one: it takes the longest
+_LOOKS_A_WORTH = 2  # of these, what groups are worth is reckoned anew at one: it takes the longest
 _FIRST_ROUNDS = 3  # of weighing groups by plans and plans by groups, before the first pass
 _MEMORY = 0.97  # what counts keep of their weight when one more is counted
 _LONG_MEMORY = 0.998  # and from pass to pass, so that what failed once is tried again
@@ -311,7 +311,7 @@ class AutoChooser:
         """See `plan.Chooser`: go on with other costs; what was counted is kept.
 
         Batches change often and weighing takes long: until it is next done, groups are worth what
-        they were when the batch last had this size, or what the prior tells.
+        they were when the batch last had this size.
         """
         self._texts = texts
         settings = self._settings.resized(texts)
@@ -319,12 +319,15 @@ class AutoChooser:
             self._worth_elsewhere[self._settings.curve] = self._worth
             self._seconds *= settings.curve.of(1) / self._settings.curve.of(1)
             self._settings = settings
-            expected, worth = settings.first_weighing
+            expected, first = settings.first_weighing
             rows = zip(self._gains, expected, self._expected, strict=False)
             self._gains = [gain + new - old for gain, new, old in rows]
             self._expected = expected[: len(self._gains)]
-            self._worth = self._worth_elsewhere.get(settings.curve, list(worth))
+            known = self._worth_elsewhere.get(settings.curve)
+            self._worth = list(first) if known is None else known
             self._weighed.clear()
+            if known is None and self._passes:
+                self._weigh_anew()
 
     @property
     def lookup(self) -> int:

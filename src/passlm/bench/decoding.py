@@ -101,19 +101,25 @@ Decode = Callable[[Sequence[int], SamplingParams, int], Record]
 
 
 class TimedTarget(Target):
-    """A target that adds up the `seconds` spent in the model's own forward, and the `rows`."""
+    """A target that adds up the `seconds` spent in the model's own forward.
+
+    Attributes:
+        seconds: so far.
+        rows: computed for each text in the last pass, what fills it up included.
+    """
 
     def __init__(self, model: PreTrainedModel, pack: bool, compiled: Path | None = None) -> None:
         super().__init__(model, pack, compiled)
         self.seconds = 0.0
-        self.rows = 0
+        self.rows: list[int] = []
 
     def run(
         self, cache: RowCache, rows: Sequence[PassRow], look_ahead: LookAheadRows | None
     ) -> PassOutput:
         """See `Target`."""
-        numbers = [row.plan.rows for row in rows]
-        self.rows += sum(numbers) if self.in_line else len(rows) * max(numbers)
+        self.rows = [row.plan.rows for row in rows]
+        if not self.in_line:
+            self.rows = [max(self.rows)] * len(rows)
         return super().run(cache, rows, look_ahead)
 
     @property
@@ -145,7 +151,7 @@ class _Text:
     first_token_seconds: float | None = None
 
     def count(self, step: Step, rows: int, seconds: float) -> None:
-        """Add a pass that had so many rows for each text and ended after so many seconds."""
+        """Add a pass that had so many rows for the text and ended after so many seconds."""
         if self.first_token_seconds is None:
             self.first_token_seconds = seconds
         self.tokens += step.tokens
@@ -211,10 +217,9 @@ class PlanDecoding:
         in_forward = self.target.seconds
         prefilled = time.perf_counter()
         while decoder.rows:
-            running, before = len(decoder.rows), self.target.rows
             settled = decoder.step()
-            seconds, rows = time.perf_counter() - begun, (self.target.rows - before) // running
-            for row, step in settled:
+            seconds = time.perf_counter() - begun
+            for (row, step), rows in zip(settled, self.target.rows, strict=True):
                 texts[row].count(step, rows, seconds)
         ended, count = time.perf_counter(), len(prompts)
         for text in texts.values():

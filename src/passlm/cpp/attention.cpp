@@ -387,10 +387,18 @@ AtenTensorHandle attention(AtenTensorHandle query, AtenTensorHandle keys, AtenTe
                     "a mask must be bfloat16 or float32, its slots side by side");
     STD_TORCH_CHECK(!text.numbers || (pass.lines == 1 && text.numbers == pass.rows &&
                                       text.type == aoti_torch_dtype_int64() &&
-                                      text.strides[text.dimensions - 1] == 1),
+                                      text.dimensions == 1 && text.strides[0] == 1),
                     "texts must be a whole number for each row of one line");
     STD_TORCH_CHECK(text.numbers || pass.lines == pass.keys.sizes[0],
                     "queries and keys must be of as many texts");
+    for (int d = 0; d < 4; d++) {
+        STD_TORCH_CHECK(pass.values.sizes[d] == pass.keys.sizes[d],
+                        "keys and values must be of one size");
+    }
+    STD_TORCH_CHECK(!pass.mask.numbers ||
+                        (pass.mask.sizes[2] == pass.rows && pass.mask.sizes[3] == pass.slots &&
+                         (pass.mask.sizes[0] == 1 || pass.mask.sizes[0] == pass.lines)),
+                    "a mask must have a number for each row and slot");
     pass.runs = runs_of(text, pass.lines, pass.rows, pass.keys.sizes[0]);
     static thread_local std::vector<Floats> added;
     static thread_local std::vector<char> seen;
