@@ -81,8 +81,7 @@ def grouped_attention(
     Returns:
         `[B, Q, heads, d_head]`, and no weights.
     """
-    batch, heads, rows, width = query.shape
-    groups = heads // key.shape[1]
+    groups, width = query.shape[1] // key.shape[1], query.shape[-1]
     special = any(given.get(name) is not None for name in _ELSEWHERE)
     by_head = attention_mask is not None and attention_mask.shape[1] != 1
     texts = _texts.get()
@@ -108,18 +107,27 @@ def grouped_attention(
             module, query, key, value, attention_mask, scaling=scaling, **given
         )
         return plain, None
+    return _stacked(query, key, value, attention_mask, scaling), None
+
+
+def _stacked(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None
+) -> Tensor:
+    """With heads that share keys below each other, `[B, Q, heads, d_head]`."""
+    batch, heads, rows, width = query.shape
+    groups = heads // key.shape[1]
     # Copied outright: `reshape` and `contiguous` ask whether there is one row, which a graph for
     # any number of rows cannot tell.
     stacked = query.clone(memory_format=torch.contiguous_format)
     output = torch.nn.functional.scaled_dot_product_attention(
-        stacked.view(batch, key.shape[1], groups * rows, query.shape[-1]),
+        stacked.view(batch, key.shape[1], groups * rows, width),
         key,
         value,
-        attn_mask=attention_mask.repeat(1, 1, groups, 1),
+        attn_mask=mask.repeat(1, 1, groups, 1),
         scale=scaling,
     ).clone(memory_format=torch.contiguous_format)
     apart = output.view(batch, heads, rows, value.shape[-1]).transpose(1, 2)
-    return apart.clone(memory_format=torch.contiguous_format), None
+    return apart.clone(memory_format=torch.contiguous_format)
 
 
 def _has_operator(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:

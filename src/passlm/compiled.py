@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -185,6 +185,48 @@ class Shapes:
     mask_type: torch.dtype
 
 
+class Given(NamedTuple):
+    """What a pass is given of its rows.
+
+    Attributes:
+        inputs: input embeddings, `[B, Q, d_model]`.
+        positions: `[B, Q]`.
+        mask: `[B, 1, Q, S]`, or one for each kind of layers.
+        slots: where each row is written, `[B, Q]`.
+        texts: which text each row is of, `[B, Q]`.
+        gate: 1 for a look-ahead row and 0 for a real one, `[B, Q]`; None without such rows.
+    """
+
+    inputs: Tensor
+    positions: Tensor
+    mask: Any
+    slots: Tensor
+    texts: Tensor
+    gate: Tensor | None
+
+    def in_line(self, numbers: Sequence[int], longest: int) -> Given:
+        """The first so many rows of each text in one line, without those that fill up others."""
+        starts = range(0, len(numbers) * longest, longest)
+        pairs = zip(starts, numbers, strict=True)
+        kept = torch.cat([torch.arange(start, start + number) for start, number in pairs])
+
+        def line(rows: Tensor) -> Tensor:
+            return rows.flatten(0, 1)[kept][None]
+
+        def seen(mask: Tensor) -> Tensor:
+            return mask.flatten(0, 2)[kept][None, None]
+
+        masks = self.mask
+        return Given(
+            line(self.inputs),
+            line(self.positions),
+            {k: seen(m) for k, m in masks.items()} if isinstance(masks, dict) else seen(masks),
+            line(self.slots),
+            line(self.texts),
+            None if self.gate is None else line(self.gate),
+        )
+
+
 class CompiledPasses:
     """The compiled passes of one model: loaded from `folder`, or made there when first needed.
 
@@ -219,35 +261,26 @@ class CompiledPasses:
 
     def __call__(
         self,
-        inputs: Tensor,
-        positions: Tensor,
-        mask: Any,
-        slots: Tensor,
-        texts: Tensor,
-        gate: Tensor | None,
+        given: Given,
         lora: AppliedLora | None,
         layers: Sequence[tuple[Tensor, Tensor]],
     ) -> Tensor:
         """Hidden states, `[B, Q, d_model]`, as the output layer takes them.
 
         Args:
-            inputs: input embeddings, `[B, Q, d_model]`.
-            positions: `[B, Q]`.
-            mask: `[B, 1, Q, S]`, or one for each kind of layers.
-            slots: where each row is written, `[B, Q]`.
-            texts: which text each row is of, `[B, Q]`.
-            gate: 1 for a look-ahead row and 0 for a real one, `[B, Q]`; None without such rows.
+            given: the rows, those of all texts in one line where `in_line` says so.
             lora: what acts on look-ahead rows.
             layers: keys and values, `[B, heads, S, d_head]`; written to.
 
         Raises:
             CompileError: it has to be compiled and cannot be.
         """
+        gate = given.gate
         if gate is None or lora is None:
-            lora, gate = self._expected, torch.zeros_like(positions)
+            lora, gate = self._expected, torch.zeros_like(given.positions)
         run = self._package(lora)
         keys, values = ([layer[at] for layer in layers] for at in (0, 1))
-        return run(inputs, positions, mask, slots, texts, gate.to(inputs.dtype), keys, values)
+        return run(*given[:-1], gate.to(given.inputs.dtype), keys, values)
 
     def expect(self, lora: AppliedLora | None) -> None:
         """Hear what acts on look-ahead rows to come: its package then serves all passes."""

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from passlm.attention import can_group, grouped
 from passlm.cache import RowCache, as_prefix
-from passlm.compiled import CompiledPasses, CompileError, Shapes
+from passlm.compiled import CompiledPasses, CompileError, Given, Shapes
 from passlm.lora import PROBE_ROWS, RowSplit
 from passlm.masks import visibility, within_window
 from passlm.packing import PackedLinears, can_pack
@@ -341,7 +341,7 @@ class Target:
             cache.lengths, [layout.visible for layout in layouts], self.device, cache.capacity
         )
         numbers = [row.plan.rows for row in rows]
-        given = _Given(
+        given = Given(
             self._inputs(rows, longest, look_ahead),
             positions,
             self._by_kind(full, cache, positions),
@@ -353,7 +353,7 @@ class Target:
             given = given.in_line(numbers, longest)
         hidden = self._call_compiled(
             compiled,
-            *given,
+            given,
             None if look_ahead is None else look_ahead.lora,
             cache.slots(compiled.shapes.layers, self.model.dtype),
         )
@@ -471,39 +471,6 @@ class Target:
         blocked = torch.finfo(self.dtype).min
         return torch.zeros(mask.shape, dtype=self.dtype, device=mask.device).masked_fill_(
             ~mask, blocked
-        )
-
-
-class _Given(NamedTuple):
-    """What a compiled pass takes of rows, `[B, Q]` each; see `CompiledPasses.__call__`."""
-
-    inputs: Tensor
-    positions: Tensor
-    mask: Any
-    slots: Tensor
-    texts: Tensor
-    gate: Tensor | None
-
-    def in_line(self, numbers: Sequence[int], longest: int) -> _Given:
-        """The first so many rows of each text in one line, without those that fill up others."""
-        starts = range(0, len(numbers) * longest, longest)
-        pairs = zip(starts, numbers, strict=True)
-        kept = torch.cat([torch.arange(start, start + number) for start, number in pairs])
-
-        def line(rows: Tensor) -> Tensor:
-            return rows.flatten(0, 1)[kept][None]
-
-        def seen(mask: Tensor) -> Tensor:
-            return mask.flatten(0, 2)[kept][None, None]
-
-        masks = self.mask
-        return _Given(
-            line(self.inputs),
-            line(self.positions),
-            {k: seen(m) for k, m in masks.items()} if isinstance(masks, dict) else seen(masks),
-            line(self.slots),
-            line(self.texts),
-            None if self.gate is None else line(self.gate),
         )
 
 
