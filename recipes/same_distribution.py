@@ -43,11 +43,12 @@ from passlm.cli.common import (
     loaded,
     print_json,
 )
+from passlm.curve import CostCurve
 from passlm.errors import InputError
 from passlm.generate import Generator, Prompt
 from passlm.params import METHODS, Judge, SamplingParams
 from passlm.plan import Adaptive, Strategy, autoregressive, strategy
-from passlm.planner import AutoPlan, CostCurve
+from passlm.planner import AutoPlan
 from passlm.provenance import provenance, write_together
 
 PROMPTS: tuple[Prompt, ...] = (

@@ -19,7 +19,7 @@ import pytest
 from passlm.bench.charts import WIDTH, ticks
 from passlm.bench.html import page
 from passlm.bench.markup import NONE
-from passlm.planner import CostCurve
+from passlm.curve import CostCurve
 
 RESULTS = sorted((Path(__file__).parents[1] / "docs" / "results").glob("*/results.json"))
 CURVE = {

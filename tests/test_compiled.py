@@ -15,11 +15,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from passlm import attention, compiled, native, products
+from passlm.curve import CostCurve
 from passlm.decode import Decoder
 from passlm.lookahead import LookAhead
 from passlm.params import SamplingParams
 from passlm.plan import Adaptive, ByHead, OnePass, Strategy, TwoPass, autoregressive
-from passlm.planner import AutoPlan, CostCurve
+from passlm.planner import AutoPlan
 from passlm.row import Request, Row
 from passlm.target import Target
 

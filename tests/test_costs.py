@@ -13,9 +13,9 @@ from tiny import random_look_ahead
 
 from passlm import compiled, costs
 from passlm.costs import GROUPS, REAL_ROWS, Costs, measure, rising
+from passlm.curve import CostCurve
 from passlm.decode import Decoder
 from passlm.lookahead import LookAhead
-from passlm.planner import CostCurve
 from passlm.row import Row
 from passlm.target import Target
 

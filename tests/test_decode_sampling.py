@@ -24,6 +24,7 @@ from small_llama import (
 )
 
 from passlm import judge as judges
+from passlm.curve import CostCurve
 from passlm.decode import Decoder
 from passlm.draft_head import DraftHead
 from passlm.lookahead import LookAhead
@@ -31,7 +32,7 @@ from passlm.lora import GatedLora, groups_of
 from passlm.outputs import Stats, Step
 from passlm.params import Draft, Judge, SamplingParams
 from passlm.plan import Adaptive, OnePass, Strategy, TwoPass, autoregressive
-from passlm.planner import AutoPlan, CostCurve
+from passlm.planner import AutoPlan
 from passlm.row import Request, Row
 from passlm.sampler import SamplerHead, Shortlist
 from passlm.sampling import Noise, Purpose

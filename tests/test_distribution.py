@@ -35,11 +35,12 @@ from passlm.bench.distribution import (
     text_lengths,
 )
 from passlm.bench.judged import JudgedTokens
+from passlm.curve import CostCurve
 from passlm.generate import Generator
 from passlm.outputs import Output
 from passlm.params import Judge, SamplingParams
 from passlm.plan import Adaptive, OnePass, Strategy, TwoPass, autoregressive
-from passlm.planner import AutoPlan, CostCurve
+from passlm.planner import AutoPlan
 
 SCRIPT = Path(__file__).parents[1] / "recipes" / "same_distribution.py"
 PROMPTS = ([1, 2, 3], [5, 8, 11])

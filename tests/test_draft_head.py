@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from passlm import lookahead
+from passlm.curve import CostCurve
 from passlm.decode import Decoder
 from passlm.draft_head import AppliedHead, DraftHead, HeadSampler
 from passlm.lookahead import LookAhead, LookAheadError
 from passlm.params import SamplingParams
 from passlm.plan import ByHead, Chain, Limits, autoregressive
-from passlm.planner import AutoPlan, CostCurve
+from passlm.planner import AutoPlan
 from passlm.products import preferred
 from passlm.row import Request
 from passlm.sampler import Embeddings

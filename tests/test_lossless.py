@@ -27,11 +27,12 @@ from tiny import (
     run,
 )
 
+from passlm.curve import CostCurve
 from passlm.decode import Decoder, PromptError
 from passlm.params import Draft, Judge, SamplingParams
 from passlm.passes import LookAheadRows, PassRow
 from passlm.plan import OnePass, Plan, Strategy, TwoPass, strategy
-from passlm.planner import AutoPlan, CostCurve
+from passlm.planner import AutoPlan
 from passlm.row import Request, Row
 from passlm.target import Target
 

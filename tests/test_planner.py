@@ -7,10 +7,12 @@ from itertools import product
 import pytest
 
 from passlm import planner
+from passlm.acceptance import expected_length
+from passlm.curve import CostCurve
 from passlm.decode import agreed_pass
 from passlm.params import SamplingParams
 from passlm.plan import Adaptive, Chain, Choice, Limits, Plan, Shared, Strategy, autoregressive
-from passlm.planner import Acceptance, AutoChooser, AutoPlan, CostCurve, expected_length
+from passlm.planner import AutoChooser, AutoPlan
 from passlm.row import Request, Row
 from passlm.sampling import Noise
 
@@ -53,19 +55,6 @@ def test_a_curve_without_groups_draws_no_plan_with_them() -> None:
     """Catches look-ahead rows that cost nothing."""
     with pytest.raises(ValueError, match="look-ahead rows cost"):
         AutoPlan(CostCurve((1, 2), (1.0, 1.1)), PRIOR)
-
-
-def test_counts_move_from_the_prior_and_back() -> None:
-    """Catches counts that outweigh all that comes later: what was bad once would never be tried
-    again."""
-    counted = Acceptance([0.5])
-    for _ in range(50):
-        counted.forget()
-        counted.count(0, False)
-    assert counted[0] < 0.15
-    for _ in range(3000):
-        counted.forget()
-    assert counted[0] == pytest.approx(0.5, abs=0.02)
 
 
 def test_rows_that_cost_much_are_not_computed() -> None:
@@ -306,3 +295,23 @@ def test_what_groups_are_worth_is_remembered_by_the_size_of_the_batch() -> None:
     assert max(chooser.weighed[1]) == 0, "it has seen how seldom groups are right"
     chooser.resize(1)
     assert chooser.weighed[1] == learnt
+
+
+def test_text_without_likely_tokens_is_not_drafted_for() -> None:
+    """Catches plans that wait for refusals to see that no guess can be right: a hot text would be
+    over before."""
+    curve = CostCurve((1, 11), (1.0, 3.0), (1, 4), (0.2, 0.4), 0.1, head_seconds=(0.05, 0.06))
+
+    def rows(certain: list[float]) -> list[int]:
+        chooser = AutoPlan(curve, PRIOR, head=(0.6, 0.5)).begin()
+        made = []
+        for _ in range(20):
+            chooser.drafts([], 9)
+            made.append(chooser.choose([DRAFT], WIDE).plan.rows)
+            chooser.learn(Choice(None, Plan(0, (0,))), [WRONG], certain)
+        return made
+
+    hot, plain = rows([0.02]), rows([])
+    assert hot[0] == plain[0] > 1
+    assert set(hot[4:]) == {1}
+    assert max(plain[4:10]) > 1

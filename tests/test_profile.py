@@ -14,7 +14,7 @@ from passlm import costs
 from passlm.cli import DONE, USAGE, main
 from passlm.cli.profile import cost_table, predicted, rate_table
 from passlm.costs import read_bandwidth, weight_bytes
-from passlm.planner import CostCurve
+from passlm.curve import CostCurve
 from passlm.target import Target
 
 CURVE = CostCurve((1, 9), (1.0, 2.0), (1, 4), (0.5, 0.5), 0.1)

@@ -13,11 +13,12 @@ import torch
 from small_llama import counting, counting_llama, small_llama, trainer
 from torch import Tensor
 
+from passlm.curve import CostCurve
 from passlm.decode import Decoder
 from passlm.lookahead import LookAhead
 from passlm.params import SamplingParams
 from passlm.plan import ByHead, Plan, make_layout
-from passlm.planner import AutoPlan, CostCurve
+from passlm.planner import AutoPlan
 from passlm.row import Request
 from passlm.target import Target
 from passlm.train.config import TrainConfig

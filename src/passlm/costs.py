@@ -23,12 +23,13 @@ import torch
 
 from passlm import products
 from passlm.cache import RowCache
+from passlm.curve import CostCurve
 from passlm.decode import Decoder
 from passlm.lookahead import LookAhead, fingerprint
 from passlm.params import SamplingParams
 from passlm.passes import LookAheadRows
 from passlm.plan import Chain, Choice, Chooser, Limits, Plan, Shared, verifying
-from passlm.planner import AutoPlan, CostCurve
+from passlm.planner import AutoPlan
 from passlm.provenance import cache_folder, environment, provenance, write_atomically
 from passlm.quantize import Int8Linear
 from passlm.row import Request
@@ -87,7 +88,7 @@ class _Script:
         count = self.timed.plan.candidates
         return Choice(Chain((0,) * count) if count else None, self.timed.plan)
 
-    def learn(self, choice: Choice, settled: Sequence[int]) -> None:
+    def learn(self, choice: Choice, settled: Sequence[int], certain: Sequence[float] = ()) -> None:
         pass
 
 

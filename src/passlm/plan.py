@@ -211,8 +211,14 @@ class Chooser(Protocol):
         """The next pass, given the chains at hand: none, a drafted one, a copied one, or both."""
         ...
 
-    def learn(self, choice: Choice, settled: Sequence[int]) -> None:
-        """Hear what the pass settled: the candidates accepted and the token drawn behind them."""
+    def learn(self, choice: Choice, settled: Sequence[int], certain: Sequence[float] = ()) -> None:
+        """Hear what the pass settled.
+
+        Args:
+            choice: the pass.
+            settled: the candidates accepted and the token drawn behind them.
+            certain: the probability of the likeliest token for each; none in greedy text.
+        """
         ...
 
 
@@ -261,7 +267,7 @@ class FixedChooser:
         plan = self.strategy(candidates, limits.group(candidates))
         return Choice(chain if plan.candidates else None, plan)
 
-    def learn(self, choice: Choice, settled: Sequence[int]) -> None:
+    def learn(self, choice: Choice, settled: Sequence[int], certain: Sequence[float] = ()) -> None:
         """Nothing to learn."""
 
 

@@ -1,8 +1,8 @@
 """The plan that writes most tokens a second, chosen from measured costs and counted acceptance.
 
-`CostCurve` is what a pass takes on this machine, `Acceptance` how often candidates are accepted,
-and `AutoPlan` weighs one against the other before every pass, plain decoding among its choices.
-Measuring the curve is left to `costs.py`, where lookup chains come from to `lookup.py`.
+`curve.CostCurve` is what a pass takes on this machine, `acceptance.Shown` how often candidates are
+accepted, and `AutoPlan` weighs one against the other before every pass, plain decoding among its
+choices. Measuring the curve is left to `costs.py`, where lookup chains come from to `lookup.py`.
 
 Nothing here looks at a clock: choices follow from a stored curve and from what the text itself
 accepted, so a seed gives the same text again under either judge.
@@ -11,147 +11,27 @@ accepted, so a seed gives the same text again under either judge.
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from typing import Literal
 
-from passlm.lookup import LONGEST_MATCH
-from passlm.plan import Chain, Choice, Limits, Plan, Shared, Source
+from passlm.acceptance import NOTHING, Key, Shown, expected_length, kind, levels
+from passlm.curve import CostCurve
+from passlm.plan import Chain, Choice, Limits, Plan, Shared
 
 LONGEST_LOOKUP = 12  # candidates of a lookup chain
 _PASSES_A_LOOK = 8  # passes between two looks at the counts, for each text of the batch,
+_EARLY_LOOKS = (2, 3, 5)  # and at these of a text's passes: its first ones tell the most
 _MOST_LOOKS_APART = 4  # up to so many: looking takes time that all of them wait for
 _LOOKS_A_WORTH = 2  # of these, what groups are worth is reckoned anew at one: it takes the longest
 _FIRST_ROUNDS = 3  # of weighing groups by plans and plans by groups, before the first pass
 _MEMORY = 0.97  # what counts keep of their weight when one more is counted
 _LONG_MEMORY = 0.998  # and from pass to pass, so that what failed once is tried again
 _GAIN_MEMORY = 0.9  # what the mean worth of a draft head's guesses keeps when some more are made
+_PRIOR_GAINS = 2.0  # guesses that the first estimate of that worth counts for
 _CAUTION = 1.03  # times what a pass of several rows is said to cost: the best of many estimates is
 # on average one that is too good
-_PRIOR_WEIGHT = 4.0  # how many counted candidates the prior is worth
-# How often the next token is as it was behind the last place where k tokens agreed, k = 1 to 16:
-# greedy answers of SmolLM2-135M-Instruct to recipes/make_prompts.py's prompts, 33,000 tokens.
-_LOOKUP_PRIOR = (
-    *(0.23, 0.57, 0.65, 0.72, 0.76, 0.79, 0.83, 0.85),
-    *(0.85, 0.87, 0.90, 0.93, 0.94, 0.94, 0.95, 0.98),
-)
-# How often a draft head's token is accepted, by the probability that it gave it: below 0.1, 0.2,
-# ..., above 0.8; on 22 of these answers.
-_SURE = (0.1, 0.2, 0.3, 0.45, 0.6, 0.8)
-_HEAD_PRIOR = (0.06, 0.13, 0.21, 0.30, 0.42, 0.55, 0.70)
-
-
-@dataclass(frozen=True)
-class CostCurve:
-    """Seconds of one pass, judging and drafting included, on one machine.
-
-    Attributes:
-        rows: rows of the passes measured, from 1 up.
-        seconds: what each took, without look-ahead rows.
-        groups: lengths of the look-ahead groups measured on a lone root; none without files.
-        group_seconds: what each took more than a pass of as many real rows.
-        row_seconds: what one more look-ahead row takes more than a real one, where several groups
-            are computed and one is drafted from.
-        head_seconds: what a draft head takes for 1, 2, ... tokens; none without one.
-    """
-
-    rows: tuple[int, ...]
-    seconds: tuple[float, ...]
-    groups: tuple[int, ...] = ()
-    group_seconds: tuple[float, ...] = ()
-    row_seconds: float = 0.0
-    head_seconds: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        pairs = (self.rows, self.seconds), (self.groups, self.group_seconds)
-        if any(len(x) != len(y) or list(x) != sorted(set(x)) for x, y in pairs) or not self.rows:
-            raise ValueError("a cost curve needs as many times as rows, and these in order")
-
-    def of(self, real: int, look_ahead: int = 0, drafted: int = 0) -> float:
-        """Seconds of a pass.
-
-        Args:
-            real: real rows.
-            look_ahead: look-ahead rows, of all groups.
-            drafted: rows of the group that is drafted from.
-        """
-        seconds = _between(self.rows, self.seconds, real + look_ahead)
-        if look_ahead:
-            seconds += _between(self.groups, self.group_seconds, drafted)
-            seconds += self.row_seconds * max(0, look_ahead - drafted)
-        return seconds
-
-    def head(self, tokens: int) -> float:
-        """Seconds that a draft head takes for so many tokens."""
-        return self.head_seconds[tokens - 1] if tokens else 0.0
-
-    def plain(self) -> float:
-        """Tokens a second of plain decoding."""
-        return 1 / self.of(1)
-
-    def two_pass(self, expected: float, rows: int) -> float:
-        """Tokens a second of two-pass decoding, `(2 + E(L)) / (c(drafting) + c(1 + L))`."""
-        return (2 + expected) / (self.of(1, rows, rows) + self.of(1 + rows))
-
-    def one_pass(self, expected: float, rows: int) -> float:
-        """Tokens a second of one-pass decoding, `(1 + E(M)) / c((1 + M)(1 + L))`, `M = L`."""
-        return (1 + expected) / self.of(1 + rows, (1 + rows) * rows, rows)
-
-    def by_head(self, expected: float, tokens: int) -> float:
-        """Tokens a second with a draft head, `(1 + E(k)) / (h(k) + c(1 + k))` of `k` guesses."""
-        return (1 + expected) / (self.head(tokens) + self.of(1 + tokens))
-
-
-def _between(places: Sequence[int], values: Sequence[float], place: int) -> float:
-    """Linear between what was measured, and on beyond the last two."""
-    if len(places) == 1:
-        return values[0]
-    at = min(max(bisect_right(places, place), 1), len(places) - 1)
-    left, right = places[at - 1], places[at]
-    share = max(0.0, (place - left) / (right - left))
-    return values[at - 1] + share * (values[at] - values[at - 1])
-
-
-def expected_length(chances: Sequence[float]) -> float:
-    """`E(M)`, the mean accepted length of a chain, from each candidate's chance."""
-    reached, total = 1.0, 0.0
-    for chance in chances:
-        reached *= chance
-        total += reached
-    return total
-
-
-class Acceptance:
-    """Chances that candidates are accepted, given that those before them were: counted, forgetting.
-
-    Args:
-        prior: what is believed before anything is counted, and again once it is forgotten.
-    """
-
-    def __init__(self, prior: Sequence[float]) -> None:
-        self._prior = tuple(prior)
-        self._hits = [0.0] * len(prior)
-        self._trials = [0.0] * len(prior)
-
-    def __getitem__(self, place: int) -> float:
-        weight = _PRIOR_WEIGHT + self._trials[place]
-        return (_PRIOR_WEIGHT * self._prior[place] + self._hits[place]) / weight
-
-    def __len__(self) -> int:
-        return len(self._prior)
-
-    def count(self, place: int, accepted: bool) -> None:
-        """One candidate that was reached."""
-        self._hits[place] = self._hits[place] * _MEMORY + accepted
-        self._trials[place] = self._trials[place] * _MEMORY + 1
-
-    def forget(self) -> None:
-        """Let a pass go by: what is not met any more is believed a little less."""
-        for counts in (self._hits, self._trials):
-            for place, value in enumerate(counts):
-                counts[place] = value * _LONG_MEMORY
+_PRIOR_PASSES = 4.0  # that the first guess of the rate is worth
 
 
 @dataclass(frozen=True)
@@ -274,20 +154,16 @@ class AutoChooser:
     ) -> None:
         gains, worth = settings.first_weighing if weighed is None else weighed
         self._settings = settings
-        self._counts: dict[_Counted, Acceptance] = {
-            "look-ahead": Acceptance(settings.prior),
-            "head": Acceptance(settings.head),
-            "sureness": Acceptance(_HEAD_PRIOR),
-            "lookup": Acceptance(_LOOKUP_PRIOR),
-        }
+        self._shown = Shown(settings.prior, settings.head)
         self._gains = list(gains)  # tokens that a head's first, first two, ... guesses bring
+        self._noted = [0] * len(gains)  # how often they were made
         self._expected = list(gains)  # the same before any was made
         self._offered: dict[int, float] = {0: 1.0}  # how often lookup chains of which evidence
-        self._seconds = _PRIOR_WEIGHT * settings.curve.of(1)
+        self._seconds = _PRIOR_PASSES * settings.curve.of(1)
         self._tokens = settings.first_rate * self._seconds
         self._worth = list(worth)  # of a group of so many rows, in tokens
         self._worth_elsewhere: dict[CostCurve, list[float]] = {}  # at batch sizes met before
-        self._weighed: dict[tuple[_Key, Shared | None], tuple[float, Plan]] = {}
+        self._weighed: dict[tuple[Key, Shared | None], tuple[float, Plan]] = {}
         self._passes = 0
         self._at_hand: Sequence[Chain] = ()
         self._guessed = 0  # tokens that the draft head guessed for the next pass
@@ -305,6 +181,7 @@ class AutoChooser:
         alone = self._best(())[0]
         gains = [self._best(head[:count])[0] - alone for count in range(1, 1 + len(head))]
         self._gains, self._expected = gains, list(gains)
+        self._noted = [0] * len(gains)
         self._weigh_anew()
 
     def resize(self, texts: int) -> None:
@@ -349,8 +226,8 @@ class AutoChooser:
         net = self._net_gains()[:most]
         self._guessed = 0
         if max(net, default=0.0) > 0:
-            alone = self._at_best(_NOTHING)
-            others = max((self._at_best(_key(chain)) for chain in chains), default=alone)
+            alone = self._at_best(NOTHING)
+            others = max((self._at_best(kind(chain)) for chain in chains), default=alone)
             if alone + max(net) > others:
                 self._guessed = 1 + net.index(max(net))
         return self._guessed
@@ -365,12 +242,14 @@ class AutoChooser:
         """Learn from what the draft head's guesses at hand are worth in such a pass."""
         for chain in chains:
             if chain.source == "head":
-                counted, levels = _key(chain)
-                alone = self._weigh(_NOTHING, shared)[0]
-                for at in range(min(len(levels), len(self._gains))):
-                    worth = self._weigh((counted, levels[: 1 + at]), shared)[0]
+                counted, places = kind(chain)
+                alone = self._weigh(NOTHING, shared)[0]
+                for at in range(min(len(places), len(self._gains))):
+                    worth = self._weigh((counted, places[: 1 + at]), shared)[0]
                     gain = max(0.0, worth - alone)
-                    self._gains[at] += (1 - _GAIN_MEMORY) * (gain - self._gains[at])
+                    self._noted[at] += 1
+                    share = max(1 - _GAIN_MEMORY, 1 / (_PRIOR_GAINS + self._noted[at]))
+                    self._gains[at] += share * (gain - self._gains[at])
 
     def worth(self, chains: Sequence[Chain], shared: Shared) -> float:
         """See `plan.Chooser`."""
@@ -381,7 +260,8 @@ class AutoChooser:
         self._passes += 1
         self._at_hand, self._shared = chains, limits.shared
         apart = _PASSES_A_LOOK * min(self._texts, _MOST_LOOKS_APART)
-        if self._passes % (apart * (1 if self._texts == 1 else _LOOKS_A_WORTH)) == 0:
+        thorough = apart * (1 if self._texts == 1 else _LOOKS_A_WORTH)
+        if self._passes % thorough == 0 or self._passes in _EARLY_LOOKS:
             self._weigh_anew()
         elif self._passes % apart == 0:
             self._weighed.clear()
@@ -393,15 +273,15 @@ class AutoChooser:
 
     def _preferred(self, chains: Sequence[Chain], shared: Shared | None) -> tuple[float, Choice]:
         """The best of the chains, or none, and what it is worth."""
-        value, plan = self._weigh(_NOTHING, shared)
+        value, plan = self._weigh(NOTHING, shared)
         best = Choice(None, plan)
         for chain in chains:
-            worth, its_plan = self._weigh(_key(chain), shared)
+            worth, its_plan = self._weigh(kind(chain), shared)
             if worth > value:
                 value, best = worth, Choice(chain if its_plan.candidates else None, its_plan)
         return value, best
 
-    def learn(self, choice: Choice, settled: Sequence[int]) -> None:
+    def learn(self, choice: Choice, settled: Sequence[int], certain: Sequence[float] = ()) -> None:
         """Count how far the chains at hand went along with what was settled.
 
         Those that were not verified as well: where a token is drawn whatever the candidates are, it
@@ -410,17 +290,9 @@ class AutoChooser:
         than they are drawn again.)
         """
         plan, accepted = choice.plan, len(settled) - 1
-        for acceptance in self._counts.values():
-            acceptance.forget()
+        self._shown.count(self._at_hand, settled, certain)
         pairs = zip(self._gains, self._expected, strict=True)
         self._gains = [first + _LONG_MEMORY * (gain - first) for gain, first in pairs]
-        for chain in self._at_hand:
-            counted, levels = _key(chain)
-            counts = self._counts[counted]
-            for level, guess, token in zip(levels, chain.tokens, settled, strict=False):
-                counts.count(level, guess == token)
-                if guess != token:
-                    break
         self._tokens = self._tokens * _MEMORY + 1 + accepted
         cost = self._settings.cost(
             1 + plan.candidates, sum(plan.groups), plan.groups[accepted], self._shared
@@ -437,31 +309,28 @@ class AutoChooser:
         """Let plans follow the counts, and the worth of groups those plans."""
         self._weighed.clear()
         total = sum(self._offered.values())
-        without = self._at_best(_NOTHING) + max([0.0, *self._net_gains()])
+        without = self._at_best(NOTHING) + max([0.0, *self._net_gains()])
         others = [
-            (weight / total, self._at_best(("lookup", _levels("lookup", LONGEST_LOOKUP, evidence))))
+            (weight / total, self._at_best(("lookup", levels("lookup", LONGEST_LOOKUP, evidence))))
             for evidence, weight in self._offered.items()
             if evidence
         ]
         rest = 1 - sum(share for share, _ in others)
         for rows in range(1, len(self._worth)):
-            with_group = self._at_best(("look-ahead", _levels("look-ahead", rows)))
+            with_group = self._at_best(("look-ahead", levels("look-ahead", rows)))
             gains = [share * (max(v, with_group) - max(v, without)) for share, v in others]
             self._worth[rows] = max(0.0, rest * (with_group - without) + sum(gains))
         self._weighed.clear()
 
-    def _at_best(self, key: _Key) -> float:
+    def _at_best(self, key: Key) -> float:
         """What a chain of this kind is worth, the other texts of the batch being like this one."""
         passes = [None] if self._shared is None else self.passes
         return max(self._weigh(key, shared)[0] for shared in passes)
 
-    def _weigh(self, key: _Key, shared: Shared | None) -> tuple[float, Plan]:
+    def _weigh(self, key: Key, shared: Shared | None) -> tuple[float, Plan]:
         """The best plan for a chain of this kind, and what it is worth, in tokens."""
         if (key, shared) not in self._weighed:
-            counted, levels = key
-            counts = self._counts[counted]
-            chances = [counts[level] for level in levels]
-            self._weighed[key, shared] = self._best(chances, shared)
+            self._weighed[key, shared] = self._best(self._shown.chances(key), shared)
         return self._weighed[key, shared]
 
     def _best(self, chances: Sequence[float], shared: Shared | None = None) -> tuple[float, Plan]:
@@ -516,22 +385,3 @@ class AutoChooser:
                 break  # less likely rows pay even less
             best, hung = value, count
         return best, set(likeliest[:hung])
-
-
-_Counted = Literal["look-ahead", "head", "sureness", "lookup"]
-_Key = tuple[_Counted, tuple[int, ...]]  # where the candidates of a chain are counted
-_NOTHING: _Key = ("look-ahead", ())
-
-
-def _key(chain: Chain) -> _Key:
-    if chain.sureness:
-        return "sureness", tuple(bisect_right(_SURE, sure) for sure in chain.sureness)
-    return chain.source, _levels(chain.source, len(chain.tokens), chain.evidence)
-
-
-@lru_cache(maxsize=512)
-def _levels(source: Source, length: int, evidence: int = 0) -> tuple[int, ...]:
-    """Levels by place, or by how much text agrees once a candidate is reached."""
-    if source == "lookup":
-        return tuple(min(evidence + place, LONGEST_MATCH) - 1 for place in range(length))
-    return tuple(range(length))

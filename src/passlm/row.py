@@ -206,29 +206,39 @@ class Row:
         if distribution.greedy:
             if best is None:
                 best = distribution.best(logits, self.tokens, candidates).tolist()
-            verdict = judge.greedy(best, candidates)
+            verdict, certain = judge.greedy(best, candidates), list[float]()
         else:
-            verdict = self._verdict(logits)
+            verdict, certain = self._verdict(logits)
         block = [*candidates[: verdict.accepted], verdict.token]
-        self._chooser.learn(self.choice, block)
+        self._chooser.learn(self.choice, block, certain)
         return block
 
-    def _verdict(self, logits: Tensor) -> Verdict:
-        """On the candidates, by the logits after the root and after each of them, `[1 + M, V]`."""
+    def _verdict(self, logits: Tensor) -> tuple[Verdict, list[float]]:
+        """On the candidates, by the logits after the root and after each of them, `[1 + M, V]`.
+
+        Returns:
+            The verdict, and the likeliest token's probability for each token that settles.
+        """
         candidates, size = self.candidates, logits.shape[1]
+        certain: dict[int, float] = {}
 
         def p(row: int) -> Tensor:
             history = [*self.tokens, *candidates[:row]]
-            return self.request.distribution(logits[row : row + 1], history)[0]
+            made = self.request.distribution(logits[row : row + 1], history)[0]
+            certain[row] = float(made.max())
+            return made
 
         def noise(row: int) -> Tensor:
             return self._settling_noise(len(self.tokens) + row, size)
 
         rows, exponential = Computed(p), Computed(noise)
         if self.request.judge == "coupled":
-            return judge.coupled(rows, candidates, exponential)
-        uniform = self.noise.uniform(len(self.tokens), len(candidates), Purpose.ACCEPT)
-        return judge.rejection(rows, self._drawn_from(logits), candidates, uniform, exponential)
+            verdict = judge.coupled(rows, candidates, exponential)
+        else:
+            uniform = self.noise.uniform(len(self.tokens), len(candidates), Purpose.ACCEPT)
+            q = self._drawn_from(logits)
+            verdict = judge.rejection(rows, q, candidates, uniform, exponential)
+        return verdict, [certain[row] for row in range(1 + verdict.accepted)]
 
     def _drawn_from(self, logits: Tensor) -> Rows:
         """`q` of the candidates: of those that are no draw it is one-hot."""

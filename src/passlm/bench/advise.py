@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any, Literal
 
+from passlm.acceptance import expected_length
 from passlm.bench.decoding import PlanDecoding
 from passlm.bench.measure import COVERAGE
 from passlm.bench.methods import BASELINE, Method
+from passlm.curve import CostCurve
 from passlm.plan import strategy
-from passlm.planner import CostCurve, expected_length
 
 Verdict = Literal["yes", "no", "undecided"]
 Cause = Literal["few prompts", "reading", "short texts", "costs", "acceptance", "curve"]

@@ -50,7 +50,7 @@ from passlm.bench.sweeps import (
     run_label,
     steps,
 )
-from passlm.planner import CostCurve
+from passlm.curve import CostCurve
 
 GROUP = ("suite", "temperature")  # heads of the cells that `group_cells` gives
 _PARTS = ("prefill", "inside the model's forward", "outside of it", "not divided")

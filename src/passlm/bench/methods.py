@@ -21,11 +21,11 @@ from passlm.bench.decoding import Decode, MethodError, PlanDecoding, Record, Tim
 from passlm.bench.engines import ENGINES, Engine, EngineDecoding
 from passlm.bench.peers import ASSISTED, LOOKUP_TOKENS, TransformersGenerate, check_assistant
 from passlm.costs import Costs
+from passlm.curve import CostCurve
 from passlm.generate import Generator, Options
 from passlm.lookahead import LookAhead
 from passlm.params import SamplingParams, StopParams
 from passlm.plan import ByHead, strategy
-from passlm.planner import CostCurve
 from passlm.quantize import quantized
 from passlm.target import Target
 

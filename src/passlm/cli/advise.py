@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from passlm.bench.measure import Prompt, Sample
     from passlm.bench.methods import Method
     from passlm.costs import Costs
+    from passlm.curve import CostCurve
     from passlm.generate import Generator
-    from passlm.planner import CostCurve
 
 # Given as one seed for all, or as token ids and objects.
 SAMPLING_ELSEWHERE = ("seed", "logit_bias", "bad_words", "processors")

@@ -18,7 +18,7 @@ from passlm.cli.common import (
 from passlm.errors import InputError
 
 if TYPE_CHECKING:
-    from passlm.planner import CostCurve
+    from passlm.curve import CostCurve
 
 PLOT = "profile.png"
 GIGABYTE = 1e9
@@ -92,7 +92,7 @@ def predicted(
         prior: chance of each look-ahead candidate, once those before it are accepted.
         head: likewise of the draft head's.
     """
-    from passlm.planner import expected_length
+    from passlm.acceptance import expected_length
 
     rates = [{"method": "ar", "lookahead_tokens": 0, "tokens_per_second": curve.plain()}]
     for rows in range(1, 1 + len(prior)):
