@@ -6,13 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pytest
-import torch
 from torch import Tensor
 
-from passlm.acceptance import NOTHING, Acceptance, Shown, kind, levels
+from passlm.acceptance import NO_CHAIN, Acceptance, Observed, kind_of, levels
 from passlm.decode import Decoder
 from passlm.params import Judge, SamplingParams
-from passlm.plan import Chain, Choice, Chooser, FixedChooser, autoregressive
+from passlm.plan import (
+    Adaptive,
+    Chain,
+    Choice,
+    Chooser,
+    FixedChooser,
+    Limits,
+    Strategy,
+    autoregressive,
+    verifying,
+)
 from passlm.row import Request, Row
 from passlm.target import Target
 
@@ -35,78 +44,107 @@ def test_counts_move_from_the_prior_and_back() -> None:
 def test_chains_are_counted_by_what_tells_them_apart() -> None:
     """Catches guesses of a sure and of an unsure head, or copies behind one and behind ten
     agreeing tokens, that are believed alike."""
-    assert kind(Chain((5, 6, 7)))[1] == (0, 1, 2)
-    assert kind(HEAD)[0] == "sureness"
-    assert kind(Chain((5, 6), "head")) == ("head", (0, 1))
+    assert kind_of(Chain((5, 6, 7)))[1] == (0, 1, 2)
+    assert kind_of(HEAD)[0] == "sureness"
+    assert kind_of(Chain((5, 6), "head")) == ("head", (0, 1))
     assert levels("lookup", 3, 15) == (14, 15, 15)
-    shown = Shown((0.5, 0.5), (0.5, 0.5))
-    sure, unsure = shown.chances(kind(HEAD))
+    observed = Observed((0.5, 0.5), (0.5, 0.5))
+    sure, unsure = observed.chances(kind_of(HEAD))
     assert sure > 0.6 > 0.3 > unsure
-    few, many = (shown.chances(kind(Chain((1,), "lookup", n)))[0] for n in (1, 10))
+    few, many = (observed.chances(kind_of(Chain((1,), "lookup", n)))[0] for n in (1, 10))
     assert many > few
-    assert shown.chances(NOTHING) == []
+    assert observed.chances(NO_CHAIN) == []
 
 
-def test_what_is_believed_follows_the_certainty() -> None:
-    """Catches odds that are not scaled, certainty that never returns, and counts that are lost."""
-    shown = Shown((0.5,), ())
-    key = kind(Chain((5,)))
-    shown.count([], [9], [])
-    assert shown.certainty == 1.0
-    assert shown.chances(key) == [0.5]
+def test_what_is_believed_follows_the_confidence() -> None:
+    """Catches odds that are not scaled, confidence that never returns, and counts that are lost."""
+    observed = Observed((0.5,), ())
+    key = kind_of(Chain((5,)))
+    observed.count([], [9], [])
+    assert observed.confidence == 1.0
+    assert observed.chances(key) == [0.5]
     for _ in range(200):
-        shown.count([], [9], [0.25])
-    assert shown.certainty == pytest.approx(0.25, abs=0.01)
-    assert shown.chances(key)[0] == pytest.approx(0.2, abs=0.01)  # odds of 1 times a quarter
+        observed.count([], [9], [0.25])
+    assert observed.confidence == pytest.approx(0.25, abs=0.01)
+    assert observed.chances(key)[0] == pytest.approx(0.2, abs=0.01)  # odds of 1 times a quarter
     for _ in range(200):
-        shown.count([Chain((5,))], [5], [0.25])
-    assert shown.chances(key)[0] > 0.8
+        observed.count([Chain((5,))], [5], [0.25])
+    assert observed.chances(key)[0] > 0.8
     for _ in range(4000):
-        shown.count([], [9, 9], [1.0, 1.0])
-    assert shown.certainty == pytest.approx(1.0)
-    assert shown.chances(key)[0] == pytest.approx(0.5, abs=0.02)
+        observed.count([], [9, 9], [1.0, 1.0])
+    assert observed.confidence == pytest.approx(1.0)
+    assert observed.chances(key)[0] == pytest.approx(0.5, abs=0.02)
 
 
 @dataclass
-class Listening:
-    """Verifies two fixed candidates and keeps what is heard of them."""
+class Knowing:
+    """Lets two tokens of a known text and a wrong one be verified, and keeps what is heard.
 
+    Attributes:
+        text: what is guessed to come.
+        heard: settled tokens and confidences of each pass.
+    """
+
+    text: Sequence[int]
     heard: list[tuple[Sequence[int], Sequence[float]]] = field(default_factory=list)
 
     def begin(self) -> Chooser:
         """See `Adaptive`."""
-        listening = self
+        knowing = self
 
-        class Heard(FixedChooser):
+        class Guessing(FixedChooser):
+            def choose(self, chains: Sequence[Chain], limits: Limits) -> Choice:
+                rest = knowing.text[-limits.room :]
+                guesses = (*rest[:2], (rest[0] + 1) % 50)
+                choice = Choice(Chain(guesses, "lookup"), verifying(len(guesses)))
+                return choice.within(limits)
+
             def learn(
-                self, choice: Choice, settled: Sequence[int], certain: Sequence[float] = ()
+                self, choice: Choice, settled: Sequence[int], confidences: Sequence[float] = ()
             ) -> None:
-                listening.heard.append((settled, certain))
+                knowing.heard.append((settled, confidences))
 
-        return Heard(autoregressive)
+        return Guessing(verifying)
 
 
 @pytest.mark.parametrize("judge", ["coupled", "rejection"])
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_a_text_hears_how_certain_its_tokens_are(
+def test_a_text_hears_how_confident_the_target_was(
     llama: Target, judge: Judge, temperature: float
 ) -> None:
-    """Catches a certainty that is of other rows, or taken before temperature and top-k."""
+    """Catches confidences of other rows than those that settle, taken before temperature and
+    top-k, or of greedy text, where every token is sure."""
     seen: list[float] = []
 
     def look(row: Row, logits: Tensor, settled: Sequence[int]) -> None:
-        best = logits[0].topk(5).values / temperature if temperature else torch.zeros(1)
-        seen.append(float(best.softmax(-1)[0]))
+        if temperature:
+            best = logits[: len(settled)].topk(5).values / temperature
+            seen.extend(best.softmax(-1)[:, 0].tolist())
 
-    plans = Listening()
     sampling = SamplingParams(temperature=temperature, top_k=5, seed=1, judge=judge)
-    decoder = Decoder(llama, None, look)
-    decoder.join(Request.of([3, 4], sampling, 6, plans))
-    while decoder.rows:
-        decoder.step()
-    assert len(plans.heard) == 6
-    if temperature:
-        certain = [value for _, values in plans.heard for value in values]
-        assert certain == pytest.approx(seen)
-    else:
-        assert all(not values for _, values in plans.heard)
+
+    def written(plans: Strategy | Adaptive) -> list[int]:
+        decoder = Decoder(llama, None, look)
+        row = decoder.join(Request.of([3, 4], sampling, 12, plans))
+        while decoder.rows:
+            decoder.step()
+        return row.tokens[2:]
+
+    known = written(autoregressive)
+    seen.clear()
+    knowing = Knowing(known)
+    assert len(written(knowing)) == 12
+    if judge == "coupled" or not temperature:
+        assert max(len(settled) for settled, _ in knowing.heard) == 3
+    for settled, confidences in knowing.heard:
+        assert len(confidences) == (len(settled) if temperature else 0)
+    heard = [value for _, confidences in knowing.heard for value in confidences]
+    assert heard == pytest.approx(seen)
+
+
+def test_a_row_without_a_distribution_changes_nothing() -> None:
+    """Catches one token that processors left no choice for, which would end all drafting."""
+    observed = Observed((0.5,), ())
+    observed.count([], [9], [float("nan")])
+    assert observed.confidence == 1.0
+    assert observed.chances(kind_of(Chain((5,)))) == [0.5]

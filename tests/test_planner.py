@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 
@@ -302,16 +302,36 @@ def test_text_without_likely_tokens_is_not_drafted_for() -> None:
     over before."""
     curve = CostCurve((1, 11), (1.0, 3.0), (1, 4), (0.2, 0.4), 0.1, head_seconds=(0.05, 0.06))
 
-    def rows(certain: list[float]) -> list[int]:
+    def passes(confidences: list[float]) -> tuple[list[int], list[int]]:
         chooser = AutoPlan(curve, PRIOR, head=(0.6, 0.5)).begin()
-        made = []
+        guessed, rows = [], []
         for _ in range(20):
-            chooser.drafts([], 9)
-            made.append(chooser.choose([DRAFT], WIDE).plan.rows)
-            chooser.learn(Choice(None, Plan(0, (0,))), [WRONG], certain)
-        return made
+            guessed.append(chooser.drafts([], 9))
+            count = guessed[-1]
+            chain = Chain((1,) * count, "head", sureness=(0.5,) * count) if count else DRAFT
+            rows.append(chooser.choose([chain], WIDE).plan.rows)
+            chooser.learn(Choice(None, Plan(0, (0,))), [WRONG], confidences)
+        return guessed, rows
 
-    hot, plain = rows([0.02]), rows([])
-    assert hot[0] == plain[0] > 1
-    assert set(hot[4:]) == {1}
-    assert max(plain[4:10]) > 1
+    (guesses, rows), (greedy_guesses, greedy_rows) = passes([0.02]), passes([])
+    assert (guesses[0], rows[0]) == (greedy_guesses[0], greedy_rows[0])
+    assert guesses[0] > 0
+    assert rows[0] > 1
+    assert set(rows[5:]) == {1}
+    assert sum(guesses) < sum(greedy_guesses)
+    assert max(greedy_rows[5:10]) > 1
+
+
+def test_first_guesses_tell_more_of_a_head_than_later_ones() -> None:
+    """Catches a first estimate that outlives the text, and a head given up after one miss."""
+    curve = CostCurve((1, 11), (1.0, 3.0), head_seconds=(0.1,))
+    chooser = AutoPlan(curve, lookup=False, head=(0.9,)).begin()
+    unsure = Chain((1,), "head", sureness=(0.05,))
+    worth = [chooser.weighed[0][0]]
+    for _ in range(12):
+        chooser.choose([unsure], WIDE)
+        worth.append(chooser.weighed[0][0])
+    falls = [after / before for before, after in pairwise(worth)]
+    assert falls[0] == pytest.approx(2 / 3)
+    assert falls == sorted(falls)
+    assert falls[-1] == pytest.approx(0.9)

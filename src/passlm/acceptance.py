@@ -1,13 +1,14 @@
 """How often candidates are accepted in one text: what is believed first, and what is counted.
 
 A candidate's chance depends on where it comes from: on its place in a look-ahead group, on how sure
-the draft head was of it, on how much text agreed before it was copied. And it depends on how
-certain the text's own next tokens are, which every pass shows. What follows for plans is left to
-`planner.py`.
+the draft head was of it, on how much text agreed before it was copied. And it depends on the
+target's confidence in the text's own next tokens, which every pass shows. What follows for plans is
+left to `planner.py`.
 """
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
@@ -19,7 +20,7 @@ from passlm.plan import Chain, Source
 _MEMORY = 0.97  # what counts keep of their weight when one more is counted
 _LONG_MEMORY = 0.998  # and from pass to pass, so that what failed once is tried again
 _PRIOR_WEIGHT = 6.0  # how many counted candidates the prior is worth
-_CERTAIN_MEMORY = 0.9  # what the mean certainty keeps of its weight with every token
+_CONFIDENCE_MEMORY = 0.9  # what the mean confidence keeps of its weight with every token
 # How often the next token is as it was behind the last place where k tokens agreed, k = 1 to 16:
 # greedy answers of SmolLM2-135M-Instruct to recipes/make_prompts.py's prompts, 33,000 tokens.
 _LOOKUP_PRIOR = (
@@ -28,14 +29,14 @@ _LOOKUP_PRIOR = (
 )
 # How often a draft head's token is accepted, by the probability that it gave it: below 0.1, 0.2,
 # ..., above 0.8; 20,000 guesses behind answers to these prompts at temperatures from 0 to 1.5, each
-# text's certainty taken into account.
+# text's confidence taken into account.
 _SURE = (0.1, 0.2, 0.3, 0.45, 0.6, 0.8)
 _HEAD_PRIOR = (0.08, 0.18, 0.31, 0.41, 0.53, 0.71, 0.90)
 
 Counted = Literal["look-ahead", "head", "sureness", "lookup"]
 Key = tuple[Counted, tuple[int, ...]]
 """A kind of chain: where its candidates are counted, and at which level each of them."""
-NOTHING: Key = ("look-ahead", ())
+NO_CHAIN: Key = ("look-ahead", ())
 
 
 def expected_length(chances: Sequence[float]) -> float:
@@ -47,7 +48,7 @@ def expected_length(chances: Sequence[float]) -> float:
     return total
 
 
-def kind(chain: Chain) -> Key:
+def kind_of(chain: Chain) -> Key:
     """Where the candidates of a chain are counted."""
     if chain.sureness:
         return "sureness", tuple(bisect_right(_SURE, sure) for sure in chain.sureness)
@@ -80,12 +81,9 @@ class Acceptance:
         weight = _PRIOR_WEIGHT + self._trials[level]
         return (_PRIOR_WEIGHT * self._believed[level] + self._hits[level]) / weight
 
-    def __len__(self) -> int:
-        return len(self._prior)
-
-    def believe(self, certainty: float) -> None:
-        """Take the prior's odds times a text's certainty for what is believed; see `Shown`."""
-        self._believed = tuple(p * certainty / (1 - p + p * certainty) for p in self._prior)
+    def believe(self, confidence: float) -> None:
+        """Take the prior's odds times a text's confidence for what is believed; see `Observed`."""
+        self._believed = tuple(p * confidence / (1 - p + p * confidence) for p in self._prior)
 
     def count(self, level: int, accepted: bool) -> None:
         """One candidate that was reached."""
@@ -99,13 +97,13 @@ class Acceptance:
                 counts[level] = value * _LONG_MEMORY
 
 
-class Shown:
-    """What one text has shown of the candidates at hand, verified or not, and of its own tokens.
+class Observed:
+    """What one text shows of the candidates at hand, verified or not, and of its own tokens.
 
     The more evenly the target spreads its probability, the less any guess can be right. From
-    temperature 0 to 1.5, with top-k and without, the odds of a candidate are close to those that it
-    has in greedy text times the text's certainty: the mean probability of its likeliest next
-    tokens. (Measured for every source: `docs/log.md`.)
+    temperature 0 to 1.5 the odds of a candidate are close to those that it has in greedy text times
+    the text's confidence, the mean probability of its likeliest next tokens: `recipes/priors.py`
+    measures it for every source.
 
     Args:
         look_ahead: chance of each look-ahead candidate in greedy text.
@@ -119,12 +117,12 @@ class Shown:
             "sureness": Acceptance(_HEAD_PRIOR),
             "lookup": Acceptance(_LOOKUP_PRIOR),
         }
-        self._certain, self._tokens = 1.0, 1.0  # sum of certainties, and of their weights
+        self._confident, self._tokens = 1.0, 1.0  # sum of confidences, and of their weights
 
     @property
-    def certainty(self) -> float:
+    def confidence(self) -> float:
         """Mean probability of the likeliest token, of late; 1 for greedy text."""
-        return self._certain / self._tokens
+        return self._confident / self._tokens
 
     def chances(self, key: Key) -> list[float]:
         """Chance of each candidate of such a chain, once those before it are accepted."""
@@ -133,24 +131,24 @@ class Shown:
         return [counts[level] for level in at]
 
     def count(
-        self, chains: Sequence[Chain], settled: Sequence[int], certain: Sequence[float]
+        self, chains: Sequence[Chain], settled: Sequence[int], confidences: Sequence[float]
     ) -> None:
         """Hear what a pass settled.
 
         Args:
             chains: those that were at hand.
             settled: the candidates accepted and the token drawn behind them.
-            certain: the likeliest token's probability for each of these; none in greedy text.
+            confidences: the likeliest token's probability for each of these; none in greedy text.
         """
-        for probability in certain:
-            self._certain = self._certain * _CERTAIN_MEMORY + probability
-            self._tokens = self._tokens * _CERTAIN_MEMORY + 1
+        for probability in filter(math.isfinite, confidences):  # processors may forbid all tokens
+            self._confident = self._confident * _CONFIDENCE_MEMORY + probability
+            self._tokens = self._tokens * _CONFIDENCE_MEMORY + 1
         for acceptance in self._counts.values():
             acceptance.forget()
-            if certain:
-                acceptance.believe(self.certainty)
+            if confidences:
+                acceptance.believe(self.confidence)
         for chain in chains:
-            counted, at = kind(chain)
+            counted, at = kind_of(chain)
             counts = self._counts[counted]
             for level, guess, token in zip(at, chain.tokens, settled, strict=False):
                 counts.count(level, guess == token)

@@ -25,6 +25,7 @@ _SAME_WEIGHTS = 0.004
 _NO_WEIGHT = 1e30  # a sampled weight is smaller: sums stay finite in float32
 _GUESSED_LENGTH = 0.5  # accepted a pass, where a card has no figures
 _GUESSED_CHANCE = 0.3  # of a draft head's token, likewise
+_SUREST = 0.99  # nothing measured on some texts is sure in the next one
 
 
 class LookAheadError(InputError):
@@ -145,7 +146,8 @@ def _chances(suites: Iterable[object], wanted: int) -> tuple[float, ...]:
         return ()
     rows = min(map(len, known))
     reached = [1.0, *(sum(row[at] for row in known) / len(known) for at in range(rows))]
-    chances = [now / before if before else 0.0 for before, now in pairwise(reached)]
+    pairs = pairwise(reached)
+    chances = [min(_SUREST, now / before) if before else 0.0 for before, now in pairs]
     return tuple([*chances, *chances[-1:] * wanted][:wanted])
 
 

@@ -88,7 +88,9 @@ class _Script:
         count = self.timed.plan.candidates
         return Choice(Chain((0,) * count) if count else None, self.timed.plan)
 
-    def learn(self, choice: Choice, settled: Sequence[int], certain: Sequence[float] = ()) -> None:
+    def learn(
+        self, choice: Choice, settled: Sequence[int], confidences: Sequence[float] = ()
+    ) -> None:
         pass
 
 

@@ -211,13 +211,15 @@ class Chooser(Protocol):
         """The next pass, given the chains at hand: none, a drafted one, a copied one, or both."""
         ...
 
-    def learn(self, choice: Choice, settled: Sequence[int], certain: Sequence[float] = ()) -> None:
+    def learn(
+        self, choice: Choice, settled: Sequence[int], confidences: Sequence[float] = ()
+    ) -> None:
         """Hear what the pass settled.
 
         Args:
             choice: the pass.
             settled: the candidates accepted and the token drawn behind them.
-            certain: the probability of the likeliest token for each; none in greedy text.
+            confidences: the probability of the likeliest token for each; none in greedy text.
         """
         ...
 
@@ -267,7 +269,9 @@ class FixedChooser:
         plan = self.strategy(candidates, limits.group(candidates))
         return Choice(chain if plan.candidates else None, plan)
 
-    def learn(self, choice: Choice, settled: Sequence[int], certain: Sequence[float] = ()) -> None:
+    def learn(
+        self, choice: Choice, settled: Sequence[int], confidences: Sequence[float] = ()
+    ) -> None:
         """Nothing to learn."""
 
 

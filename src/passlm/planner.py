@@ -1,11 +1,12 @@
 """The plan that writes most tokens a second, chosen from measured costs and counted acceptance.
 
-`curve.CostCurve` is what a pass takes on this machine, `acceptance.Shown` how often candidates are
-accepted, and `AutoPlan` weighs one against the other before every pass, plain decoding among its
-choices. Measuring the curve is left to `costs.py`, where lookup chains come from to `lookup.py`.
+`curve.CostCurve` is what a pass takes on this machine, `acceptance.Observed` how often candidates
+are accepted, and `AutoPlan` weighs one against the other before every pass, plain decoding among
+its choices. Measuring the curve is left to `costs.py`, where lookup chains come from to
+`lookup.py`.
 
-Nothing here looks at a clock: choices follow from a stored curve and from what the text itself
-accepted, so a seed gives the same text again under either judge.
+Nothing here looks at a clock: choices follow from a stored curve, from what the text accepted and
+from how confident the target was of it, so a seed gives the same text again under either judge.
 """
 
 from __future__ import annotations
@@ -15,18 +16,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
-from passlm.acceptance import NOTHING, Key, Shown, expected_length, kind, levels
+from passlm.acceptance import NO_CHAIN, Key, Observed, expected_length, kind_of, levels
 from passlm.curve import CostCurve
 from passlm.plan import Chain, Choice, Limits, Plan, Shared
 
 LONGEST_LOOKUP = 12  # candidates of a lookup chain
 _PASSES_A_LOOK = 8  # passes between two looks at the counts, for each text of the batch,
-_EARLY_LOOKS = (2, 3, 5)  # and at these of a text's passes: its first ones tell the most
 _MOST_LOOKS_APART = 4  # up to so many: looking takes time that all of them wait for
 _LOOKS_A_WORTH = 2  # of these, what groups are worth is reckoned anew at one: it takes the longest
+_EARLY_LOOKS = (2, 3, 5)  # passes at which it is looked besides: the first ones tell the most
 _FIRST_ROUNDS = 3  # of weighing groups by plans and plans by groups, before the first pass
-_MEMORY = 0.97  # what counts keep of their weight when one more is counted
-_LONG_MEMORY = 0.998  # and from pass to pass, so that what failed once is tried again
+_MEMORY = 0.97  # what the rate, and how often there were which chains, keep from pass to pass
+_LONG_MEMORY = 0.998  # and what guesses of a draft head are worth: what failed once is tried again
 _GAIN_MEMORY = 0.9  # what the mean worth of a draft head's guesses keeps when some more are made
 _PRIOR_GAINS = 2.0  # guesses that the first estimate of that worth counts for
 _CAUTION = 1.03  # times what a pass of several rows is said to cost: the best of many estimates is
@@ -154,10 +155,10 @@ class AutoChooser:
     ) -> None:
         gains, worth = settings.first_weighing if weighed is None else weighed
         self._settings = settings
-        self._shown = Shown(settings.prior, settings.head)
+        self._observed = Observed(settings.prior, settings.head)
         self._gains = list(gains)  # tokens that a head's first, first two, ... guesses bring
         self._noted = [0] * len(gains)  # how often they were made
-        self._expected = list(gains)  # the same before any was made
+        self._expected = list(gains)  # the same before any was made, in greedy text
         self._offered: dict[int, float] = {0: 1.0}  # how often lookup chains of which evidence
         self._seconds = _PRIOR_PASSES * settings.curve.of(1)
         self._tokens = settings.first_rate * self._seconds
@@ -198,7 +199,8 @@ class AutoChooser:
             self._settings = settings
             expected, first = settings.first_weighing
             rows = zip(self._gains, expected, self._expected, strict=False)
-            self._gains = [gain + new - old for gain, new, old in rows]
+            share = self._observed.confidence
+            self._gains = [gain + share * (new - old) for gain, new, old in rows]
             self._expected = expected[: len(self._gains)]
             known = self._worth_elsewhere.get(settings.curve)
             self._worth = list(first) if known is None else known
@@ -226,8 +228,8 @@ class AutoChooser:
         net = self._net_gains()[:most]
         self._guessed = 0
         if max(net, default=0.0) > 0:
-            alone = self._at_best(NOTHING)
-            others = max((self._at_best(kind(chain)) for chain in chains), default=alone)
+            alone = self._at_best(NO_CHAIN)
+            others = max((self._at_best(kind_of(chain)) for chain in chains), default=alone)
             if alone + max(net) > others:
                 self._guessed = 1 + net.index(max(net))
         return self._guessed
@@ -242,8 +244,8 @@ class AutoChooser:
         """Learn from what the draft head's guesses at hand are worth in such a pass."""
         for chain in chains:
             if chain.source == "head":
-                counted, places = kind(chain)
-                alone = self._weigh(NOTHING, shared)[0]
+                counted, places = kind_of(chain)
+                alone = self._weigh(NO_CHAIN, shared)[0]
                 for at in range(min(len(places), len(self._gains))):
                     worth = self._weigh((counted, places[: 1 + at]), shared)[0]
                     gain = max(0.0, worth - alone)
@@ -260,10 +262,11 @@ class AutoChooser:
         self._passes += 1
         self._at_hand, self._shared = chains, limits.shared
         apart = _PASSES_A_LOOK * min(self._texts, _MOST_LOOKS_APART)
-        thorough = apart * (1 if self._texts == 1 else _LOOKS_A_WORTH)
-        if self._passes % thorough == 0 or self._passes in _EARLY_LOOKS:
+        early = self._passes in _EARLY_LOOKS
+        thorough = self._passes % (apart * _LOOKS_A_WORTH) == 0
+        if thorough or (self._texts == 1 and (early or self._passes % apart == 0)):
             self._weigh_anew()
-        elif self._passes % apart == 0:
+        elif early or self._passes % apart == 0:
             self._weighed.clear()
         self._note_gains(chains, limits.shared)
         evidence = max((chain.evidence for chain in chains), default=0)
@@ -273,16 +276,18 @@ class AutoChooser:
 
     def _preferred(self, chains: Sequence[Chain], shared: Shared | None) -> tuple[float, Choice]:
         """The best of the chains, or none, and what it is worth."""
-        value, plan = self._weigh(NOTHING, shared)
+        value, plan = self._weigh(NO_CHAIN, shared)
         best = Choice(None, plan)
         for chain in chains:
-            worth, its_plan = self._weigh(kind(chain), shared)
+            worth, its_plan = self._weigh(kind_of(chain), shared)
             if worth > value:
                 value, best = worth, Choice(chain if its_plan.candidates else None, its_plan)
         return value, best
 
-    def learn(self, choice: Choice, settled: Sequence[int], certain: Sequence[float] = ()) -> None:
-        """Count how far the chains at hand went along with what was settled.
+    def learn(
+        self, choice: Choice, settled: Sequence[int], confidences: Sequence[float] = ()
+    ) -> None:
+        """Count how far the chains at hand went along with what was settled, see `plan.Chooser`.
 
         Those that were not verified as well: where a token is drawn whatever the candidates are, it
         tells what they would have come to. So what looks bad at first is not given up for ever. (Of
@@ -290,8 +295,9 @@ class AutoChooser:
         than they are drawn again.)
         """
         plan, accepted = choice.plan, len(settled) - 1
-        self._shown.count(self._at_hand, settled, certain)
-        pairs = zip(self._gains, self._expected, strict=True)
+        self._observed.count(self._at_hand, settled, confidences)
+        firsts = [self._observed.confidence * gain for gain in self._expected]
+        pairs = zip(self._gains, firsts, strict=True)
         self._gains = [first + _LONG_MEMORY * (gain - first) for gain, first in pairs]
         self._tokens = self._tokens * _MEMORY + 1 + accepted
         cost = self._settings.cost(
@@ -309,7 +315,7 @@ class AutoChooser:
         """Let plans follow the counts, and the worth of groups those plans."""
         self._weighed.clear()
         total = sum(self._offered.values())
-        without = self._at_best(NOTHING) + max([0.0, *self._net_gains()])
+        without = self._at_best(NO_CHAIN) + max([0.0, *self._net_gains()])
         others = [
             (weight / total, self._at_best(("lookup", levels("lookup", LONGEST_LOOKUP, evidence))))
             for evidence, weight in self._offered.items()
@@ -330,7 +336,7 @@ class AutoChooser:
     def _weigh(self, key: Key, shared: Shared | None) -> tuple[float, Plan]:
         """The best plan for a chain of this kind, and what it is worth, in tokens."""
         if (key, shared) not in self._weighed:
-            self._weighed[key, shared] = self._best(self._shown.chances(key), shared)
+            self._weighed[key, shared] = self._best(self._observed.chances(key), shared)
         return self._weighed[key, shared]
 
     def _best(self, chances: Sequence[float], shared: Shared | None = None) -> tuple[float, Plan]:

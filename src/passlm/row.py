@@ -206,11 +206,11 @@ class Row:
         if distribution.greedy:
             if best is None:
                 best = distribution.best(logits, self.tokens, candidates).tolist()
-            verdict, certain = judge.greedy(best, candidates), list[float]()
+            verdict, confidences = judge.greedy(best, candidates), list[float]()
         else:
-            verdict, certain = self._verdict(logits)
+            verdict, confidences = self._verdict(logits)
         block = [*candidates[: verdict.accepted], verdict.token]
-        self._chooser.learn(self.choice, block, certain)
+        self._chooser.learn(self.choice, block, confidences)
         return block
 
     def _verdict(self, logits: Tensor) -> tuple[Verdict, list[float]]:
@@ -220,12 +220,12 @@ class Row:
             The verdict, and the likeliest token's probability for each token that settles.
         """
         candidates, size = self.candidates, logits.shape[1]
-        certain: dict[int, float] = {}
+        highest: dict[int, Tensor] = {}
 
         def p(row: int) -> Tensor:
             history = [*self.tokens, *candidates[:row]]
             made = self.request.distribution(logits[row : row + 1], history)[0]
-            certain[row] = float(made.max())
+            highest[row] = made.max()
             return made
 
         def noise(row: int) -> Tensor:
@@ -238,7 +238,8 @@ class Row:
             uniform = self.noise.uniform(len(self.tokens), len(candidates), Purpose.ACCEPT)
             q = self._drawn_from(logits)
             verdict = judge.rejection(rows, q, candidates, uniform, exponential)
-        return verdict, [certain[row] for row in range(1 + verdict.accepted)]
+        settled = [highest[row] for row in range(1 + verdict.accepted)]
+        return verdict, torch.stack(settled).tolist()
 
     def _drawn_from(self, logits: Tensor) -> Rows:
         """`q` of the candidates: of those that are no draw it is one-hot."""
