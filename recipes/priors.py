@@ -1,10 +1,11 @@
 """What `acceptance.py` believes of candidates before a text has shown anything.
 
+    python recipes/make_prompts.py TEXT TRAINED.jsonl
     python recipes/make_prompts.py TEXT PROMPTS.jsonl --seed 1
-    python recipes/priors.py PROMPTS.jsonl --out docs/results/priors.json
+    python recipes/priors.py PROMPTS.jsonl --without TRAINED.jsonl --out docs/results/priors.json
 
-The model continues these prompts at several temperatures. (Those of seed 0 are what the shipped
-files were trained on: their greedy answers would be guessed too well.) At every place of each text
+The model continues these prompts at several temperatures. (Answers to those of seed 0 are what the
+shipped files were trained on: they would be guessed too well.) At every place of each text
 all that would have been guessed is compared with what came: by the look-ahead rows, by the draft
 head, and by prompt lookup. From that come each level's chance in text of confidence 1, if its odds
 are proportional to the text's confidence; and, to see whether they are, the power of the confidence
@@ -83,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and write; gives the exit code."""
     made = Parser(description=__doc__, allow_abbrev=False)
     made.add_argument("prompts", type=Path, metavar="PROMPTS.jsonl")
+    made.add_argument("--without", type=Path, metavar="FILE", help="leave out its prompts")
     made.add_argument("--each", type=int, default=4, help="prompts of each kind")
     made.add_argument("--max-new-tokens", type=int, default=96)
     made.add_argument("--temperatures", type=float, nargs="+", default=[0, 0.5, 0.8, 1.0, 1.5])
@@ -111,7 +113,7 @@ def run(arguments: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]:
     if lm.rows is None:
         raise InputError("there are no look-ahead files to measure: name some with --lookahead")
     guesses = Guesses()
-    prompts = chosen(arguments.prompts, arguments.each, arguments.seed)
+    prompts = chosen(arguments.prompts, arguments.without, arguments.each, arguments.seed)
     for number, prompt in enumerate(prompts):
         for temperature in arguments.temperatures:
             sampling = SamplingParams(temperature=temperature, seed=arguments.seed + number)
@@ -125,23 +127,36 @@ def run(arguments: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]:
     return report
 
 
-def chosen(path: Path, each: int, seed: int) -> list[Any]:
+def chosen(path: Path, without: Path | None, each: int, seed: int) -> list[Any]:
     """Some prompts of each kind: text, or messages.
+
+    Args:
+        path: of all of them.
+        without: those in this file are left out.
+        each: how many of a kind, at most.
+        seed: of the choice.
 
     Raises:
         InputError: a line is not JSON, or without a kind or a prompt.
     """
+    left_out = [] if without is None else [prompt for _, prompt in read(without)]
     kinds: dict[str, list[Any]] = defaultdict(list)
+    for own, prompt in read(path):
+        if prompt not in left_out:
+            kinds[own].append(prompt)
+    draw = random.Random(seed)
+    return [prompt for own in kinds.values() for prompt in draw.sample(own, min(each, len(own)))]
+
+
+def read(path: Path) -> Iterator[tuple[str, Any]]:
+    """Kinds and prompts of a file."""
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             content = json.loads(line)
-            kinds[content["kind"]].append(content.get("messages") or content["prompt"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{path}, line {number}: not as make_prompts.py writes them"
-            ) from error
-    draw = random.Random(seed)
-    return [prompt for own in kinds.values() for prompt in draw.sample(own, min(each, len(own)))]
+            yield content["kind"], content.get("messages") or content["prompt"]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            message = f"{path}, line {number}: not as make_prompts.py writes them"
+            raise InputError(message) from error
 
 
 def listen(

@@ -62,11 +62,15 @@ def source(name: str, results: dict[str, Any]) -> str:
     settings, machine = results["settings"], results["provenance"]["machine"]
     plain = [run for run in results["runs"] if run["method"] == "ar"]
     passes = "compiled passes" if settings.get("compiled") else "eager passes"
+    counts = sorted({run["prompts"] for run in plain})
+    prompts = f"{counts[0]} prompts of each suite"
+    if len(counts) > 1:
+        prompts = f"{counts[0]} to {counts[-1]} prompts of each suite"
     weights = settings["dtype"]
     if settings.get("quantize"):
         weights = f"ours {settings['quantize']}, transformers' {weights}"
     return (
-        f"{plain[0]['prompts']} prompts of each suite, "
+        f"{prompts}, "
         f"{sum(run['tokens'] for run in plain):,} new tokens a method, {passes}, "
         f"{weights}, {machine['threads']} threads of {machine['processor']}; "
         f"[report](docs/results/{name}/report.md)"

@@ -84,5 +84,8 @@ def test_guesses_are_compared_with_what_came(
     assert report["lookup"]["guesses"]
     assert report["look-ahead"]["power"] is None  # greedy text tells nothing of it
     assert report["provenance"]["arguments"] == common
+    others = tmp_path / "others.jsonl"
+    others.write_text(json.dumps(lines[0]) + "\n")
+    assert recipe.chosen(prompts, others, 9, 0) == ["x"]
     prompts.write_text("[1]\n")
     assert recipe.main(common) == 2
