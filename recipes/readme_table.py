@@ -13,7 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-RESULTS = ("epyc-compiled", "all-compiled", "int8-compiled", "humaneval")
+RESULTS = ("whole", "whole-sampled", "all-compiled", "int8-compiled", "humaneval")
 NAMES = {
     "ar": "plain decoding, tokens/s",
     "lookup": "prompt lookup alone",
