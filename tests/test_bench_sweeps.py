@@ -15,7 +15,7 @@ from passlm.bench import notes
 from passlm.bench.decoding import Record
 from passlm.bench.measure import Prompt, Sample, interleave, summarize, warm_up
 from passlm.bench.methods import Method
-from passlm.bench.prompts import Collector
+from passlm.bench.prompts import Collector, _without_end
 from passlm.bench.report import markdown
 from passlm.bench.sweeps import BATCHES, LENGTHS, STEPS, SWEEPS, TEMPERATURES, Conditions
 from passlm.bench.tasks import Task
@@ -155,6 +155,21 @@ def test_prompts_are_cut_from_their_end(lm: Generator) -> None:
         {"suite": "own", "prompt_tokens": 4, "prompts": 1},
         {"suite": "own", "prompt_tokens": 8, "prompts": 2},
     ]
+
+
+def test_prompts_end_with_something_to_see_where_that_is_asked(lm: Generator) -> None:
+    """Catches white space left at the end, a prompt of nothing else that is lost, chats that are
+    no text to continue, and prompts stripped without being asked."""
+    chat = Task("own", "chat", messages=({"role": "user", "content": "w2 "},))
+    assert _without_end(Task("own", "a", " w2  w3 \n\t\n")).prompt == " w2  w3"
+    for kept in (Task("own", "b", "\n"), Task("own", "c", "w4"), chat):
+        assert _without_end(kept) == kept
+    tasks, seen = ([Task("own", "a", text)] for text in ("w2 w3\n", "w2 w3"))
+    digests = [
+        Collector(lm, NEW_TOKENS, stripped=stripped).collect([], own, None).digests["own"]
+        for own, stripped in ((tasks, False), (tasks, True), (seen, False))
+    ]
+    assert digests[0] != digests[1] == digests[2]
 
 
 def test_a_cut_prompt_may_fit_where_a_whole_one_does_not(lm: Generator) -> None:

@@ -29,11 +29,14 @@ _COUNTED = (
 )
 _OF_THE_MODEL = ("model", "quantize")
 # Settings that change which texts are written; a seed only draws others of the same kind.
-_OF_THE_TEXTS = tuple(
-    field.name
-    for kind in (SamplingParams, StopParams)
-    for field in fields(kind)
-    if field.name not in ("temperature", "seed", "judge", "draft")
+_OF_THE_TEXTS = (
+    "strip_prompts",
+    *(
+        field.name
+        for kind in (SamplingParams, StopParams)
+        for field in fields(kind)
+        if field.name not in ("temperature", "seed", "judge", "draft")
+    ),
 )
 _RULE = (
     "A speed-up changed beyond noise where each of the two lies outside the other's 95 % interval "

@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from passlm.bench.measure import Further, Prompt
@@ -51,12 +51,14 @@ class Collector:
         new_tokens: that each text may have behind its prompt.
         cuts: lengths that the text of each prompt is cut to, from its end; none to leave it whole.
         whole_chats: whether chats are asked their further turns.
+        stripped: whether white space at the end of text to continue is left out.
     """
 
     lm: Generator
     new_tokens: int
     cuts: tuple[int, ...] = ()
     whole_chats: bool = True
+    stripped: bool = False
 
     def collect(self, suites: Iterable[str], given: Sequence[Task], limit: int | None) -> Found:
         """The prompts of suites and of a file.
@@ -93,6 +95,8 @@ class Collector:
 
     def _add(self, found: Found, tasks: Sequence[Task]) -> None:
         """Add the prompts of one suite."""
+        if self.stripped:
+            tasks = [_without_end(task) for task in tasks]
         encoded = [
             tuple(self.lm.encode(task.prompt if task.prompt else list(task.messages or ())))
             for task in tasks
@@ -151,3 +155,9 @@ class Collector:
             return asked if context is None or len(asked) + new_tokens <= context else None
 
         return ids
+
+
+def _without_end(task: Task) -> Task:
+    """A task whose text ends with something to see, if it has any."""
+    seen = (task.prompt or "").rstrip()
+    return replace(task, prompt=seen) if seen else task

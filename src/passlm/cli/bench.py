@@ -80,6 +80,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--repeats", type=int, default=1, metavar="N", help="runs of each prompt; default 1"
     )
     parser.add_argument(
+        "--strip-prompts",
+        action="store_true",
+        help="leave out white space at the end of text to continue, as other harnesses do with "
+        "humaneval: a model may take it for the end",
+    )
+    parser.add_argument(
         "--run-generated-code",
         action="store_true",
         help="run what is written for humaneval, confined, and report pass@1, with 10 or more "
@@ -262,7 +268,8 @@ def _measured(arguments: argparse.Namespace) -> dict[str, Any]:
     weights = (arguments.model, arguments.pack, compiled, arguments.quantize)
     methods = build(lm, asked, *weights, others=Others(assistant, engines))
     cuts, length = arguments.prompt_tokens, arguments.max_new_tokens
-    collector = Collector(lm, length, cuts, not cuts and arguments.batch_size == (1,))
+    whole_chats = not cuts and arguments.batch_size == (1,)
+    collector = Collector(lm, length, cuts, whole_chats, arguments.strip_prompts)
     found = collector.collect(arguments.suite, given, arguments.limit)
     extras = (arguments.run_generated_code, arguments.predictability)
     course = Course(length, arguments.seed, arguments.repeats, *extras)
@@ -416,6 +423,7 @@ def _settings(arguments: argparse.Namespace, lm: Generator) -> dict[str, Any]:
         "repeats": arguments.repeats,
         "batch_sizes": arguments.batch_size,
         "prompt_tokens": arguments.prompt_tokens or None,
+        "strip_prompts": arguments.strip_prompts,
         "seed": arguments.seed,
         **{name: value for name, value in shared.items() if name not in own},
     }
