@@ -45,8 +45,8 @@ from passlm.row import Request, Row
 LONGEST_PROMPT = 600  # tokens; longer ones are left out
 SOURCES: tuple[Counted, ...] = ("look-ahead", "head", "sureness", "lookup")
 _ROUNDS = 1000  # of Newton's method, at most; constants and power take turns
-_ENOUGH = 1e-5
-_STEP = 1.0
+_ENOUGH = 1e-5  # a step of log-odds, or of the power, that is as good as none
+_STEP = 1.0  # the longest one
 _FURTHEST = 6.0  # log-odds of a level that was always right
 
 
