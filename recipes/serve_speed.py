@@ -12,17 +12,20 @@ stream, for the same decoding inside this process, as `passlm generate` does it.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import random
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
+from http import HTTPStatus
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
-from served import Client, Served, ask, split
+from served import HOST, RefusedError, Served, split, streaming
 
 from passlm.bench.tasks import SUITES, Task, load_suite
 from passlm.cli import Parser
@@ -34,6 +37,7 @@ from passlm.params import SamplingParams, StopParams
 from passlm.provenance import provenance, write_atomically
 
 METHODS = ("ar", "auto")
+ANSWER_SECONDS = 600.0  # for the next part of an answer
 INSIDE = "inside"  # this process, without a server
 
 
@@ -165,7 +169,7 @@ def measure(
         seconds = time.perf_counter() - begun
         into.add(sum(tokens for tokens, _ in counts), sum(passes for _, passes in counts), seconds)
     else:
-        answers, ended = asyncio.run(through_server(server, bodies, streams))
+        answers, ended = through_server(server, bodies, streams)
         shares = [(answer, answer.share(ended)) for answer in answers]
         into.add(
             sum(answer.tokens * share for answer, share in shares),
@@ -208,29 +212,60 @@ class Answer:
         return sum(event <= until for event in self.events) / max(1, len(self.events))
 
 
-async def through_server(
+@dataclass
+class Heard:
+    """A streamed answer as it came: what was read, and when."""
+
+    times: list[float] = field(default_factory=list)
+    parts: list[bytes] = field(default_factory=list)
+
+    def answer(self) -> Answer:
+        """What it says."""
+        lines = b"".join(self.parts).decode().splitlines()
+        *events, end = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
+        assert end == "[DONE]", f"the stream ends with {end!r}"
+        usage = json.loads(events[-1])["usage"]
+        return Answer(usage["completion_tokens"], usage["passlm"]["passes"], self.times)
+
+
+def through_server(
     server: Served, bodies: Sequence[dict[str, Any]], streams: int
 ) -> tuple[list[Answer], float]:
     """What came of each text, and when a stream first found none left.
 
-    So many streams take the next prompt as they are done.
+    So many streams take the next prompt as they are done. Client and server share the machine:
+    what is read is looked into once all is over, so that it is the server that is measured.
     """
     left = iter(bodies)
-    async with server.client(streams) as client:
-        taken = await asyncio.gather(*(stream(client, left) for _ in range(streams)))
-    return [answer for part, _ in taken for answer in part], min(ended for _, ended in taken)
+    with ThreadPoolExecutor(streams) as threads:
+        taken = list(threads.map(lambda _: stream(server, left), range(streams)))
+    return [heard.answer() for part, _ in taken for heard in part], min(e for _, e in taken)
 
 
-async def stream(client: Client, left: Iterator[dict[str, Any]]) -> tuple[list[Answer], float]:
+def stream(server: Served, left: Iterator[dict[str, Any]]) -> tuple[list[Heard], float]:
     """One stream, and when it was done."""
-    answers = []
-    for body in left:
-        sent = time.perf_counter()
-        reply = await ask(client, body)
-        assert reply.usage is not None, "the server told no usage"
-        events = [sent + after for after in reply.chunks]
-        answers.append(Answer(reply.tokens, reply.usage["passlm"]["passes"], events))
+    with closing(HTTPConnection(HOST, server.port, timeout=ANSWER_SECONDS)) as connection:
+        answers = [hear(connection, server.model, body) for body in left]
     return answers, time.perf_counter()
+
+
+def hear(connection: HTTPConnection, model: str, body: dict[str, Any]) -> Heard:
+    """Send a request and read its stream.
+
+    Raises:
+        RefusedError: the server answered with an error.
+        OSError: the connection broke.
+    """
+    path, streamed = streaming(model, body)
+    connection.request("POST", path, json.dumps(streamed), {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    if response.status != HTTPStatus.OK:
+        raise RefusedError(response.status, response.read().decode())
+    heard = Heard()
+    while part := response.read1():
+        heard.times.append(time.perf_counter())
+        heard.parts.append(part)
+    return heard
 
 
 def row(suite: str, streams: int, runs: dict[str, Run]) -> dict[str, Any]:

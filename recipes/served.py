@@ -62,6 +62,12 @@ class Reply:
             self.tokens = self.usage["completion_tokens"]
 
 
+def streaming(model: str, body: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Path and whole body of a request for a stream that tells its usage."""
+    path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+    return path, {"model": model, **body, "stream": True, "stream_options": {"include_usage": True}}
+
+
 async def ask(client: Client, body: dict[str, Any], events: int | None = None) -> Reply:
     """Send a request for a completion, or for a chat's answer, and read its stream.
 
@@ -74,11 +80,9 @@ async def ask(client: Client, body: dict[str, Any], events: int | None = None) -
         RefusedError: the server answered with an error.
         httpx.HTTPError: the connection broke.
     """
-    path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
-    streaming = {"stream": True, "stream_options": {"include_usage": True}}
+    path, streamed = streaming(client.model, body)
     begun = time.perf_counter()
     reply = Reply()
-    streamed = {"model": client.model, **body, **streaming}
     async with client.stream("POST", path, json=streamed) as response:
         if response.status_code != httpx.codes.OK:
             text = (await response.aread()).decode()
@@ -123,15 +127,16 @@ class Served:
 
     Attributes:
         url: where it is.
+        port: of it.
         model: what it serves; known once it is ready.
     """
 
     model: str
 
     def __init__(self, flags: Sequence[str]) -> None:
-        port = _free_port()
-        self.url = f"http://{HOST}:{port}"
-        command = ["serve", "--host", HOST, "--port", str(port), *flags]
+        self.port = _free_port()
+        self.url = f"http://{HOST}:{self.port}"
+        command = ["serve", "--host", HOST, "--port", str(self.port), *flags]
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  closed at the exit
         self._process = subprocess.Popen(
             [sys.executable, "-m", "passlm.cli", *command], stdout=self._log, stderr=self._log

@@ -162,6 +162,25 @@ def test_texts_wait_for_a_place_and_for_room_in_order(lm: Generator) -> None:
     assert [one.reason() for one in told] == ["length"] * 4
 
 
+def test_remembered_texts_give_way_to_the_room_that_the_batch_has(lm: Generator) -> None:
+    """Catches memory over its bound: each text of the batch has as many slots as the longest."""
+    settings = replace(SETTINGS, max_batch=2, max_cache=560)
+    scheduler = Scheduler(lm, settings)
+    for first in "ab":
+        add(scheduler, ask(lm, first * 150, ignore_eos=True, max_new_tokens=10))
+        drain(scheduler)
+    assert scheduler.cached_tokens > 300
+    for first in "de":  # 2 x 128 slots, then 2 x 256
+        add(scheduler, ask(lm, first * 60, ignore_eos=True, max_new_tokens=100))
+    remembered = []
+    while scheduler.busy:
+        scheduler.tick()
+        remembered.append(scheduler._prefixes.tokens)
+        assert not remembered[-1] or scheduler._decoder.slots + remembered[-1] <= 560
+    assert 0 in remembered
+    assert max(remembered) > 100
+
+
 @pytest.mark.parametrize("ticks", [0, 1, 3, 20])
 def test_cancelled_texts_leave_at_once(lm: Generator, ticks: int) -> None:
     """Catches a text that goes on when nobody listens: waiting, being read, or running."""

@@ -82,6 +82,11 @@ class Decoder:
         self.settled: list[tuple[Row, Step]] = []
         self._cache: RowCache = target.new_cache(batch=0)
 
+    @property
+    def slots(self) -> int:
+        """Tokens that there is memory for in the batch: as many for each text as for the longest."""
+        return self._cache.held * self._cache.capacity
+
     def join(self, request: Request) -> Row:
         """Take a text into the batch; its prompt is prefilled now.
 

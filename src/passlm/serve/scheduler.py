@@ -165,17 +165,28 @@ class Scheduler:
         if self._reading is not None or not self._waiting:
             return
         text = self._waiting[0]
-        reserved = sum(other.reserved for other in self._running.values())
-        if self.running >= self.settings.max_batch or reserved + text.reserved > self.max_cache:
+        if self.running >= self.settings.max_batch:
+            return
+        if self._reserved + text.reserved > self.max_cache:
             return
         self._waiting.popleft()
-        self._prefixes.shrink(self.max_cache - reserved - text.reserved)
+        self._make_room(text.reserved)
         try:
             known = self._known(text)
             text.job.reused = 0 if known is None else known.lengths[0]
             self._reading = text, self._decoder.begin(text.request, known)
         except Exception:
             self._fault(text)
+
+    @property
+    def _reserved(self) -> int:
+        """Tokens that the texts of the batch may come to."""
+        return sum(text.reserved for text in self._running.values())
+
+    def _make_room(self, more: int = 0) -> None:
+        """Forget remembered texts whose room the batch has, or may need with `more` tokens."""
+        taken = max(self._decoder.slots, self._reserved + more)
+        self._prefixes.shrink(self.max_cache - taken)
 
     def _known(self, text: ServedText) -> RowCache | None:
         """Keys and values of the prompt's first tokens, from the batch or from what is over."""
@@ -224,6 +235,7 @@ class Scheduler:
         self.pass_seconds += seconds
         for row, step in settled:
             self._tell(row, step, seconds)
+        self._make_room()
 
     def _tell(self, row: Row, step: Step, seconds: float) -> None:
         text = self._running[row]
