@@ -84,7 +84,7 @@ class Decoder:
 
     @property
     def slots(self) -> int:
-        """Tokens that there is memory for in the batch: as many for each text as for the longest."""
+        """Tokens that the batch has memory for: as many for each text as for the longest."""
         return self._cache.held * self._cache.capacity
 
     def join(self, request: Request) -> Row:

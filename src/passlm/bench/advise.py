@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from passlm.acceptance import expected_length
 from passlm.bench.decoding import PlanDecoding
-from passlm.bench.measure import COVERAGE
+from passlm.bench.intervals import COVERAGE
 from passlm.bench.methods import BASELINE, Method
 from passlm.curve import CostCurve
 from passlm.plan import strategy

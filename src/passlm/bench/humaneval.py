@@ -29,7 +29,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from passlm.bench import sandbox
-from passlm.bench.measure import COVERAGE, RESAMPLES
+from passlm.bench.intervals import interval
 from passlm.bench.tasks import Package
 from passlm.errors import InputError
 
@@ -353,10 +353,9 @@ def mean_pass_at_k(counts: Sequence[tuple[int, int]], k: int) -> float:
 def pass_at_k_interval(
     counts: Sequence[tuple[int, int]], k: int, seed: int
 ) -> tuple[float, float] | None:
-    """Where pass@k lies with 95 % confidence: bootstrap over problems, percentile interval.
+    """Where pass@k lies with 95 % confidence: bootstrap over problems (`intervals.py`).
 
-    It speaks of other problems of the kind. Efron and Tibshirani, "An Introduction to the
-    Bootstrap" (1993).
+    It speaks of other problems of the kind.
 
     Args:
         counts: n and c of each problem.
@@ -366,13 +365,8 @@ def pass_at_k_interval(
     Returns:
         Low and high end; None with fewer than two problems, which say nothing of the spread.
     """
-    if len(counts) < 2:
-        return None
     each = np.array([pass_at_k(n, c, k) for n, c in counts])
-    drawn = np.random.default_rng(seed).integers(len(each), size=(RESAMPLES, len(each)))
-    tail = (1 - COVERAGE) / 2
-    low, high = np.quantile(each[drawn].mean(1), [tail, 1 - tail])
-    return float(low), float(high)
+    return interval(len(each), lambda drawn: each[drawn].mean(1), seed)
 
 
 def score(

@@ -21,14 +21,13 @@ import numpy as np
 import torch
 
 from passlm.bench.decoding import Record
+from passlm.bench.intervals import interval
 from passlm.bench.methods import BASELINE, Method
 from passlm.outputs import Stats
 from passlm.passes import PassRow
 from passlm.plan import Plan
 from passlm.target import Target
 
-RESAMPLES = 2000
-COVERAGE = 0.95
 WARM_UP_TOKENS = 8
 SLOW = 2  # a run is slow where the method's median is more than so many times as fast
 
@@ -383,10 +382,9 @@ def _ratio(tokens: np.ndarray[Any, Any], seconds: np.ndarray[Any, Any]) -> np.nd
 def speedup_interval(
     tokens: np.ndarray[Any, Any], seconds: np.ndarray[Any, Any], seed: int
 ) -> list[float] | None:
-    """Where the speed-up lies with 95 % confidence: paired bootstrap over prompts.
+    """Where the speed-up lies with 95 % confidence: paired bootstrap over prompts (`intervals.py`).
 
-    Efron and Tibshirani, "An Introduction to the Bootstrap" (1993), the percentile interval.
-    Prompts are drawn with replacement, and a method and the baseline always on the same prompts.
+    A method and the baseline are always drawn on the same prompts.
 
     Args:
         tokens: new tokens of the method and of the baseline on each prompt, or batch of them,
@@ -397,13 +395,12 @@ def speedup_interval(
     Returns:
         Low and high end; None with fewer than two prompts, which say nothing of the spread.
     """
-    prompts = tokens.shape[1]
-    if prompts < 2:
-        return None
-    drawn = np.random.default_rng(seed).integers(prompts, size=(RESAMPLES, prompts))
-    ratios = _ratio(tokens[:, drawn].sum(2), seconds[:, drawn].sum(2))
-    tail = (1 - COVERAGE) / 2
-    return [float(end) for end in np.quantile(ratios, [tail, 1 - tail])]
+
+    def speedups(drawn: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return _ratio(tokens[:, drawn].sum(2), seconds[:, drawn].sum(2))
+
+    ends = interval(tokens.shape[1], speedups, seed)
+    return None if ends is None else list(ends)
 
 
 def _agreement(
