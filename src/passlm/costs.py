@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from passlm import products
+from passlm import native, products
 from passlm.cache import RowCache
 from passlm.curve import CostCurve
 from passlm.decode import Decoder
@@ -308,6 +308,7 @@ class Costs:
             "engine": self.target.engine,
             "in_line": self.target.in_line,
             "products": products.described(),
+            "operators": native.version(),
             "dtype": str(self.target.dtype),
             "device": str(self.target.device),
             "environment": environment(),

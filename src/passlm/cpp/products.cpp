@@ -113,13 +113,23 @@ struct Output {
     }
 };
 
+// Weights that are asked for, into the second cache, while others are multiplied.
+
+struct Ahead {
+    const char* from;
+    int64_t bytes;  // for each vector of words that is multiplied
+
+    void ask(int64_t word) const { __builtin_prefetch(from + word * bytes, 0, 2); }
+};
+
 // Some rows times `count` vectors of outputs, from vector `first` of a block on.
 //
 // rows: [inputs, rows], float32. weights: blocks, [inputs, LANES] each.
 template <class Kind, int rows, int count, int first>
 __attribute__((noinline)) void tile(const float* __restrict given,
                                     const uint32_t* __restrict weights, int64_t inputs,
-                                    const Output& output, int64_t row, int64_t column) {
+                                    const Ahead& ahead, const Output& output, int64_t row,
+                                    int64_t column) {
     constexpr int blocks = (first + count + Kind::weights - 1) / Kind::weights;
     Floats sums[rows][count] = {};
     for (int64_t k = 0; k < inputs; k++) {
@@ -129,7 +139,7 @@ __attribute__((noinline)) void tile(const float* __restrict given,
             const uint32_t* from = weights + (b * inputs + k) * LANES;
             std::memcpy(&words[b], from, sizeof(Words));
             __builtin_prefetch(reinterpret_cast<const char*>(from) + SOON, 0, 3);
-            __builtin_prefetch(reinterpret_cast<const char*>(from) + LATER, 0, 2);
+            ahead.ask(b * inputs + k);
         }
         Floats unpacked[count];
         unpack<Kind, first, 0, count>(words, unpacked);
@@ -164,28 +174,32 @@ __attribute__((noinline)) void tile(const float* __restrict given,
     }
 }
 
-// Some rows times the blocks from `begin` to `end`.
+// Some rows times the blocks from `begin` to `end`; `ahead` begins with what is asked for meanwhile.
 template <class Kind, int rows>
 void tiles(const float* given, const uint32_t* weights, int64_t inputs, int64_t begin, int64_t end,
-           const Output& output, int64_t row) {
+           const Ahead& ahead, const Output& output, int64_t row) {
     constexpr int count = rows <= FEW_ROWS ? WIDE : NARROW;
     constexpr int wide = Kind::weights * LANES;  // outputs of a block
     const int64_t size = inputs * LANES;
+    const auto behind = [&](int64_t b) {
+        return Ahead{ahead.from + (b - begin) * inputs * ahead.bytes, ahead.bytes};
+    };
     int64_t b = begin;
     if constexpr (count >= Kind::weights) {
         constexpr int together = count / Kind::weights;
         for (; b + together <= end; b += together) {
-            tile<Kind, rows, count, 0>(given, weights + b * size, inputs, output, row, b * wide);
+            tile<Kind, rows, count, 0>(given, weights + b * size, inputs, behind(b), output, row,
+                                       b * wide);
         }
         for (; b < end; b++) {
-            tile<Kind, rows, Kind::weights, 0>(given, weights + b * size, inputs, output, row,
-                                               b * wide);
+            tile<Kind, rows, Kind::weights, 0>(given, weights + b * size, inputs, behind(b),
+                                               output, row, b * wide);
         }
     } else {
         for (; b < end; b++) {
             const uint32_t* block = weights + b * size;
-            tile<Kind, rows, NARROW, 0>(given, block, inputs, output, row, b * wide);
-            tile<Kind, rows, NARROW, NARROW>(given, block, inputs, output, row,
+            tile<Kind, rows, NARROW, 0>(given, block, inputs, behind(b), output, row, b * wide);
+            tile<Kind, rows, NARROW, NARROW>(given, block, inputs, behind(b), output, row,
                                              b * wide + NARROW * LANES);
         }
     }
@@ -193,11 +207,11 @@ void tiles(const float* given, const uint32_t* weights, int64_t inputs, int64_t 
 
 template <class Kind, int rows = MOST_ROWS>
 void of_rows(int64_t number, const float* given, const uint32_t* weights, int64_t inputs,
-             int64_t begin, int64_t end, const Output& output, int64_t row) {
+             int64_t begin, int64_t end, const Ahead& ahead, const Output& output, int64_t row) {
     if (number == rows) {
-        tiles<Kind, rows>(given, weights, inputs, begin, end, output, row);
+        tiles<Kind, rows>(given, weights, inputs, begin, end, ahead, output, row);
     } else if constexpr (rows > 1) {
-        of_rows<Kind, rows - 1>(number, given, weights, inputs, begin, end, output, row);
+        of_rows<Kind, rows - 1>(number, given, weights, inputs, begin, end, ahead, output, row);
     }
 }
 
@@ -210,15 +224,37 @@ void multiply(const std::vector<int64_t>& starts, const float* given, const uint
     {
         const int64_t part = omp_get_thread_num(), parts = omp_get_num_threads();
         const int64_t begin = blocks * part / parts, end = blocks * (part + 1) / parts;
-        // With several tiles of rows, weights are read again from the cache, not from memory.
-        const int64_t step = starts.size() > 2 ? std::max(1, WIDE / Kind::weights) : end - begin;
+        // With several tiles of rows, weights are read again from the cache, not from memory, and
+        // each tile asks for its part of those that the next step needs: memory works meanwhile.
+        const int64_t tiles = starts.size() - 1, block = inputs * int64_t(sizeof(Words));
+        const int64_t step = tiles > 1 ? std::max(1, WIDE / Kind::weights) : end - begin;
+        const char* all = reinterpret_cast<const char*>(weights);
         for (int64_t b = begin; b < end; b += step) {
-            for (size_t t = 0; t + 1 < starts.size(); t++) {
+            const int64_t stop = std::min(b + step, end), more = std::min(step, end - stop);
+            for (int64_t t = 0; t < tiles; t++) {
+                Ahead ahead{all + b * block + LATER, sizeof(Words)};
+                if (tiles > 1 && more) {
+                    const int64_t share = (int64_t(sizeof(Words)) + tiles - 1) / tiles;
+                    ahead = {all + stop * block + more * block * t / tiles, share};
+                } else if (tiles > 1) {
+                    ahead = {all + b * block, 0};  // nothing is left: what is there already
+                }
                 of_rows<Kind>(starts[t + 1] - starts[t], given + starts[t] * inputs, weights,
-                              inputs, b, std::min(b + step, end), output, starts[t]);
+                              inputs, b, stop, ahead, output, starts[t]);
             }
         }
     }
+}
+
+// The first rows of tiles, and the end: as few tiles as can be, and as equal, but few rows that are
+// left over by whole tiles are one of their own, with more outputs at a time.
+std::vector<int64_t> tiled(int64_t rows) {
+    const int64_t count = (rows + MOST_ROWS - 1) / MOST_ROWS, left = rows % MOST_ROWS;
+    std::vector<int64_t> starts{0};
+    for (int64_t t = 1; t <= count; t++) {
+        starts.push_back(left <= FEW_ROWS ? std::min(t * MOST_ROWS, rows) : rows * t / count);
+    }
+    return starts;
 }
 
 // Rows of any strides as float32: each tile as [inputs, rows].
@@ -295,9 +331,7 @@ AtenTensorHandle product(AtenTensorHandle given, AtenTensorHandle gates, AtenTen
     sizes.back() = width;
     const AtenTensorHandle made = empty(sizes.data(), rows.dimensions, rows.type);
     const int64_t number = inputs ? rows.numbers / inputs : 0;
-    const int64_t count = (number + MOST_ROWS - 1) / MOST_ROWS;
-    std::vector<int64_t> starts;  // tiles of rows, as equal as can be
-    for (int64_t t = 0; t <= count; t++) starts.push_back(count ? number * t / count : 0);
+    const std::vector<int64_t> starts = tiled(number);
     static thread_local std::vector<float> laid_out;
     laid_out.resize(number * inputs);
     lay_out(rows, starts, inputs, laid_out.data());
