@@ -13,7 +13,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -200,7 +199,7 @@ class RowCache(Cache):
         """Keep only these batch rows, in this order, and the blocks that they fill."""
         kept = [self.lengths[row] for row in rows]
         part = _Part(self, list(rows), max(kept, default=0))
-        moves_up = all(a < b for a, b in pairwise([-1, *rows]))
+        moves_up = all(place <= row for place, row in enumerate(rows))
         if not moves_up or 2 * _blocks(part.slots) <= self.capacity:
             self._renew(_blocks(part.slots), [part], len(rows), kept)
             return

@@ -123,7 +123,6 @@ class Decoder:
         """Take a text whose prompt is read into the batch."""
         self._cache.append(reading.cache)
         self.rows.append(reading.row)
-        self._resized()
         return reading.row
 
     def copied(self, row: Row, count: int) -> RowCache:
@@ -136,19 +135,13 @@ class Decoder:
         return self._cache.copied(index, count)
 
     def leave(self, rows: Iterable[Row]) -> None:
-        """Take texts out of the batch, finished or not; the others are not touched."""
+        """Take texts out of the batch, finished or not; the last ones take their places."""
         leaving = set(map(id, rows))
-        kept = [index for index, row in enumerate(self.rows) if id(row) not in leaving]
-        if len(kept) < len(self.rows):
+        stay = [index for index, row in enumerate(self.rows) if id(row) not in leaving]
+        if len(stay) < len(self.rows):
+            kept = closed_up(stay)
             self.rows = [self.rows[index] for index in kept]
             self._cache.keep(kept)
-            self._resized()
-
-    def _resized(self) -> None:
-        """Let those choosers know that follow the batch's size."""
-        for row in self.rows:
-            if row.chooser is not None:
-                row.chooser.resize(len(self.rows))
 
     @torch.inference_mode()
     def step(self) -> list[tuple[Row, Step]]:
@@ -161,6 +154,8 @@ class Decoder:
         """
         self.settled = []
         rows = list(self.rows)
+        for row in rows:
+            row.stand_among(len(rows))
         self._draft_by_head(rows)
         chains = [row.chains() for row in rows]
         context = self.target.context
@@ -266,6 +261,14 @@ class Decoder:
         if left < request.max_new_tokens:
             return left, "context"
         return request.max_new_tokens, "length"
+
+
+def closed_up(indices: Sequence[int]) -> list[int]:
+    """These, in rising order, so that few change their place: the last ones fill the gaps."""
+    places = range(len(indices))
+    there = set(indices)
+    moving = [index for index in indices if index >= len(indices)]
+    return [place if place in there else moving.pop() for place in places]
 
 
 def draft_together(rows: Sequence[Row], sampler: GroupSampler | HeadSampler) -> None:

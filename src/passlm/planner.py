@@ -367,6 +367,9 @@ class AutoChooser:
             for rows in range(1, len(self._worth)):
                 if self._worth[rows] <= 0:
                     continue
+                most = tokens + self._worth[rows] - rate * cost(1 + candidates, rows, rows, shared)
+                if most <= best:
+                    continue  # not even if one group were always drafted from
                 value, hung = self._groups(tokens, rows, here, likeliest, shared)
                 if value > best:
                     groups = [rows if at in hung else 0 for at in range(1 + candidates)]

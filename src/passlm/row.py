@@ -121,6 +121,7 @@ class Row:
             asked.begin() if isinstance(asked, Adaptive) else FixedChooser(asked)
         )
         self._lookup = PromptLookup() if self._chooser.lookup else None
+        self._texts = 0  # of the batch, as the chooser knows it
         self._known_noise: dict[int, Tensor] = {}  # by position, of drafted ones
 
     @property
@@ -158,6 +159,15 @@ class Row:
     def _limits(self, context: int | None, shared: Shared | None = None) -> Limits:
         span = None if context is None else context - len(self.tokens)
         return Limits(self.room, span, shared)
+
+    def stand_among(self, texts: int) -> None:
+        """Let a chooser that follows the batch's size know it, where it is another than before.
+
+        Told as a step begins: that a text leaves and the next takes its place is no change.
+        """
+        if self.chooser is not None and texts != self._texts:
+            self._texts = texts
+            self.chooser.resize(texts)
 
     def choose_plan(
         self, chains: Sequence[Chain], context: int | None, shared: Shared | None = None
