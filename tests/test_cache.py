@@ -135,6 +135,21 @@ def test_texts_come_and_go_in_the_same_memory() -> None:
     assert settled(cache) == [[11, 12], [21, 22, 23], [1, 2, 3, 4], [21, 22, 23], [31, 32, 33]]
 
 
+def test_the_last_row_fills_a_gap() -> None:
+    """Catches a batch copied as a whole for one text that leaves, and a row that fills two gaps."""
+    cache = ragged()
+    cache.append(ragged())
+    memory = cache.row_layers[0].keys
+    assert memory is not None
+    cache.keep([0, 5, 2, 3])
+    assert cache.lengths == [3, 2, 2, 3]
+    for layer in range(LAYERS):
+        assert settled(cache, layer) == [[1, 2, 3], [21, 22], [21, 22], [1, 2, 3]]
+    kept = cache.row_layers[0].keys
+    assert kept is not None
+    assert kept.data_ptr() == memory.data_ptr()
+
+
 def test_all_layers_lie_in_one_block() -> None:
     """Catches a tensor for each layer: what texts of all lengths leave would fit nothing later."""
     cache = RowCache(LAYERS, batch=0)

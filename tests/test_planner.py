@@ -9,7 +9,7 @@ import pytest
 from passlm import planner
 from passlm.acceptance import expected_length
 from passlm.curve import CostCurve
-from passlm.decode import agreed_pass
+from passlm.decode import agreed_pass, closed_up
 from passlm.params import SamplingParams
 from passlm.plan import Adaptive, Chain, Choice, Limits, Plan, Shared, Strategy, autoregressive
 from passlm.planner import AutoChooser, AutoPlan
@@ -212,6 +212,59 @@ def test_a_batch_that_changes_changes_the_costs_and_not_what_was_learnt() -> Non
     assert chooser.choose([chain], WIDE).plan.rows == rows
     assert asked == [4, 2, 1]
     assert AutoPlan(curves[1]).begin().resize(4) is None
+
+
+def test_a_text_hears_of_the_batch_when_its_size_has_changed() -> None:
+    """Catches plans weighed anew for a text that left and another that took its place, and a size
+    that is never told."""
+    heard: list[int] = []
+
+    class Hearing(AutoChooser):
+        def resize(self, texts: int) -> None:
+            heard.append(texts)
+
+    class Plans(AutoPlan):
+        def begin(self) -> AutoChooser:
+            return Hearing(self)
+
+    request = Request.of([1, 2], SamplingParams(), 9, Plans(STEEP), frozenset())
+    row = Row(request, 9, "length", Noise(0), [1, 2])
+    for texts in (1, 1, 8, 8, 7, 8):
+        row.stand_among(texts)
+    assert heard == [1, 8, 7, 8]
+
+
+@pytest.mark.parametrize(
+    ("staying", "places"),
+    [([0, 1, 2], [0, 1, 2]), ([0, 2, 3], [0, 3, 2]), ([3, 4], [4, 3]), ([1], [1]), ([], [])],
+)
+def test_gaps_are_filled_from_the_end(staying: list[int], places: list[int]) -> None:
+    """Catches texts that all move up for one that leaves, one lost, and one in two places."""
+    assert closed_up(staying) == places
+
+
+@pytest.mark.parametrize("curve", [FLAT, STEEP])
+@pytest.mark.parametrize("worth", [(0.0, 0.3, 0.5, 0.6, 0.6), (0.0, 2.0, 0.1, 0.0, 3.0)])
+def test_the_best_plan_is_the_best_of_all(curve: CostCurve, worth: tuple[float, ...]) -> None:
+    """Catches groups that are passed over though they pay."""
+    chooser = AutoPlan(curve, PRIOR).begin()
+    chooser._worth = list(worth)
+    for first, later in product((0.05, 0.4, 0.9), (0.1, 0.8)):
+        chances = [first, *[later] * 5]
+        values = []
+        for candidates in range(1 + len(chances)):
+            reached = [1.0]
+            for chance in chances[:candidates]:
+                reached.append(reached[-1] * chance)
+            ends = [a - b for a, b in pairwise([*reached, 0.0])]
+            for rows, hung in product(range(5), range(1 << (1 + candidates))):
+                at = [place for place in range(1 + candidates) if hung >> place & 1]
+                if bool(at) != bool(rows):
+                    continue
+                gained = sum(reached) + sum(ends[place] for place in at) * worth[rows]
+                price = chooser._settings.cost(1 + candidates, len(at) * rows, rows, None)
+                values.append(gained - chooser.rate * price)
+        assert chooser._best(chances)[0] == pytest.approx(max(values))
 
 
 def test_what_a_pass_took_counts_for_every_text_of_it() -> None:
