@@ -135,7 +135,8 @@ def verdict(a: Run, b: Run) -> Verdict:
     logarithm of their ratio exceeds 1.96 of its standard errors. An interval of 1.96 standard
     errors on either side gives those of each logarithm; the two add in squares, as those of
     independent measurements do. Runs on the same prompts are not independent: what is easy to
-    draft is easy in both, so the true error is smaller and the rule is on the careful side.
+    draft is easy in both, so the true error is smaller and the rule is on the careful side. So it
+    is with few prompts, whose intervals are Student's and wider than 1.96 standard errors.
 
     Returns:
         "unknown" where a file has no interval, as with a single prompt.

@@ -50,7 +50,7 @@ def expanded_tail(count: int) -> float:
 
 
 def student_quantile(level: float, freedom: int) -> float:
-    """Student's t, by Abramowitz and Stegun (1964), 26.7.5: within 1 % from 3 degrees on."""
+    """Student's t, by Abramowitz and Stegun (1964), 26.7.5: within 1 % from 2 degrees on."""
     z = NormalDist().inv_cdf(level)
     terms = (
         (z**3 + z) / 4,
