@@ -38,7 +38,7 @@ import passlm.lora
 import passlm.packing
 import passlm.products
 import passlm.quantize
-from passlm import native, products
+from passlm import native, packages, products
 from passlm.attention import can_group, can_stand_in_line, grouped
 from passlm.joined import JoinedLinears, joinable
 from passlm.lora import AppliedLora, RowSplit
@@ -255,8 +255,8 @@ class CompiledPasses:
         self._probe = probe
         self._expected: AppliedLora | None = None
         self._digest: str | None = None
-        self._packages: dict[str, Callable[..., Tensor]] = {}
-        self._loaded: dict[int, tuple[AppliedLora | None, Callable[..., Tensor]]] = {}
+        self._packages: dict[str, packages.Run] = {}
+        self._loaded: dict[int, tuple[AppliedLora | None, packages.Run]] = {}
         self._lock = threading.Lock()
 
     def __call__(
@@ -280,14 +280,17 @@ class CompiledPasses:
             lora, gate = self._expected, torch.zeros_like(given.positions)
         run = self._package(lora)
         keys, values = ([layer[at] for layer in layers] for at in (0, 1))
-        return run(*given[:-1], gate.to(given.inputs.dtype), keys, values)
+        by_kind, kinds = given.mask, self.shapes.mask_kinds  # traced in this order
+        masks = [by_kind[kind] for kind in kinds] if isinstance(by_kind, dict) else [by_kind]
+        before, after = (given.inputs, given.positions), (given.slots, given.texts)
+        return run([*before, *masks, *after, gate.to(given.inputs.dtype), *keys, *values])
 
     def expect(self, lora: AppliedLora | None) -> None:
         """Hear what acts on look-ahead rows to come: its package then serves all passes."""
         skipped = lora is not None and all(map(joinable, lora.of_layers()))
         self._expected = lora if skipped else None
 
-    def _package(self, lora: AppliedLora | None) -> Callable[..., Tensor]:
+    def _package(self, lora: AppliedLora | None) -> packages.Run:
         with self._lock:
             known = self._loaded.get(id(lora))
             if known is None:
@@ -297,15 +300,14 @@ class CompiledPasses:
                 known = self._loaded[id(lora)] = lora, self._packages[key]  # keeps the id its own
             return known[1]
 
-    def _made(self, lora: AppliedLora | None, path: Path) -> Callable[..., Tensor]:
+    def _made(self, lora: AppliedLora | None, path: Path) -> packages.Run:
         if not path.is_file():
             _compile(self._example(lora), path)
         try:
-            loaded: Callable[..., Tensor] = torch._inductor.aoti_load_package(str(path))
+            return packages.opened(path)
         except Exception as error:  # of torch's loader: a file cut short, another torch's
             path.unlink(missing_ok=True)
             raise CompileError(f"cannot load {path}, deleted: {_first_line(error)}") from error
-        return loaded
 
     def _key(self, lora: AppliedLora | None) -> str:
         if self._digest is None:

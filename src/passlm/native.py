@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -117,7 +118,7 @@ def _load() -> ctypes.CDLL | Literal[False]:
 def _command(using: str) -> list[str]:
     """How to compile, without the names of the files."""
     torch_folder = Path(torch.__file__).parent
-    flags = f"-std=c++17 -O3 -march=native -mprefer-vector-width={32 * lanes()} -ffp-contract=off"
+    flags = f"-std=c++20 -O3 -march=native -mprefer-vector-width={32 * lanes()} -ffp-contract=off"
     folders = [f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}"]
     return [using, *shlex.split(flags), f"-DLANES={lanes()}", "-fopenmp", "-fPIC", *folders]
 
@@ -128,15 +129,22 @@ def _build(command: Sequence[str], library: Path) -> None:
     Raises:
         OSError, subprocess.SubprocessError: it cannot be compiled or written.
     """
-    code = [str(source) for source in SOURCES if source.suffix == ".cpp"]
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent, prefix="unfinished-") as folder:
-        staged = Path(folder) / library.name
+
+    def run(*arguments: str) -> None:
         subprocess.run(
-            [*command, "-shared", *code, "-ltorch_cpu", "-o", str(staged)],
+            [*command, *arguments],
             check=True,
             capture_output=True,
             text=True,
             timeout=_BUILD_SECONDS,
         )
+
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix="unfinished-") as folder:
+        staged = Path(folder) / library.name
+        code = [source for source in SOURCES if source.suffix == ".cpp"]
+        parts = [str(Path(folder) / f"{source.stem}.o") for source in code]
+        with ThreadPoolExecutor() as pool:  # a compiler uses one core
+            list(pool.map(lambda s, part: run("-c", str(s), "-o", part), code, parts))
+        run("-shared", *parts, "-ltorch_cpu", "-o", str(staged))
         os.replace(staged, library)

@@ -1,0 +1,110 @@
+"""Packages of compiled passes: the same numbers as torch's own call, without Python's lock."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from passlm import native, packages
+
+
+class _Body(nn.Module):
+    """Any pass will do: several inputs, one output."""
+
+    def forward(self, rows: Tensor, others: list[Tensor]) -> Tensor:
+        return torch.tanh(rows @ others[0]) + others[1]
+
+
+INPUTS = [torch.rand(4, 64), torch.rand(64, 64), torch.rand(64)]
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A package of one small pass."""
+    if native.compiler() is None:
+        pytest.skip("there is no C++ compiler here")
+    rows, *others = INPUTS
+    exported = torch.export.export(_Body(), (rows, others))
+    path = tmp_path_factory.mktemp("packages") / "body.pt2"
+    torch._inductor.aoti_compile_and_package(exported, package_path=str(path))
+    return path
+
+
+@pytest.fixture
+def own_operators() -> None:
+    """Skip where a package is run by torch's own call."""
+    if not native.available():
+        pytest.skip("this machine has not our own operators")
+
+
+@pytest.fixture
+def asked_for() -> Iterator[None]:
+    """A thread gives Python's lock to another when it chooses to, never because time is up."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1000)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_what_a_package_gives(package: Path, own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches inputs in another order, and a machine without our operators that cannot run it."""
+    if not own:
+        monkeypatch.setattr(native, "available", lambda: False)
+    elif not native.available():
+        pytest.skip("this machine has not our own operators")
+    rows, *others = INPUTS
+    run = packages.opened(package)
+    for _ in range(2):
+        assert torch.allclose(run(list(INPUTS)), _Body()(rows, others))
+
+
+def test_other_threads_work_during_a_pass(
+    package: Path, own_operators: None, asked_for: None
+) -> None:
+    """Catches a server that cannot read a request while a pass is computed."""
+    run, turns, ended = packages.opened(package), 0, threading.Event()
+
+    def work() -> None:
+        nonlocal turns
+        while not ended.is_set():
+            turns += 1
+            time.sleep(0)  # gives the lock to the other
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        before = turns
+        for _ in range(100):  # the system need not wake the other thread at once
+            run(list(INPUTS))
+    finally:
+        ended.set()
+    thread.join()
+    assert turns > before + 10
+
+
+def test_a_package_is_closed(
+    package: Path, own_operators: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches files and weights that stay when the last one who used them is gone."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    runs = [packages.opened(package) for _ in range(2)]
+    assert len(list(tmp_path.iterdir())) == 2
+    del runs[0]
+    gc.collect()
+    assert len(list(tmp_path.iterdir())) == 1
+    runs[0](list(INPUTS))
+
+
+def test_a_package_that_is_not_open_is_refused(own_operators: None) -> None:
+    """Catches a crash of the process where an error would do."""
+    with pytest.raises(RuntimeError, match="closed"):
+        torch.ops.passlm.run_package(10**6, INPUTS)
