@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,16 @@ def test_other_threads_work_during_a_pass(
         ended.set()
     thread.join()
     assert turns > before + 10
+
+
+def test_threads_share_a_package(package: Path, own_operators: None) -> None:
+    """Catches texts of two threads that get each other's numbers, with no lock to part them."""
+    run, (_, *others) = packages.opened(package), INPUTS
+    every = [torch.rand(4, 64) for _ in range(64)]
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda rows: run([rows, *others]), every))
+    for rows, output in zip(every, made, strict=True):
+        assert torch.allclose(output, _Body()(rows, others))
 
 
 def test_a_package_is_closed(
