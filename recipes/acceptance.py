@@ -76,6 +76,7 @@ def parser() -> Parser:
     made.add_argument("--top-k", type=int, default=10)
     made.add_argument("--seed", type=int, default=0, help="of the first prompt; default 0")
     made.add_argument("--batch", type=int, default=16, help="texts decoded at a time; default 16")
+    made.add_argument("--compile", action="store_true", help="run passes compiled")
     made.add_argument("--out", type=Path, metavar="FILE", help="default in docs/results/acceptance")
     made.add_argument("--card", type=Path, metavar="DIR", help="note greedy figures in its card")
     made.add_argument("--resume", action="store_true", help="keep the rows that FILE has")
@@ -136,7 +137,13 @@ def loaded(arguments: argparse.Namespace) -> Generator:
     """The model with the rows asked for."""
     fixed = arguments.lookahead == FIXED_TOKEN
     name = "none" if fixed else arguments.lookahead
-    lm = load(arguments.model, lookahead=name, dtype=arguments.dtype, device=arguments.device)
+    lm = load(
+        arguments.model,
+        lookahead=name,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        compile=arguments.compile,
+    )
     if fixed:
         token: Any = lm.tokenizer.unk_token_id
         token = lm.tokenizer.eos_token_id if token is None else token
