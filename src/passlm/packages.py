@@ -19,12 +19,9 @@ from passlm import native
 Run = Callable[[list[Tensor]], Tensor]
 """From the inputs of a pass, in the order they were traced in, to its one output."""
 
-for _schema in (
-    "open_package(str path) -> int",
-    "close_package(int package) -> ()",
-    "run_package(int package, Tensor[] inputs) -> Tensor",
-):
-    torch.library.define(f"passlm::{_schema.split('(')[0]}", _schema[_schema.index("(") :])
+torch.library.define("passlm::open_package", "(str path) -> int")
+torch.library.define("passlm::close_package", "(int package) -> ()")
+torch.library.define("passlm::run_package", "(int package, Tensor[] inputs) -> Tensor")
 
 
 def opened(path: Path) -> Run:
