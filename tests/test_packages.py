@@ -24,7 +24,7 @@ class _Body(nn.Module):
         return torch.tanh(rows @ others[0]) + others[1]
 
 
-INPUTS = [torch.rand(4, 64), torch.rand(64, 64), torch.rand(64)]
+INPUTS = [torch.randn(512, 1024) / 32, torch.randn(1024, 1024), torch.rand(1024)]  # takes 10 ms
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_what_a_package_gives(package: Path, own: bool, monkeypatch: pytest.Monk
     rows, *others = INPUTS
     run = packages.opened(package)
     for _ in range(2):
-        assert torch.allclose(run(list(INPUTS)), _Body()(rows, others))
+        assert torch.allclose(run(list(INPUTS)), _Body()(rows, others), atol=1e-4)
 
 
 def test_other_threads_work_during_a_pass(
@@ -82,24 +82,28 @@ def test_other_threads_work_during_a_pass(
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
+    most = 0  # turns in one pass; torch gives the lock up once as it frees a tensor
     try:
-        before = turns
-        for _ in range(100):  # the system need not wake the other thread at once
+        for _ in range(100):  # the system need not wake the other thread in the first
+            before = turns
             run(list(INPUTS))
+            most = max(most, turns - before)
+            if most > 10:
+                break
     finally:
         ended.set()
     thread.join()
-    assert turns > before + 10
+    assert most > 10
 
 
 def test_threads_share_a_package(package: Path, own_operators: None) -> None:
     """Catches texts of two threads that get each other's numbers, with no lock to part them."""
     run, (_, *others) = packages.opened(package), INPUTS
-    every = [torch.rand(4, 64) for _ in range(64)]
+    every = [torch.randn(512, 1024) / 32 for _ in range(16)]
     with ThreadPoolExecutor(4) as pool:
         made = list(pool.map(lambda rows: run([rows, *others]), every))
     for rows, output in zip(every, made, strict=True):
-        assert torch.allclose(output, _Body()(rows, others))
+        assert torch.allclose(output, _Body()(rows, others), atol=1e-4)
 
 
 def test_a_package_is_closed(
