@@ -179,6 +179,7 @@ def settings(arguments: argparse.Namespace, rows: LookAhead) -> dict[str, Any]:
         "lookahead_sha256": digest(rows, by_head),
         "drafts": arguments.drafts,
         **{name: getattr(arguments, name) for name in names},
+        **({"compile": True} if arguments.compile else {}),  # files before it have no such line
     }
 
 

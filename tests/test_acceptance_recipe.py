@@ -197,6 +197,30 @@ def test_other_rows_under_the_same_name_are_refused(
     assert "holds other look-ahead files" in capsys.readouterr().err
 
 
+def test_compiled_and_eager_rows_are_not_mixed(
+    recipe: ModuleType,
+    place: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Catches a flag that is ignored, and a file whose rows ran by passes that round otherwise."""
+    asked: list[bool] = []
+
+    def loaded(*names: Any, compile: bool, **options: Any) -> Generator:
+        asked.append(compile)
+        return load(*names, **options)
+
+    monkeypatch.setattr(recipe, "load", loaded)
+    out = tmp_path / "a.json"
+    line = arguments(place, out, "--suite", "chat", "--temperature", "0")
+    assert recipe.main([*line, "--compile"]) == 0
+    assert recipe.main([*line, "--resume"]) == 2
+    assert "its compile is True, not None" in capsys.readouterr().err
+    assert recipe.main([*line, "--compile", "--resume"]) == 0
+    assert asked == [True, False, True]
+
+
 @pytest.mark.parametrize("content", ["{broken", "[]", '{"provenance": {}, "rows": [{}]}'])
 def test_files_of_others_are_refused(
     recipe: ModuleType,
