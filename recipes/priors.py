@@ -1,8 +1,9 @@
-"""What `acceptance.py` believes of candidates before a text has shown anything.
+r"""What `acceptance.py` believes of candidates before a text has shown anything.
 
     python recipes/make_prompts.py TEXT TRAINED.jsonl
     python recipes/make_prompts.py TEXT PROMPTS.jsonl --seed 1
-    python recipes/priors.py PROMPTS.jsonl --without TRAINED.jsonl --out docs/results/priors.json
+    python recipes/priors.py PROMPTS.jsonl --without TRAINED.jsonl --out docs/results/priors.json \
+        --card src/passlm/shipped/smollm2-135m/best
 
 The model continues these prompts at several temperatures. (Answers to those of seed 0 are what the
 shipped files were trained on: they would be guessed too well.) At every place of each text
@@ -20,8 +21,8 @@ import math
 import random
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from passlm.decode import Decoder
 from passlm.draft_head import HeadSampler
 from passlm.errors import InputError
 from passlm.generate import Generator
+from passlm.lookahead import CARD_FILE, load
 from passlm.lookup import PromptLookup
 from passlm.params import SamplingParams
 from passlm.plan import Chain, Plan
@@ -90,6 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made.add_argument("--temperatures", type=float, nargs="+", default=[0, 0.5, 0.8, 1.0, 1.5])
     made.add_argument("--seed", type=int, default=0, help="of choosing prompts and of all draws")
     made.add_argument("--out", type=Path, metavar="FILE", help="writes this JSON file")
+    made.add_argument("--card", type=Path, metavar="DIR", help="note the chances in its card")
     add_model_arguments(made)
     add_decoding_arguments(made)
     given = sys.argv[1:] if arguments is None else list(arguments)
@@ -124,7 +127,20 @@ def run(arguments: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]:
     report["provenance"] = provenance(given)
     if arguments.out is not None:
         write_atomically(arguments.out, json.dumps(report, indent=1) + "\n")
+    if arguments.card is not None:
+        note(arguments.card, report)
     return report
+
+
+def note(folder: Path, report: Mapping[str, Any]) -> None:
+    """Put the chances in a card, where `--method auto` begins with them."""
+    chances = {
+        name: report[source]["chances"]
+        for name, source in (("look_ahead", "look-ahead"), ("head", "head"))
+    }
+    texts = f"{report['texts']} answers to prompts of recipes/make_prompts.py, none trained on"
+    card = replace(load(folder).card, chances={**chances, "texts": texts})
+    write_atomically(folder / CARD_FILE, card.to_json())
 
 
 def chosen(path: Path, without: Path | None, each: int, seed: int) -> list[Any]:

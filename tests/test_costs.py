@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from small_llama import small_llama
 from tiny import random_look_ahead
 
 from passlm import compiled, costs
+from passlm.card import HELD_OUT
 from passlm.costs import GROUPS, REAL_ROWS, Costs, measure, rising
 from passlm.curve import CostCurve
 from passlm.decode import Decoder
@@ -159,23 +161,27 @@ def test_costs_that_cannot_be_kept_are_used(
 
 
 def test_the_card_gives_the_prior(folder: Path, target: Target, measured: Calls) -> None:
-    """Catches shares of groups taken for chances given the rows before."""
+    """Catches shares of groups taken for chances given the rows before, and figures of suites that
+    plans would then be tested on."""
     rows = LookAhead.mean(target, 3, "small")
-    rows.card.accepted_length.update(  # type: ignore[attr-defined]
-        {
-            "held out": 0.9,
-            "a": {"accepted_length": 0.9, "by_position": [0.6, 0.3]},
-            "b": {"accepted_length": 0.5, "by_position": [0.4, 0.1]},
-        }
-    )
+    suite = {"a": {"accepted_length": 1.4, "by_position": [0.9, 0.5]}}
+    held_out = {"accepted_length": 0.7, "by_position": [0.5, 0.2]}
+    rows.card = replace(rows.card, accepted_length={**suite, HELD_OUT: held_out})
     plan = Costs(target, rows).auto(1, 100)
     assert plan.prior == pytest.approx((0.5, 0.4, 0.4))
+    length_alone = replace(rows.card, accepted_length={**suite, HELD_OUT: 1.0})
+    assert length_alone.prior == pytest.approx((0.5, 0.5, 0.5))
+    nothing = replace(rows.card, accepted_length=suite)
+    assert nothing.prior == replace(rows.card, accepted_length={}).prior
+    measured = replace(rows.card, chances={"look_ahead": [0.6, 1.0, 0.3, 0.2], "texts": "x"})
+    assert measured.prior == (0.6, 0.99, 0.3)
     assert Costs(target, rows).auto(1, 100, longest=1).prior == (0.5,)
     assert Costs(target, rows).auto(1, 100, longest=0).prior == ()
     assert Costs(target).auto(1, 100).prior == ()
     costs = Costs(target, rows)
     assert costs.auto(1, 100) is costs.auto(1, 110), "each text would weigh its plans anew"
     with_head = random_look_ahead(target, 3, head_width=8)
+    assert replace(with_head.card, chances={"head": [0.4]}).head_prior == (0.4,) * 3
     assert Costs(target, with_head).auto(1, 100).head == with_head.card.head_prior
     assert Costs(target, with_head).auto(1, 100, longest=0).head == ()
 

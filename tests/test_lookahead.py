@@ -287,6 +287,7 @@ HOSTILE: list[tuple[list[str], list[Any]]] = [
     ("path", "value"),
     [
         *((path, value) for path, values in HOSTILE for value in values),
+        *((["chances"], value) for value in (1, [], {"look_ahead": 3}, {"head": [0.5, 2.0]})),
         *((path, ...) for path in {tuple(path): path for path, _ in HOSTILE}.values()),
     ],
 )

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from byte_model import byte_generator, save_folders
 
+from passlm.card import read_card
+from passlm.lookahead import CARD_FILE
 from passlm.plan import Chain
 from passlm.row import Row
 
@@ -76,14 +78,18 @@ def test_guesses_are_compared_with_what_came(
         return [Chain(tuple(whole[place : place + 2]))]
 
     monkeypatch.setattr(recipe, "drafted", knowing)
-    assert recipe.main(common) == 0
+    assert recipe.main([*common, "--card", str(tmp_path / "rows")]) == 0
     report = json.loads(out.read_text())
     assert report["texts"] == 2
     assert report["look-ahead"]["guesses"] == [22, 20]  # behind all tokens but first and last
     assert min(report["look-ahead"]["chances"]) > 0.99
     assert report["lookup"]["guesses"]
     assert report["look-ahead"]["power"] is None  # greedy text tells nothing of it
-    assert report["provenance"]["arguments"] == common
+    assert report["provenance"]["arguments"][:-2] == common
+    card = read_card(tmp_path / "rows" / CARD_FILE)
+    assert card.chances is not None
+    assert card.chances["look_ahead"] == report["look-ahead"]["chances"]
+    assert card.head_prior == ()
     others = tmp_path / "others.jsonl"
     others.write_text(json.dumps(lines[0]) + "\n")
     assert recipe.chosen(prompts, others, 9, 0) == ["x"]

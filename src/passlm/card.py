@@ -6,11 +6,11 @@ Reading and checking the tensors beside it is left to `lookahead.py`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from passlm.errors import InputError
 
 FORMAT_VERSION = 2
+HELD_OUT = "held-out text, teacher-forced"  # what training measures, among accepted lengths
 _READ = (1, 2)  # the first kept its matrices in bfloat16
 SAMPLES = 64  # weights kept to tell two targets of one shape apart
 # bfloat16 rounds a weight by up to 0.4 %, on average 0.14 %; other weights differ by far more.
@@ -86,7 +87,9 @@ class Card:
         head: shape of the draft head, how it was trained, and what of its drafts is accepted; None
             without.
         training: how it was trained: data, steps, loss, time, machine.
-        accepted_length: measured mean accepted length by suite.
+        accepted_length: measured mean accepted length, of held-out text and by suite.
+        chances: `look_ahead` and `head`, how often each candidate is accepted in greedy text once
+            those before it are, of `texts` that nothing is tested on; None where that is not known.
         licence: of the files.
     """
 
@@ -98,6 +101,7 @@ class Card:
     head: Mapping[str, Any] | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
     accepted_length: Mapping[str, Any] = field(default_factory=dict)
+    chances: Mapping[str, Any] | None = None
     licence: str = "apache-2.0"
 
     def to_json(self) -> str:
@@ -113,46 +117,44 @@ class Card:
     def prior(self) -> tuple[float, ...]:
         """Chance of each look-ahead candidate, once those before it are accepted.
 
-        The mean over the suites that the card has figures of; made from the mean accepted length
-        alone where it has no more, and from a guess where it has none.
+        Those that were measured, else what held-out text shows, else a guess. What was accepted in
+        suites is left alone: plans that begin with it would be tuned on what they are tested on.
         """
-        chances = _chances(self.accepted_length.values(), self.look_ahead_tokens)
-        if not chances:
-            lengths = [v for v in self.accepted_length.values() if _is_length(v)]
-            mean = lengths[0] if lengths else _GUESSED_LENGTH
-            return (mean / (1 + mean),) * self.look_ahead_tokens  # sum of powers: a / (1 - a)
-        return chances
+        held_out = self.accepted_length.get(HELD_OUT)
+        known = self._measured("look_ahead") or _given_before(_reached(held_out))
+        if not known:
+            mean = held_out if _is_length(held_out) else _GUESSED_LENGTH
+            known = [mean / (1 + mean)]  # sum of powers: a / (1 - a)
+        return _lengthened(known, self.look_ahead_tokens)
 
     @property
     def head_prior(self) -> tuple[float, ...]:
         """Chance of each of the draft head's tokens, once those before it are accepted.
 
-        As `prior`, of the head's own figures; from its held-out text where it has no suites'.
-        Empty without a head.
+        As `prior`. Empty without a head.
         """
         if self.head is None:
             return ()
-        depths = whole_number(dict(self.head), "depths")
-        measured = self.head.get("accepted_length")
-        suites = measured.values() if isinstance(measured, dict) else ()
-        known = _chances(suites, depths) or _chances([self.head], depths)
-        return known or (_GUESSED_CHANCE,) * depths
+        known = self._measured("head") or _given_before(_reached(self.head))
+        return _lengthened(known or [_GUESSED_CHANCE], whole_number(dict(self.head), "depths"))
+
+    def _measured(self, name: str) -> list[float]:
+        return [min(_SUREST, chance) for chance in (self.chances or {}).get(name, ())]
 
 
-def _chances(suites: Iterable[object], wanted: int) -> tuple[float, ...]:
-    """Chances given the rows before, of the mean of some suites' figures; none where none has."""
-    known = [reached for reached in map(_reached, suites) if reached]
-    if not known:
-        return ()
-    rows = min(map(len, known))
-    reached = [1.0, *(sum(row[at] for row in known) / len(known) for at in range(rows))]
-    pairs = pairwise(reached)
-    chances = [min(_SUREST, now / before) if before else 0.0 for before, now in pairs]
-    return tuple([*chances, *chances[-1:] * wanted][:wanted])
+def _given_before(reached: Sequence[float]) -> list[float]:
+    """Chances given the rows before, from the shares of groups accepted to row 1, 2, ..."""
+    pairs = pairwise([1.0, *reached])
+    return [min(_SUREST, now / before) if before else 0.0 for before, now in pairs]
+
+
+def _lengthened(chances: Sequence[float], wanted: int) -> tuple[float, ...]:
+    """The first so many; the last one again where there are too few."""
+    return tuple([*chances, *[chances[-1]] * wanted][:wanted])
 
 
 def _reached(entry: object) -> list[float]:
-    """Share of groups accepted to row 1, 2, ..., of one suite's figures."""
+    """Share of groups accepted to row 1, 2, ...; nothing where the figures do not say it."""
     shares = entry.get("by_position") if isinstance(entry, dict) else None
     if not isinstance(shares, list) or not all(map(_is_share, shares)):
         return []
@@ -163,7 +165,7 @@ def _is_share(value: object) -> bool:
     return type(value) in (int, float) and 0 <= value <= 1  # type: ignore[operator]
 
 
-def _is_length(value: object) -> bool:
+def _is_length(value: object) -> TypeGuard[float]:
     return type(value) in (int, float) and 0 <= value < _NO_WEIGHT  # type: ignore[operator]
 
 
@@ -210,6 +212,7 @@ def _card(content: dict[str, Any]) -> Card:
         head=_optional_table(content, "head"),
         training=_table(content, "training"),
         accepted_length=_table(content, "accepted_length"),
+        chances=_chances(content),
         licence=_line(content, "licence"),
     )
 
@@ -238,6 +241,15 @@ def _table(content: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _optional_table(content: dict[str, Any], name: str) -> dict[str, Any] | None:
     return None if content.get(name) is None else _table(content, name)
+
+
+def _chances(content: dict[str, Any]) -> dict[str, Any] | None:
+    table = _optional_table(content, "chances")
+    for name in ("look_ahead", "head"):
+        values = (table or {}).get(name, [])
+        if not isinstance(values, list) or not all(map(_is_share, values)):
+            raise ValueError(f"'chances', {name!r}")
+    return table
 
 
 def _weights(content: dict[str, Any], name: str) -> tuple[float, ...]:

@@ -423,6 +423,7 @@ def _finish(arguments: argparse.Namespace, trainer: Trainer) -> dict[str, Any]:
 
 def _card(arguments: argparse.Namespace, trainer: Trainer, shares: Sequence[float]) -> Card:
     """The files' card with what was trained, and the held-out shares accepted to each row."""
+    from passlm.card import HELD_OUT
     from passlm.provenance import provenance
 
     card = trainer.look_ahead.card
@@ -442,6 +443,7 @@ def _card(arguments: argparse.Namespace, trainer: Trainer, shares: Sequence[floa
             card,
             licence=arguments.licence or card.licence,
             head={**card_head, "by_position": by_position, "training": training},
+            chances=card.chances and {k: v for k, v in card.chances.items() if k != "head"},
         )
     started_from = card.training if arguments.start_from else "mean embedding"
     held_out = {"accepted_length": sum(shares), "by_position": by_position}
@@ -449,7 +451,8 @@ def _card(arguments: argparse.Namespace, trainer: Trainer, shares: Sequence[floa
         card,
         licence=arguments.licence or "apache-2.0",
         training={"started_from": started_from, **training},
-        accepted_length={"held-out text, teacher-forced": held_out},
+        chances=None,
+        accepted_length={HELD_OUT: held_out},
     )
 
 
