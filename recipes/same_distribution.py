@@ -63,6 +63,7 @@ CURVE = CostCurve(
     (23.5, 25.6, 26.9, 28.6, 38.8, 48.9),
     (1, 2, 4, 6),
     (4.7, 4.7, 5.5, 7.0),
+    head_seconds=(0.6, 0.6, 1.1),
 )
 RESULTS, REPORT = "tests.json", "report.md"
 NONE = "\N{EN DASH}"
@@ -324,7 +325,7 @@ class Comparison:
         if method == "ar":
             return autoregressive
         if method == "auto":
-            return AutoPlan(CURVE, files.card.prior)
+            return AutoPlan(CURVE, files.card.prior, head=files.card.head_prior)
         return strategy(method, files.group_length(self.arguments.lookahead_tokens, method))
 
     def results(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ from passlm.decode import Decoder
 from passlm.generate import Generator
 from passlm.lookahead import LookAhead
 from passlm.params import SamplingParams, StopParams
-from passlm.plan import Chain, Choice, OnePass, Plan
+from passlm.plan import Chain, Choice, OnePass, Plan, Source
 from passlm.row import Request
 from passlm.target import Target
 
@@ -41,7 +41,7 @@ def seen(llama: Target) -> Look:
         settled: list[int],
         logits: Tensor,
         sampling: SamplingParams | None = None,
-        source: Any = "look-ahead",
+        source: Source = "look-ahead",
         eos: Sequence[int] = (),
     ) -> dict[str, Any]:
         request = Request.of([1, 2], sampling or SamplingParams(), NEW_TOKENS, eos=eos)
@@ -80,12 +80,13 @@ def test_each_token_is_looked_up_where_it_was_judged(seen: Look) -> None:
     assert found["by_source"]["look-ahead"] == {k: found[k] for k in ("accepted", "refused")}
 
 
-def test_candidates_are_told_apart_by_source(seen: Look) -> None:
-    """Catches copied candidates counted as drafted ones."""
-    found = seen([7, 8], [7, 8, 9], rows(7, 8, 9), source="lookup")
-    assert list(found["by_source"]) == ["lookup"]
-    assert found["by_source"]["lookup"]["accepted"]["count"] == 2
-    assert found["by_source"]["lookup"]["refused"] == {
+@pytest.mark.parametrize("source", get_args(Source))
+def test_candidates_are_told_apart_by_source(seen: Look, source: Source) -> None:
+    """Catches copied candidates counted as drafted ones, and a source that is not known."""
+    found = seen([7, 8], [7, 8, 9], rows(7, 8, 9), source=source)
+    assert list(found["by_source"]) == [source]
+    assert found["by_source"][source]["accepted"]["count"] == 2
+    assert found["by_source"][source]["refused"] == {
         **{"count": 0, "excluded": 0, "logprob": None, "entropy": None}
     }
 

@@ -83,13 +83,15 @@ def _favoured(row: Row, p: Tensor, at: int) -> Tensor:
 
     It may depend on nothing that the noise of this place has made.
     """
-    chain = row.choice.chain
-    if chain is not None and chain.source == "look-ahead" and row.q is not None:
+    chain, request = row.choice.chain, row.request
+    assert chain is not None, "judged are candidates"
+    drawn = chain.source != "lookup" and request.draft == "sampled"
+    if chain.source == "head" and row.takes_guesses:
+        drawn = False
+    if drawn and row.q is not None:
         return row.q[at].to(p) > p
-    if chain is not None and chain.source == "look-ahead" and row.request.draft == "sampled":
-        single = int(p.argmax())
-    else:
-        single = row.candidates[at]  # copied, or the likeliest: its `q` is one-hot
+    # What is no draw was copied, or is the likeliest: its `q` is one-hot.
+    single = int(p.argmax()) if drawn else row.candidates[at]
     favoured = torch.zeros_like(p, dtype=torch.bool)
     favoured[single] = True
     return favoured

@@ -16,7 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -24,13 +24,14 @@ from torch import Tensor
 from passlm.bench.decoding import PlanDecoding
 from passlm.bench.methods import Method
 from passlm.decode import Decoder
+from passlm.plan import Source
 from passlm.row import Request, Row
 from passlm.sampling import TokenDistribution
 from passlm.stopping import cut_block
 
 PROMPTS = 16  # of a suite that each method is watched on
 KINDS = ("accepted", "refused", "drawn")
-SOURCES = ("look-ahead", "lookup")
+SOURCES: tuple[Source, ...] = get_args(Source)
 
 
 @dataclass
