@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -45,3 +45,15 @@ class Detokenizer:
     def _forget(self) -> None:
         self.ids = self.ids[-_CONTEXT:]
         self.shown = len(self.ids)
+
+
+def text_behind(decode: Decode, prompt: Sequence[int], tokens: Iterable[int]) -> str:
+    """Text of some tokens as it reads behind a prompt: some tokenizers drop a text's first space.
+
+    Args:
+        decode: ids to text.
+        prompt: ids before them; their text is not given.
+        tokens: the ids.
+    """
+    detokenizer = Detokenizer(decode, prompt)
+    return "".join(map(detokenizer.push, tokens)) + detokenizer.flush()

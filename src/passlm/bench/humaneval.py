@@ -38,6 +38,7 @@ REPORTED_K = (1, 10)
 Kind = Literal["passed", "failed", "timed out", "out of memory", "printed too much", "forbidden"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
+_PATIENCE = 4.0  # of the clock, for each second of a processor
 _START_SECONDS = 60.0  # a machine under load starts Python slowly; no program is run before
 _LONGEST_ANSWER = 4096  # bytes
 _READ = 2**16
@@ -75,7 +76,7 @@ class Limits:
     """What a program may use; files to write, processes and sockets it gets none.
 
     Attributes:
-        seconds: From its start to its end.
+        seconds: Of a processor; it may take four times that by the clock, as others run beside it.
         memory_bytes: Address space, of which Python itself takes some 30 MB.
         output_bytes: What it may print.
     """
@@ -224,7 +225,7 @@ def _run(source: str, limits: Limits) -> Verdict:
     request = {
         "source": source,
         "token": token,
-        "cpu_seconds": math.ceil(limits.seconds) + 1,  # for a program whose watcher was killed
+        "cpu_seconds": math.ceil(limits.seconds),
         "memory_bytes": limits.memory_bytes,
     }
     # A set seed makes sets of strings come in the same order each time. Some Pythons need the
@@ -277,7 +278,7 @@ class _Watch:
     def _read(self) -> Verdict | None:
         """Read to the end of both; a verdict if the process must be stopped before its own end."""
         deadline, started = time.monotonic() + _START_SECONDS, False
-        timed_out = Verdict("timed out", f"more than {self.limits.seconds:g} seconds")
+        timed_out = Verdict("timed out", f"{_PATIENCE:g} times {self.limits.seconds:g} s passed")
         with selectors.DefaultSelector() as selector:
             for end in (self.output, self.answer):
                 selector.register(end, selectors.EVENT_READ)
@@ -288,7 +289,8 @@ class _Watch:
                 if self.printed > self.limits.output_bytes or len(self.said) > _LONGEST_ANSWER:
                     return Verdict("printed too much", f"over {self.limits.output_bytes} bytes")
                 if not started and self.said.startswith(sandbox.CONTAINED):
-                    deadline, started = time.monotonic() + self.limits.seconds, True
+                    patience = _PATIENCE * self.limits.seconds
+                    deadline, started = time.monotonic() + patience, True
                 if time.monotonic() > deadline:
                     return timed_out
         try:  # it may have closed both and go on
@@ -311,7 +313,7 @@ class _Watch:
         if code == -signal.SIGSYS:
             return Verdict("forbidden", "a process, thread, socket or file to write")
         if code == -signal.SIGXCPU:
-            return Verdict("timed out", "too much processor time")
+            return Verdict("timed out", f"{self.limits.seconds:g} s of a processor")
         if code < 0:
             return Verdict("failed", f"killed by {signal.Signals(-code).name}")
         return Verdict("failed", f"ended with code {code} before the check was done")
@@ -382,7 +384,7 @@ def score(
         problems: what to score.
         completions: those of each problem by its `task_id`, cut by `completion_body`.
         limits: of each program; the defaults if None.
-        workers: programs at a time; one for each processor if None.
+        workers: programs at a time; if None one for each processor that this process may use.
         seed: of the intervals.
 
     Returns:
@@ -419,7 +421,7 @@ def _run_all(
     def verdict(job: tuple[Problem, str]) -> Verdict:
         return run_program(*job, limits)
 
-    pool = ThreadPoolExecutor(workers or os.cpu_count() or 1)
+    pool = ThreadPoolExecutor(workers or len(os.sched_getaffinity(0)))
     try:
         return list(pool.map(verdict, jobs))
     finally:

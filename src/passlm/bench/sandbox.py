@@ -111,8 +111,11 @@ def _limit(**values: int) -> None:
     for name, value in values.items():
         kind = getattr(resource, f"RLIMIT_{name}")
         _, highest = resource.getrlimit(kind)
-        value = value if highest == resource.RLIM_INFINITY else min(value, highest)
-        resource.setrlimit(kind, (value, value))
+        free = highest == resource.RLIM_INFINITY
+        most = value if free else min(value, highest)
+        # A second behind the limit of processor time whoever ignored the signal is killed.
+        end = most + 1 if name == "CPU" and (free or most < highest) else most
+        resource.setrlimit(kind, (most, end))
 
 
 def hide_files(libc: ctypes.CDLL) -> bool:

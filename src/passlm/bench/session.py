@@ -29,7 +29,7 @@ from passlm.bench.methods import Method, baseline_target, cost_curve, engine_fac
 from passlm.bench.predictability import predictability
 from passlm.bench.prompts import Found
 from passlm.bench.report import markdown
-from passlm.detokenize import Detokenizer
+from passlm.detokenize import Detokenizer, text_behind
 from passlm.errors import InputError
 from passlm.generate import Generator
 from passlm.provenance import write_atomically
@@ -232,12 +232,12 @@ def scored(
     lm: Generator, prompts: Sequence[Prompt], samples: Sequence[Sample], seed: int
 ) -> dict[str, Any]:
     """How many of a method's programs for HumanEval do what they should."""
-    tokenizer: Any = lm.tokenizer
     problems = {problem.task_id: problem for problem in humaneval.load_problems()}
     completions: dict[str, list[str]] = {}
     for sample in samples:
-        problem = problems[prompts[sample.prompt].name]
-        text = tokenizer.decode(sample.record.tokens, skip_special_tokens=True)
+        prompt = prompts[sample.prompt]
+        problem = problems[prompt.name]
+        text = text_behind(lm.decode, prompt.ids, sample.record.tokens)
         body = humaneval.completion_body(problem.prompt, text)
         completions.setdefault(problem.task_id, []).append(body)
     return humaneval.score([problems[name] for name in completions], completions, seed=seed)

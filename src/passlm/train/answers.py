@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from passlm.decode import Decoder, PromptError
-from passlm.detokenize import Detokenizer
+from passlm.detokenize import text_behind
 from passlm.errors import InputError
 from passlm.generate import Generator
 from passlm.outputs import FinishReason
@@ -364,10 +364,8 @@ class Answerer:
 
     def _record(self, answer: _Answer, reason: FinishReason) -> Record:
         ids, given = answer.prompt.ids, answer.prompt.question.given
-        detokenizer = Detokenizer(self.lm.decode, ids)
         shown = answer.tokens[:-1] if reason == "eos" else answer.tokens
-        parts = [detokenizer.push(token) for token in shown]
-        completion = "".join(parts) + detokenizer.flush()
+        completion = text_behind(self.lm.decode, ids, shown)
         return {
             "id": answer.prompt.question.id,
             **given,
