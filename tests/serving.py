@@ -138,7 +138,11 @@ def chunks(text: str) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def web(
-    app: FastAPI, worker: Any, send_buffer: int | None = None, write_seconds: float = 60
+    app: FastAPI,
+    worker: Any,
+    send_buffer: int | None = None,
+    write_seconds: float = 60,
+    read_seconds: float = 60,
 ) -> Iterator[Server]:
     """Run an application on a free port.
 
@@ -147,12 +151,13 @@ def web(
         worker: behind it, for the test to look at.
         send_buffer: bytes that the system takes of us before a slow reader shows.
         write_seconds: after which the system drops a client that takes nothing.
+        read_seconds: after which a connection whose request does not come is closed.
     """
     listening = bound_socket("127.0.0.1", 0, write_seconds)
     if send_buffer is not None:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     host, port = listening.getsockname()
-    server = WebServer(app)
+    server = WebServer(app, read_seconds)
     thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
     thread.start()
     running = Server(f"http://{host}:{port}", worker, app, server)
@@ -177,7 +182,8 @@ def served(
     worker = Worker(lm, worker_settings)
     worker.start()
     try:
-        with web(create_app(lm, worker, settings), worker, send_buffer) as server:
+        app = create_app(lm, worker, settings)
+        with web(app, worker, send_buffer, read_seconds=settings.read_seconds) as server:
             until(lambda: worker.state().ready)
             yield server
     finally:
@@ -196,7 +202,7 @@ def scripted(
     worker = ScriptedWorker(script, refusal)
     decoding: Decoding = worker
     app, seconds = create_app(lm, decoding, settings), settings.write_seconds
-    with web(app, worker, send_buffer, seconds) as server:
+    with web(app, worker, send_buffer, seconds, settings.read_seconds) as server:
         yield server
 
 

@@ -261,6 +261,7 @@ def test_keys_protect_the_api_and_the_metrics(guarded: Server) -> None:
         assert refused.json()["error"]["code"] == "invalid_api_key"
     for path in ("/health", "/ready", "/", "/docs", "/openapi.json"):
         assert client.get(path).status_code == 200, path
+    assert client.get("/metrics%0A").status_code == 404  # a route's end matches before a line break
     for given in ("Bearer first-key", "bearer second-key", "Bearer  first-key"):
         assert client.get("/metrics", headers={"authorization": given}).status_code == 200
     for given in ("Bearer first-ke", "Basic first-key", "first-key", "Bearer", "", "Bearer \xff"):
@@ -443,9 +444,11 @@ def test_readiness_follows_the_worker(lm: Generator) -> None:
         client = server.client()
         assert client.get("/ready").json() == {"status": "ready"}
         server.worker.ready = False
-        refused = client.get("/ready")
-        assert refused.status_code == 503
-        assert int(refused.headers["retry-after"]) > 0
+        asked = server.post("completions", {"prompt": "x"})
+        for refused in (client.get("/ready"), asked):
+            assert refused.status_code == 503
+            assert int(refused.headers["retry-after"]) > 0
+        assert not server.worker.asked
         assert client.get("/health").json() == {"status": "ok"}
 
 

@@ -299,3 +299,22 @@ def test_fuzzing_finds_no_fault_and_no_break_of_the_schema(
         assert done.returncode == 0, done.stdout + done.stderr
         assert not any(line["level"] == "error" for line in server.lines())
         assert key not in "".join(server.log)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_loading_at_once(number: signal.Signals) -> None:
+    """Catches an interrupt that waits for a download, and one that nobody hears in a container."""
+    code = (
+        "import time\n"
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "from passlm.cli.serve import ending_at_once\n"
+        "with ending_at_once():\n"
+        "    loading = ThreadPoolExecutor(1).submit(time.sleep, 600)\n"
+        "    print('loading', flush=True)\n"
+        "    loading.result()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"loading\n"
+        process.send_signal(number)
+        assert process.wait(60) == 128 + number

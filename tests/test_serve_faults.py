@@ -203,6 +203,42 @@ def test_a_body_that_does_not_come_is_not_waited_for(lm: Generator) -> None:
     assert b"request_timeout" in answer
 
 
+@pytest.mark.parametrize("sent", [b"", b"GET /health HTTP/1.1\r\nhost: x\r\nx-"])
+def test_a_request_that_does_not_come_is_not_waited_for(lm: Generator, sent: bytes) -> None:
+    """Catches connections that cost nothing to hold open, until nobody else can connect."""
+    settings = replace(SETTINGS, read_seconds=0.3)
+    with scripted(lm, lambda i, a: [], settings=settings) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as raw:
+            for _ in range(2):  # the time runs for each request of a connection
+                raw.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+                answer = b""
+                while not answer.endswith(b"}"):
+                    answer += raw.recv(2000)
+                assert answer.startswith(b"HTTP/1.1 200")
+            raw.sendall(sent or b"G")
+            assert read_all(raw) == b""
+        with socket.create_connection((host, int(port)), timeout=10) as raw:
+            raw.sendall(sent)
+            assert read_all(raw) == b""
+
+
+def test_a_request_in_work_is_not_cut_by_the_time_it_had_to_come(lm: Generator) -> None:
+    """Catches a clock of the head that runs on while the answer is written."""
+    script = [*letters(2, 0.3), Piece((), "eos")]
+    settings = replace(SETTINGS, read_seconds=0.2)
+    with scripted(lm, lambda i, a: script, settings=settings) as server:
+        assert server.text(PROMPT) == "aa"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_request_that_waited_in_vain_is_told_so(lm: Generator, stream: bool) -> None:
+    """Catches an empty text that looks like the model's answer."""
+    with scripted(lm, lambda index, ask: [Piece((), "waited")]) as server:
+        refused = server.post("completions", {**LONG, "stream": stream})
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "10")
+
+
 def test_a_thousand_requests_at_once_are_all_answered() -> None:
     """Catches requests that are lost, refused without a time to come back, or answered wrongly."""
     raise_file_limit()

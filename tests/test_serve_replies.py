@@ -152,6 +152,20 @@ def test_what_a_stop_string_is_made_of_is_not_told() -> None:
     assert content["finish_reason"] == "stop"
 
 
+@pytest.mark.parametrize("held", [True, False])
+def test_the_end_is_not_told(held: bool) -> None:
+    """Catches an end-of-sequence token among those of the text, where text was held back, and text
+    that is lost with it."""
+    composer = CompletionComposer(wanted(1, 0), "m", SPELLING, False)
+    composer.take(0, Piece((token("a"), *([token("b", "")] if held else []))))
+    composer.take(0, Piece((token("z", "b" if held else "c"),), "eos"))
+    choice = json.loads(composer.whole(used()).model_dump_json())["choices"][0]
+    assert choice["text"] == ("ab" if held else "ac")
+    assert choice["logprobs"]["tokens"] == (["a", "b"] if held else ["a"])
+    assert choice["logprobs"]["text_offset"] == ([0, 1] if held else [0])
+    assert choice["finish_reason"] == "stop"
+
+
 def test_a_token_that_cannot_come_has_a_number() -> None:
     """Catches minus infinity, which JSON does not have."""
     composer = ChatComposer(wanted(1, 1), "m", SPELLING, False)

@@ -349,3 +349,13 @@ def test_settings_that_make_no_sense_are_refused() -> None:
         with pytest.raises(SettingsError, match="--max-"):
             ServeSettings(**given)  # type: ignore[arg-type]
     assert "secret" not in repr(ServeSettings(api_keys=("secret",)))
+
+
+@pytest.mark.parametrize(
+    "messages", [[0] * 1000, [{"role": "user", "content": [{"type": "text"}] * 1000}]]
+)
+def test_one_thing_wrong_is_enough(messages: list[Any]) -> None:
+    """Catches a list of nonsense that keeps everybody else waiting while all of it is told."""
+    with pytest.raises(ValidationError) as caught:
+        ChatRequest.model_validate({"model": NAME, "messages": messages})
+    assert caught.value.error_count() <= 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import pytest
@@ -27,6 +27,7 @@ from passlm.serve.jobs import (
 )
 from passlm.serve.prefixes import SHORTEST, Prefixes
 from passlm.serve.scheduler import Scheduler
+from passlm.serve.settings import SettingsError
 from passlm.serve.worker import Worker
 
 SETTINGS = WorkerSettings(max_batch=3, prefill_chunk=8)
@@ -358,10 +359,10 @@ def test_logprobs_are_the_models_own(lm: Generator) -> None:
 
 def test_texts_end_when_their_time_is_over(lm: Generator) -> None:
     """Catches a text that holds its place for ever: waiting or running, it ends and says why."""
-    scheduler = Scheduler(lm, replace(SETTINGS, max_batch=1, max_seconds=0.0))
+    scheduler = Scheduler(lm, replace(SETTINGS, max_batch=1, max_seconds=1e-9))
     _, first = add(scheduler, ask(lm, "x", ignore_eos=True))
     drain(scheduler)
-    assert (first.ids(), first.reason()) == ((), "time")
+    assert (first.ids(), first.reason()) == ((), "waited")
     scheduler = Scheduler(lm, replace(SETTINGS, max_seconds=1000.0))
     _, running = add(scheduler, ask(lm, "x", ignore_eos=True, max_new_tokens=50))
     scheduler.tick()
@@ -382,6 +383,42 @@ def test_an_answer_that_meets_the_context_says_so(lm: Generator) -> None:
     assert (len(told.ids()), told.reason()) == (10, "context")
     assert (len(exact.ids()), exact.reason()) == (10, "length")
     assert job.stats.prompt_tokens == 30
+
+
+def test_an_answer_that_meets_the_cache_says_so(lm: Generator) -> None:
+    """Catches a text that waits for more room than there is, and all others behind it."""
+    scheduler = Scheduler(lm, replace(SETTINGS, max_cache=24))
+    assert scheduler.max_context == 24
+    _, told = add(scheduler, ask(lm, "x" * 10, ignore_eos=True, max_new_tokens=40))
+    drain(scheduler)
+    assert (len(told.ids()), told.reason()) == (14, "context")
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(WorkerSettings)])
+def test_limits_that_leave_no_room_are_refused(name: str) -> None:
+    """Catches a server that starts and then answers nobody."""
+    with pytest.raises(SettingsError, match=name.replace("_", "-")):
+        replace(SETTINGS, **{name: -1})
+    if name not in ("max_cache", "max_waiting"):
+        with pytest.raises(SettingsError, match="more than 0"):
+            replace(SETTINGS, **{name: 0})
+
+
+def test_a_text_that_cannot_be_remembered_is_whole(
+    lm: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a lack of memory, met when a text is over, that fails it or others."""
+
+    def full(*given: Any) -> Any:
+        raise MemoryError
+
+    scheduler = Scheduler(lm, SETTINGS)
+    monkeypatch.setattr(scheduler._decoder, "copied", full)
+    told = [add(scheduler, ask(lm, prompt))[1] for prompt in (LONG, "def f(x):")]
+    drain(scheduler)
+    expected = [lm.generate(p, max_new_tokens=20)[0].tokens for p in (LONG, "def f(x):")]
+    assert [one.ids() for one in told] == expected
+    assert scheduler.faults == 0
 
 
 @pytest.fixture
@@ -413,6 +450,27 @@ def test_the_worker_serves_and_ends(lm: Generator) -> None:
     assert not worker.state().ready
     with pytest.raises(ClosedError, match="shutting down"):
         worker.submit(asks, told)
+
+
+def test_a_fault_while_a_text_is_cancelled_ends_no_worker(
+    lm: Generator, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a thread that dies, so that everybody waits for ever."""
+    cancel = Scheduler.cancel
+
+    def broken(scheduler: Scheduler, job: Job) -> None:
+        monkeypatch.setattr(Scheduler, "cancel", cancel)
+        raise MemoryError
+
+    monkeypatch.setattr(Scheduler, "cancel", broken)
+    told, other = Told(), Told()
+    jobs = worker.submit([ask(lm, "x", ignore_eos=True, max_new_tokens=60)], told)
+    worker.cancel(jobs)
+    assert told.over.wait(60)
+    assert told.reason() == "failed"
+    worker.submit([ask(lm, "x")], other)
+    assert other.over.wait(60)
+    assert other.ids() == lm.generate("x", max_new_tokens=20)[0].tokens
 
 
 def test_a_worker_gives_memory_back_when_it_is_done(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
 import stat
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -84,16 +86,37 @@ def run(arguments: argparse.Namespace) -> None:
 
         keep_large_blocks_apart()
         thread = model_thread()
-        lm = thread.submit(loaded, arguments).result()
+        with ending_at_once():  # a download or a conversion in another thread would be waited for
+            lm = thread.submit(loaded, arguments).result()
         worker = Worker(lm, worker_settings, thread)
         app = create_app(lm, worker, settings)
         worker.start()
         line = f"passlm serves {settings.model_name} on {address_of(listening)}"
         ended = serve(
-            app, worker, listening, arguments.grace_seconds, lambda: print(line, flush=True)
+            app,
+            worker,
+            listening,
+            arguments.grace_seconds,
+            settings.read_seconds,
+            lambda: print(line, flush=True),
         )
     if ended == signal.SIGINT:
         raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def ending_at_once() -> Iterator[None]:
+    """Let a signal that asks to stop end the process, whatever other threads do."""
+
+    def end(number: int, frame: object) -> None:
+        os._exit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _check_packages() -> None:

@@ -146,6 +146,8 @@ def _piece(arrival: Arrival) -> Piece:
     event = arrival.event
     if isinstance(event, Failed):
         raise ApiError(500, event.message)
+    if event.finish_reason == "waited":
+        raise unavailable("the server is too busy: the request waited for its turn in vain")
     if event.finish_reason == "cancelled":  # not by us: we listen
         raise unavailable("the server is shutting down and could not finish: try another one")
     return event

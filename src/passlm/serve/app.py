@@ -150,9 +150,12 @@ class Api:
 
     async def ready(self) -> Status:
         """Whether it takes requests: 503 while it warms up and while it shuts down."""
-        if not self._worker.state().ready:
-            raise unavailable("the server is warming up or shutting down")
+        self._check_ready()
         return Status(status="ready")
+
+    def _check_ready(self) -> None:
+        if not self._worker.state().ready:
+            raise unavailable("the server is warming up or shutting down: try again later")
 
     async def prometheus(self) -> Response:
         """Counts and times, for Prometheus."""
@@ -189,6 +192,7 @@ class Api:
         read: Callable[[R], Wanted],
         composer: type[Composer],
     ) -> Answer:
+        self._check_ready()
         if self._settings.log_prompts:
             named = given.model_dump(include={"prompt", "messages"}, exclude_unset=True)
             record_of(request.scope).facts |= named

@@ -9,7 +9,7 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
@@ -75,17 +75,18 @@ class _Text:
         unfinished character. What waits at the end of a text that was stopped is no part of it.
         """
         text = "".join(token.text for token in piece.tokens)
-        told: list[Token] = []
-        for token in piece.tokens:
-            self.held.append(token)
-            if token.text:
-                told += self.held
-                self.held.clear()
+        tokens = [*self.held, *piece.tokens]
+        if piece.finish_reason == "eos" and piece.tokens:  # the end is no part of the text either
+            end = tokens.pop()
+            if tokens and not tokens[-1].text:
+                tokens[-1] = replace(tokens[-1], text=end.text)  # what was held back until then
+        whole = max((at for at, token in enumerate(tokens, start=1) if token.text), default=0)
+        told, self.held = tokens[:whole], tokens[whole:]
         if piece.finish_reason is not None:
             self.finish_reason = _REASONS[piece.finish_reason]
             if self.finish_reason == "length":
                 told += self.held
-            self.held.clear()
+            self.held = []
         self.shown += text
         self.tokens += told
         return text, told

@@ -61,7 +61,10 @@ class Frame:
         scope.setdefault("state", {})["record"] = record
         framed = _FramedSend(send, record, private=scope["path"].startswith("/v1/"))
         try:
-            await self._app(scope, receive, framed)
+            if scope["path"].isprintable():
+                await self._app(scope, receive, framed)
+            else:  # who routes and who protects might not read it alike
+                await _refuse(ApiError(404, "there is nothing here"), scope, receive, framed)
         except GoneError as gone:
             record.facts["gone"] = str(gone)
             record.status = record.status or HUNG_UP

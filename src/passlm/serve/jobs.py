@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Literal
 
 from passlm.errors import InputError
 from passlm.outputs import Stats
+from passlm.serve.settings import SettingsError
 
 if TYPE_CHECKING:  # a command's help lists the settings, and torch takes seconds
     from passlm.generate import Options
 
 FAULT = "the server met a fault while writing this text"
 
-EndReason = Literal["eos", "stop", "length", "context", "time", "cancelled"]
+EndReason = Literal["eos", "stop", "length", "context", "time", "waited", "cancelled"]
+"""Of texts cut by the clock, `waited` are those that had not begun."""
 
 
 class QueueFullError(InputError):
@@ -42,7 +44,11 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """How much the worker takes on."""
+    """How much the worker takes on.
+
+    Raises:
+        SettingsError: a limit leaves no room for any text.
+    """
 
     max_batch: int = field(default=8, metadata={"help": "texts decoded at a time"})
     max_context: int = field(
@@ -63,6 +69,15 @@ class WorkerSettings:
     max_seconds: float = field(
         default=600.0, metadata={"help": "a text that takes longer is ended where it is"}
     )
+
+    def __post_init__(self) -> None:
+        for limit in fields(self):
+            value, least = getattr(self, limit.name), "more than 0"
+            if limit.name in ("max_cache", "max_waiting"):
+                value, least = value + 1, "0 or more"
+            if value <= 0:
+                flag = limit.name.replace("_", "-")
+                raise SettingsError(f"--{flag} is {getattr(self, limit.name)}: it must be {least}")
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,10 @@ import socket
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
+import h11
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from passlm.serve.feed import Decoding
 from passlm.serve.settings import SettingsError
@@ -96,18 +98,57 @@ def is_loopback(listening: socket.socket) -> bool:
     return ipaddress.ip_address(host).is_loopback
 
 
+class _Connection(H11Protocol):
+    """A connection that is closed where a request's head does not come in time.
+
+    The time runs from the first byte, of a new connection from its beginning; between requests
+    `IDLE_SECONDS` are allowed.
+    """
+
+    read_seconds: float
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """See `asyncio.Protocol`."""
+        super().connection_made(transport)
+        self._mind_the_head()
+
+    def data_received(self, data: bytes) -> None:
+        """See `asyncio.Protocol`."""
+        super().data_received(data)
+        self._mind_the_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See `asyncio.Protocol`."""
+        super().connection_lost(exc)
+        self._come()
+
+    def _mind_the_head(self) -> None:
+        if self.conn.their_state is not h11.IDLE:
+            self._come()
+        elif self._late is None:
+            self._late = self.loop.call_later(self.read_seconds, self.transport.close)
+
+    def _come(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
+
+
 class WebServer(uvicorn.Server):
     """Leaves signals to others.
 
     Args:
         app: of `create_app`.
+        read_seconds: in which a request's head must have come.
     """
 
-    def __init__(self, app: FastAPI) -> None:
+    def __init__(self, app: FastAPI, read_seconds: float) -> None:
+        connection = type("Connection", (_Connection,), {"read_seconds": read_seconds})
         super().__init__(
             uvicorn.Config(
                 app,
-                http="h11",
+                http=connection,
                 ws="none",
                 loop="asyncio",
                 log_config=None,
@@ -131,6 +172,7 @@ def serve(
     worker: Stoppable,
     listening: socket.socket,
     grace_seconds: float,
+    read_seconds: float,
     announce: Callable[[], None],
 ) -> int | None:
     """Serve until a signal comes, then finish what is under way; a second one ends at once.
@@ -142,6 +184,7 @@ def serve(
         worker: started; it is stopped here.
         listening: from `bound_socket`.
         grace_seconds: for the texts under way.
+        read_seconds: in which a request's head must have come.
         announce: called once requests are taken.
 
     Returns:
@@ -154,17 +197,17 @@ def serve(
         listening.listen(BACKLOG)
     except OSError as error:
         raise _unusable(error, *listening.getsockname()[:2]) from error
-    return asyncio.run(_serve(app, worker, listening, grace_seconds, announce))
+    server = WebServer(app, read_seconds)
+    return asyncio.run(_serve(server, worker, listening, grace_seconds, announce))
 
 
 async def _serve(
-    app: FastAPI,
+    server: WebServer,
     worker: Stoppable,
     listening: socket.socket,
     grace_seconds: float,
     announce: Callable[[], None],
 ) -> int | None:
-    server = WebServer(app)
     asked = _first_signal()
     serving = asyncio.create_task(server.serve([listening]))
     announcing = asyncio.create_task(_announced(worker, announce))

@@ -42,8 +42,14 @@ class RememberingDecoder(Decoder):
         for row in leaving:
             known = row.tokens[:-1]
             if self.prefixes is not None and len(known) >= SHORTEST:
-                self.prefixes.remember(known, self.copied(row, len(known)))
+                self._remember(self.prefixes, row, known)
         super().leave(leaving)
+
+    def _remember(self, prefixes: Prefixes, row: Row, known: Sequence[int]) -> None:
+        try:
+            prefixes.remember(known, self.copied(row, len(known)))
+        except Exception:  # memory may be short, and it is a convenience
+            _log.exception("a text that is over cannot be remembered")
 
 
 class Scheduler:
@@ -66,8 +72,9 @@ class Scheduler:
         self.lm = lm
         self.settings = settings
         context = lm.target.context
-        self.max_context = min(settings.max_context, context or settings.max_context)
-        self.max_cache = settings.max_cache or settings.max_batch * self.max_context
+        longest = min(settings.max_context, context or settings.max_context)
+        self.max_cache = settings.max_cache or settings.max_batch * longest
+        self.max_context = min(longest, self.max_cache)  # else it would wait for room for ever
         self.passes = 0
         self.pass_seconds = 0.0
         self.faults = 0
@@ -130,7 +137,7 @@ class Scheduler:
     def tick(self) -> None:
         """Let the next text begin, read a bit of its prompt, and run a step for all others."""
         idle = [text for text in self._texts() if text.row is None]
-        self._end([text for text in idle if text.late], "time")
+        self._end([text for text in idle if text.late], "waited")
         self._begin_next()
         self._read()
         self._step()

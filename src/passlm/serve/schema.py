@@ -107,16 +107,18 @@ LogitBias: TypeAlias = Annotated[
     dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
     Field(json_schema_extra={"additionalProperties": False}),
 ]
-Ids: TypeAlias = Annotated[list[NotNegative], Field(min_length=1)]
+# Lists may be long, and the first thing wrong is enough to know.
+Ids: TypeAlias = Annotated[list[NotNegative], Field(min_length=1, fail_fast=True)]
 Prompt: TypeAlias = Annotated[
     SomeText
-    | Annotated[list[SomeText], Field(min_length=1)]
+    | Annotated[list[SomeText], Field(min_length=1, fail_fast=True)]
     | Ids
-    | Annotated[list[Ids], Field(min_length=1)],
+    | Annotated[list[Ids], Field(min_length=1, fail_fast=True)],
     _of_form("a text, a list of texts, token ids or a list of lists of token ids, none empty"),
 ]
 Stop: TypeAlias = Annotated[
-    SomeText | list[SomeText] | None, _of_form("a text or a list of texts, none empty")
+    SomeText | Annotated[list[SomeText], Field(fail_fast=True)] | None,
+    _of_form("a text or a list of texts, none empty"),
 ]
 NO_LONGER = "An older name of it is taken as well."
 
@@ -234,7 +236,9 @@ class Message(Body):
     """What somebody said in a chat; which roles there are is the chat template's affair."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[Text | list[Part], BeforeValidator(_content)]
+    content: Annotated[
+        Text | Annotated[list[Part], Field(fail_fast=True)], BeforeValidator(_content)
+    ]
     name: Text | None = None
     tool_call_id: Text | None = None
     refusal: Unsupported = None
@@ -247,7 +251,7 @@ class Message(Body):
 class ChatRequest(Sampled):
     """A chat to be answered."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20), _WHOLE] | None = Field(
         default=None, description="How many of the likeliest tokens to tell with each one."
@@ -260,7 +264,7 @@ class ChatRequest(Sampled):
     metadata: Annotated[dict[Text, Text], Field(max_length=16)] | None = Field(
         default=None, description="Has no effect."
     )
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
     store: OnlyFalse | None = None
     service_tier: Literal["auto", "default"] | None = None
     safety_identifier: Text | None = Field(default=None, description="Has no effect.")

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 from passlm.decode import PromptError
 from passlm.generate import Generator
@@ -165,14 +166,18 @@ class Worker:
             inbox, cancelled = self._taken()
             for job in inbox:
                 self._scheduler.add(job)
-            for job in cancelled:
-                self._scheduler.cancel(job)
-            if self._deadline is not None and time.monotonic() > self._deadline:
-                self._finished = self._finished and not self._scheduler.busy
-                self._scheduler.cancel_all()
-            self._guarded(self._scheduler.tick)
-            self._tidy()
+            self._guarded(partial(self._round, cancelled))
         self._ready = False
+
+    def _round(self, cancelled: Iterable[Job]) -> None:
+        """Let those go that are not wanted any more, and take a step with the others."""
+        for job in cancelled:
+            self._scheduler.cancel(job)
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            self._finished = self._finished and not self._scheduler.busy
+            self._scheduler.cancel_all()
+        self._scheduler.tick()
+        self._tidy()
 
     def _tidy(self) -> None:
         """Give freed memory back: now and then, and when there is nothing left to do."""

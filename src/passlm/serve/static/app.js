@@ -319,8 +319,14 @@ class Playground {
 
   #useKey(event) {
     event.preventDefault();
-    this.#server.use(byId("key").value);
+    const given = byId("key").value;
     byId("key").value = "";
+    try {
+      this.#server.use(given);
+    } catch (error) {
+      this.#failed(error);
+      return;
+    }
     byId("key-form").hidden = true;
     this.#problem("");
     this.#input.focus();

@@ -25,9 +25,13 @@ export class Server {
 
   /** Send this key from now on; it is kept until the tab is closed. */
   use(key) {
-    this.#key = key;
+    const sent = key.trim();
+    if (!/^[\x20-\x7e]*$/.test(sent)) {
+      throw new Refusal(401, { message: "A key holds letters, digits and signs, this one more." });
+    }
+    this.#key = sent;
     try {
-      sessionStorage.setItem(STORED, key);
+      sessionStorage.setItem(STORED, sent);
     } catch {
       // Where storage is forbidden the key lasts until the page is left.
     }
