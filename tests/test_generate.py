@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
 from byte_model import CONTEXT, END, byte_generator, save_folders
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders
 
 from passlm.decode import Decoder, PromptError
-from passlm.detokenize import Detokenizer
+from passlm.detokenize import Decode, Detokenizer, text_behind
 from passlm.errors import InputError
 from passlm.generate import Generator, load
 from passlm.params import ParameterError
@@ -46,6 +47,11 @@ def test_methods_write_one_text(lm: Generator) -> None:
     assert len(texts) == 1
 
 
+def test_no_prompts_give_no_texts(lm: Generator) -> None:
+    """Catches a loop over batches that fails at an empty one."""
+    assert lm.generate([]) == lm.generate([], method="ar") == []
+
+
 def test_batch_is_in_order_and_equals_each_alone(lm: Generator) -> None:
     """Catches texts swapped in a batch."""
     prompts = ["a", "bcd efg", "hello, world: "]
@@ -65,6 +71,33 @@ def test_detokenizer_gives_the_text_whole(text: str, method: str) -> None:
     pieces = [detokenizer.push(token) for token in ids]
     assert all("\ufffd" not in piece for piece in pieces)
     assert "".join(pieces) + detokenizer.flush() == text
+
+
+def byte_fallback(ids: Sequence[int]) -> str:
+    """As a tokenizer of the kind of Llama 2 reads tokens that are bytes."""
+    tokens = [chr(byte) if byte < 128 else f"<0x{byte:02X}>" for byte in ids]
+    return str(decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()]).decode(tokens))
+
+
+def byte_level(ids: Sequence[int]) -> str:
+    """As one of the kind of GPT-2 does."""
+    return bytes(ids).decode(errors="replace")
+
+
+@pytest.mark.parametrize("text", ["🙂🙂🙂🙂", "é漢🙂é", "a🙂b🙂🙂🙂"])
+@pytest.mark.parametrize("decode", [byte_fallback, byte_level])
+def test_characters_in_a_row_are_read_as_they_are(decode: Decode, text: str) -> None:
+    """Catches a window that begins within a character: tokenizers that fall back on bytes read
+    such in a row together, all or none. And a character that the prompt left unfinished, lost."""
+    ids = list(f"prompt {text}".encode())
+    for cut in range(7, len(ids)):
+        before = bytes(ids[:cut]).decode(errors="ignore")
+        assert before + text_behind(decode, ids[:cut], ids[cut:]) == f"prompt {text}"
+
+
+def test_a_prompts_broken_end_is_not_told_again() -> None:
+    """Catches bytes that never become a character, given as part of the new text."""
+    assert text_behind(byte_level, [*b"a\xf0"], [*b"bc"]) == "bc"
 
 
 _GENERATORS: list[Generator] = []

@@ -55,11 +55,13 @@ def load(
 
     Args:
         model: the packaged default, a folder, a hub id or a `.gguf` file.
-        lookahead: a folder, the name of shipped files, or a hub id; `"none"` decodes plainly.
-            None takes what ships for the model, and says so in the log where nothing does.
+        lookahead: a folder, the name of shipped files, or a hub id; `"none"` does without, where
+            `auto` still drafts from the text itself (plain decoding is `method="ar"`). None takes
+            what ships for the model, and says so in the log where nothing does.
         dtype: `bfloat16`, `float16` or `float32`.
         device: where the model goes, as torch names it.
-        pack: on a CPU in bfloat16, keep a second copy of the weights in a faster layout.
+        pack: on a CPU, in bfloat16 or float32, keep a second copy of the weights in a faster
+            layout, where that pays.
         compile: on a CPU, run passes that are compiled once, which takes minutes and a C++
             compiler, and kept in the user's cache folder. Where that fails, a warning says so and
             passes run eagerly.
@@ -186,7 +188,7 @@ class Generator:
     Args:
         target: the frozen model.
         tokenizer: the model's own.
-        look_ahead: rows trained for it; None decodes plainly.
+        look_ahead: rows trained for it; None does without.
 
     Attributes:
         rows: what decoding takes of the look-ahead files; None without.
@@ -232,6 +234,8 @@ class Generator:
         """Continue prompts as one batch, in order; arguments and errors are those of `stream`."""
         chosen = Options.of(self.look_ahead, options)
         ids = [self.encode(prompt) for prompt in _listed(prompts)]
+        if not ids:
+            return []
         stats = [Stats() for _ in ids]
         chunks: list[list[Chunk]] = [[] for _ in ids]
         for index, chunk in self._run(ids, chosen, stats):
