@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from small_llama import randomised, small_llama
-from tiny import random_look_ahead
+from tiny import ARCHITECTURES, random_look_ahead
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -21,6 +22,8 @@ from passlm.lookahead import LookAhead
 from passlm.params import SamplingParams
 from passlm.plan import Adaptive, ByHead, OnePass, Strategy, TwoPass, autoregressive
 from passlm.planner import AutoPlan
+from passlm.provenance import staging
+from passlm.quantize import quantized
 from passlm.row import Request, Row
 from passlm.target import Target
 
@@ -163,6 +166,31 @@ def test_layers_of_two_kinds(folder: Path, tiny_target: Callable[[str], Target])
     assert fast.engine == "compiled"
 
 
+@pytest.mark.parametrize(
+    ("name", "changes"), [("falcon", {}), ("opt", {"word_embed_proj_dim": 16})]
+)
+def test_sizes_that_the_configuration_does_not_say(
+    folder: Path, name: str, changes: dict[str, int]
+) -> None:
+    """Catches a cache with as many heads, or as wide ones, as llama's names would make them."""
+    model = ARCHITECTURES[name].build(**changes)
+    eager, fast = Target(model), Target(model, compiled=folder)
+    for plan in (autoregressive, AutoPlan(CHEAP)):
+        expected = texts(eager, None, plan, GREEDY, PROMPTS[:2])[0]
+        assert texts(fast, None, plan, GREEDY, PROMPTS[:2])[0] == expected
+    assert fast.engine == ("eager" if name == "falcon" else "compiled")  # it cannot be traced
+
+
+@pytest.mark.skipif(not native.available(), reason="int8 weights need our own products")
+def test_rounded_layers_of_a_float16_model(tmp_path: Path) -> None:
+    """Catches rows of a type that the products do not take, met after minutes of compiling."""
+    model = quantized(roomy_llama().to(torch.float16))
+    fast = Target(model, compiled=tmp_path)
+    found = texts(fast, None, autoregressive, GREEDY, PROMPTS[:2])[0]
+    assert found == texts(Target(model), None, autoregressive, GREEDY, PROMPTS[:2])[0]
+    assert fast.engine == "compiled, int8"
+
+
 def test_packages_are_kept(
     folder: Path, look_ahead: LookAhead, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,3 +256,38 @@ def test_a_damaged_package_is_deleted(
         texts(target, None, autoregressive, GREEDY, PROMPTS[:1])
     assert "deleted" in caplog.text
     assert len(list(tmp_path.iterdir())) == count - 1
+
+
+def test_a_whole_package_that_cannot_be_opened_is_kept(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches minutes of compiling at every start, where there is no room to unpack it."""
+    texts(Target(roomy_llama(), compiled=folder), None, autoregressive, GREEDY, PROMPTS[:1])
+    before = sorted(folder.glob("*.pt2"))
+
+    def full(path: Path) -> None:
+        raise RuntimeError("no space left on device")
+
+    monkeypatch.setattr(compiled.packages, "opened", full)
+    target = Target(roomy_llama(), compiled=folder)
+    with caplog.at_level(logging.WARNING):
+        texts(target, None, autoregressive, GREEDY, PROMPTS[:1])
+    assert "no space left on device" in caplog.text
+    assert target.engine == "eager"
+    assert sorted(folder.glob("*.pt2")) == before
+
+
+def test_what_a_killed_process_left_goes(tmp_path: Path) -> None:
+    """Catches a cache that grows by the weights' size each time compiling is killed, and one that
+    takes the folder of a process that is at it."""
+    with staging(tmp_path) as other, staging(tmp_path) as own:
+        (own / "part").write_text("x")
+        assert other.is_dir()
+        left = tmp_path / f"{own.name}-of-yesterday"
+        left.mkdir()
+        (left / "part").write_text("x")
+        os.utime(left, (0, 0))
+        with staging(tmp_path):
+            assert not left.exists()
+        assert own.is_dir()
+    assert list(tmp_path.iterdir()) == []

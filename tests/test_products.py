@@ -147,7 +147,7 @@ def test_joined_layers_and_their_updates(kind: str) -> None:
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        (torch.zeros(2, 24, dtype=torch.float16), "must be bfloat16 or float32"),
+        (torch.zeros(2, 24, dtype=torch.float64), "must be bfloat16 or float32"),
         (torch.zeros(2, 23), "not as many inputs"),
         (torch.zeros(2, 24, dtype=torch.bfloat16), "bias is not of the rows' type"),
     ],

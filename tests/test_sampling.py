@@ -88,7 +88,7 @@ def both(names: Sequence[str], **extra: Any) -> tuple[LogitsProcessorList, Logit
 def test_processors_are_those_of_transformers_in_its_order(names: list[str]) -> None:
     """Catches a processor left out, set up otherwise, or at another place than in `generate`."""
     ours, theirs = both(names)
-    assert [type(p) for p in ours] == [type(p) for p in theirs]
+    assert all(isinstance(own, type(other)) for own, other in zip(ours, theirs, strict=True))
     generator = torch.Generator().manual_seed(1)
     for length in (PROMPT, PROMPT + 2, PROMPT + 3, 20):  # before and after `min_new_tokens`
         ids = torch.randint(V, (1, length), generator=generator)
@@ -107,8 +107,16 @@ def test_order_matters_for_what_is_compared() -> None:
 def test_greedy_decoding_has_no_warpers() -> None:
     """Catches a temperature of 0 that is divided by, and top-k where `generate` has none."""
     ours, theirs = both([n for n in EVERYTHING if n != "hot"], temperature=0.0)
-    assert [type(p) for p in ours] == [type(p) for p in theirs]
+    assert all(isinstance(own, type(other)) for own, other in zip(ours, theirs, strict=True))
     assert [type(p) for p in ours][-1] is Damp
+
+
+def test_ends_are_held_back_where_the_scores_are() -> None:
+    """Catches ids left on the CPU while the model computes elsewhere; nothing is computed here."""
+    (chain,) = processors(SamplingParams(min_new_tokens=2), PROMPT, EOS)
+    ids, scores = (torch.zeros(1, 5, device="meta", dtype=kind) for kind in (int, torch.float32))
+    assert chain(ids.long(), scores).device.type == "meta"
+    assert chain.eos_token_id.device.type == "meta"
 
 
 def test_min_new_tokens_counts_from_the_end_of_the_prompt() -> None:

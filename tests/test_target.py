@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -428,3 +430,44 @@ def test_sizes_are_known_while_a_pass_has_the_body_replaced(llama: Target) -> No
     finally:
         hook.remove()
     assert found == [llama.vocabulary + llama.d_model]
+
+
+def test_threads_that_share_a_model_take_turns() -> None:
+    """Catches real rows of one thread that meet what another's pass has altered: updates of its
+    look-ahead rows, and attention that the second target then takes for the model's own."""
+    model = ARCHITECTURES["llama"].build()
+    mine, theirs = Target(model), Target(model)
+    rows = tiny.random_look_ahead(mine, 2, rank=2).rows(mine)
+    drafting = [PassRow([1, 2], Plan(1, (0, 2)))]
+    plain = [PassRow([3, 4, 5, 6], Plan(3, (0,) * 4))]
+    expected = theirs.run(theirs.new_cache(), plain, None).logits
+    entered, leave = threading.Event(), threading.Event()
+
+    def hold(*_: Any) -> None:
+        if threading.current_thread().name.startswith("drafting"):
+            entered.set()
+            assert leave.wait(60)
+
+    found: list[Tensor | None] = []
+
+    def beside() -> None:
+        other = Target(model)
+        found.append(other.run(other.new_cache(), plain, None).logits)
+
+    hook = model.model.layers[0].mlp.register_forward_pre_hook(hold)
+    try:
+        with ThreadPoolExecutor(1, "drafting") as one, ThreadPoolExecutor(1, "plain") as other:
+            first = one.submit(mine.run, mine.new_cache(), drafting, rows)
+            assert entered.wait(60)
+            second = other.submit(beside)
+            with pytest.raises(TimeoutError):
+                second.result(0.2)
+            leave.set()
+            first.result(60)
+            second.result(60)
+    finally:
+        leave.set()
+        hook.remove()
+    assert expected is not None
+    assert found[0] is not None
+    assert torch.equal(found[0], expected)

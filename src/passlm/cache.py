@@ -145,6 +145,16 @@ class RowCache(Cache):
             lengths = torch.tensor(self.lengths, device=device)
             self.write_slots = (0, lengths[:, None] + torch.arange(rows, device=device))
 
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...] | None:
+        """Heads and `d_head` of each layer; None where one has none, or unlike keys and values."""
+        found = []
+        for layer in self.row_layers:
+            if layer.stored is None or layer.stored[0].shape != layer.stored[1].shape:
+                return None
+            found.append((layer.stored[0].shape[1], layer.stored[0].shape[3]))
+        return tuple(found)
+
     def slots(
         self, sizes: Sequence[tuple[int, int]], dtype: torch.dtype
     ) -> list[tuple[Tensor, Tensor]]:

@@ -19,8 +19,8 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 import threading
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -43,12 +43,11 @@ from passlm.attention import can_group, can_stand_in_line, grouped
 from passlm.joined import JoinedLinears, joinable
 from passlm.lora import AppliedLora, RowSplit
 from passlm.packing import PackedLinears
-from passlm.provenance import environment
+from passlm.provenance import environment, staging
 
 MOST_ROWS = 2**16  # of one pass, all texts together
 _MOST_TEXTS = 256
 _MOST_SLOTS = 2**20
-_UNFINISHED = "unfinished-"  # of folders in which passes are being compiled
 _PARTS = (
     *(passlm.attention, passlm.joined, passlm.lora),
     *(passlm.packing, passlm.products, passlm.quantize),
@@ -86,6 +85,8 @@ class _SlotLayer(StaticLayer):  # type: ignore[no-untyped-call]  # its base's ho
         assert self.keys is not None, "made with tensors"
         assert self.values is not None, "made with tensors"
         for stored, states in ((self.keys, key_states), (self.values, value_states)):
+            if (stored.shape[1], stored.shape[3]) != (states.shape[1], states.shape[3]):
+                raise CompileError("keys and values are not of the sizes that the cache has")
             if self.texts is None:
                 places = self.slots[:, None, :, None].expand_as(states)
                 stored.scatter_(2, places, states)
@@ -305,9 +306,12 @@ class CompiledPasses:
             _compile(self._example(lora), path)
         try:
             return packages.opened(path)
-        except Exception as error:  # of torch's loader: a file cut short, another torch's
-            path.unlink(missing_ok=True)
-            raise CompileError(f"cannot load {path}, deleted: {_first_line(error)}") from error
+        except Exception as error:  # of torch's loader: a file cut short, or no room for its parts
+            what = ""
+            if not zipfile.is_zipfile(path):
+                path.unlink(missing_ok=True)
+                what = ", deleted"
+            raise CompileError(f"cannot load {path}{what}: {_first_line(error)}") from error
 
     def _key(self, lora: AppliedLora | None) -> str:
         if self._digest is None:
@@ -401,14 +405,8 @@ def _compile(traced: _Traced, path: Path) -> None:
     """
     _log.info("compiling passes, once: it takes minutes; kept as %s", path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # A folder of its own: what a killed process leaves is no package, and told by its name.
-        with (
-            tempfile.TemporaryDirectory(dir=path.parent, prefix=_UNFINISHED) as folder,
-            torch.no_grad(),
-            _settings(),
-        ):
-            staged = Path(folder) / path.name
+        with staging(path.parent) as folder, torch.no_grad(), _settings():
+            staged = folder / path.name
             torch._inductor.aoti_compile_and_package(traced.exported(), package_path=str(staged))
             os.replace(staged, path)
     except Exception as error:  # whatever torch, transformers, the compiler or the disk raise

@@ -58,8 +58,10 @@ def custom_generate(
 ) -> CustomGenerate:
     """PaSS for transformers: `model.generate(..., custom_generate=passlm.custom_generate())`.
 
-    The result is `generate`'s own: greedy text token for token, sampled text of the same
-    distribution. Left-padded batches, processors, stopping criteria, `num_return_sequences`,
+    The result is `generate`'s own: greedy text token for token (in 16-bit types but for ties, which
+    passes of several rows may round the other way), sampled text of the same distribution. Several
+    threads may decode one model with it, pass by pass in turn; what else uses the model meanwhile
+    may meet it altered. Left-padded batches, processors, stopping criteria, `num_return_sequences`,
     `streamer` and `return_dict_in_generate` work as they do there, with these differences:
 
     - Transformers takes no `stop_strings` beside a callable: give

@@ -13,7 +13,6 @@ import os
 import shlex
 import shutil
 import subprocess
-import tempfile
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,7 @@ from typing import Literal
 
 import torch
 
-from passlm.provenance import cache_folder, environment
+from passlm.provenance import cache_folder, environment, staging
 
 SOURCES = tuple(sorted((Path(__file__).parent / "cpp").glob("*.[ch]*")))
 _LANES = {"AVX512": 16, "AVX2": 8}  # numbers of 32 bits in a register
@@ -139,11 +138,10 @@ def _build(command: Sequence[str], library: Path) -> None:
             timeout=_BUILD_SECONDS,
         )
 
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent, prefix="unfinished-") as folder:
-        staged = Path(folder) / library.name
+    with staging(library.parent) as folder:
+        staged = folder / library.name
         code = [source for source in SOURCES if source.suffix == ".cpp"]
-        parts = [str(Path(folder) / f"{source.stem}.o") for source in code]
+        parts = [str(folder / f"{source.stem}.o") for source in code]
         with ThreadPoolExecutor() as pool:  # a compiler uses one core
             list(pool.map(lambda s, part: run("-c", str(s), "-o", part), code, parts))
         run("-shared", *parts, "-ltorch_cpu", "-o", str(staged))

@@ -130,16 +130,17 @@ class RowsProduct(nn.Module):
         return self.packed.permute(0, 3, 2, 1).reshape(-1, inputs)[: self.width]
 
     def forward(self, rows: Tensor, gate: Tensor | None = None) -> Tensor:
-        """`[..., in]`, bfloat16 or float32, to `[..., out]` in the same type.
+        """`[..., in]` to `[..., out]` in the same type, float16 by way of float32.
 
         Args:
             rows: the rows.
             gate: what each row's update is multiplied by, `[N]`, 0 for rows that have none;
                 without it no row has one.
         """
+        taken = rows.float() if rows.dtype == torch.float16 else rows
         made: Tensor = torch.ops.passlm.rows_product(
-            rows,
-            self.none if gate is None else gate,
+            taken,
+            self.none if gate is None else gate.to(taken.dtype),
             self.packed,
             self.scale,
             self.bias,
@@ -149,7 +150,7 @@ class RowsProduct(nn.Module):
             self.width,
             torch.get_num_threads(),
         )
-        return made
+        return made.to(rows.dtype)
 
 
 def block() -> int:

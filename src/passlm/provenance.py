@@ -5,16 +5,21 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 CACHE_VARIABLE = "PASSLM_CACHE"
+_UNFINISHED = "unfinished-"
+_ABANDONED_SECONDS = 24 * 3600.0
 _PACKAGES = ("torch", "transformers", "safetensors", "numpy")
 
 
@@ -91,6 +96,24 @@ def _processor() -> str:
         return platform.processor()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
+
+
+@contextmanager
+def staging(folder: Path) -> Iterator[Path]:
+    """A folder within another one, to make something in that is then moved out; gone afterwards.
+
+    What a process that was killed left in its own goes as well, once it is a day old.
+
+    Raises:
+        OSError: the folder cannot be made.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(f"{_UNFINISHED}*"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
+                shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=_UNFINISHED) as made:
+        yield Path(made)
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:

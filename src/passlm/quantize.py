@@ -77,9 +77,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """`[..., in]` to `[..., out]`, in the type of `rows`."""
-        if rows.dtype in _TYPES:
-            return self.product.forward(rows)
-        return self.product.forward(rows.float()).to(rows.dtype)
+        return self.product.forward(rows)
 
 
 def quantized(model: PreTrainedModel, kind: str = "int8") -> PreTrainedModel:

@@ -80,13 +80,21 @@ def processors(
         words = [list(word) for word in params.bad_words]
         chosen.append(NoBadWordsLogitsProcessor(words, eos_token_id=list(eos) or None))
     if params.min_new_tokens and eos:
-        chosen.append(
-            MinNewTokensLengthLogitsProcessor(prompt_tokens, int(params.min_new_tokens), list(eos))
-        )
+        chosen.append(HeldBackEnd(prompt_tokens, int(params.min_new_tokens), list(eos)))
     chosen.extend(params.processors)
     if params.temperature > 0:
         chosen.extend(_warpers(params))
     return chosen
+
+
+class HeldBackEnd(MinNewTokensLengthLogitsProcessor):
+    """Transformers' own, wherever the scores are: it asks for their device beforehand."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores `[1, V]`, those of an end at minus infinity while the text is too short."""
+        self.eos_token_id = self.eos_token_id.to(scores.device)
+        processed: Tensor = super().__call__(input_ids, scores)
+        return processed
 
 
 class WrittenTokensPenalty(LogitsProcessor):

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import inspect
 import logging
+import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +64,12 @@ class Target:
     ) -> None:
         self.model = model
         self.config = model.config.get_text_config()
+        self._lock = _lock_of(model)
+        with self._lock:  # passes of another thread may have altered it for a moment
+            self._prepare(pack, compiled)
+
+    def _prepare(self, pack: bool, compiled: Path | None) -> None:
+        model = self.model
         check_supported(model)
         # Kept, since other threads may ask for sizes while `logits` has the model's body replaced.
         embedding: Any = model.get_input_embeddings()
@@ -72,11 +80,11 @@ class Target:
         # What torch's kernel on a CPU would make of a boolean mask in every layer is made once.
         self._additive = attention(model) == "eager" or self._grouped
         self._quantized = is_quantized(model)
-        self._compiled = None if compiled is None else self._compilable(compiled)
+        self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._packed: PackedLinears | None = None
+        self._compiled = None if compiled is None else self._compilable(compiled)
         if pack and can_pack(model):
             self._packed = PackedLinears(self._output_layer if self._compiled else model)
-        self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def expect(self, look_ahead: LookAheadRows | None) -> None:
         """Hear which look-ahead rows passes are going to have: compiled ones are made for them."""
@@ -209,6 +217,7 @@ class Target:
         seen = torch.stack([layout.visible[rows:] for layout in layouts]).to(self.device)
         cache.filled = seen.shape[2]
         with ExitStack() as stack:
+            stack.enter_context(self._lock)
             if look_ahead.lora is not None:
                 stack.enter_context(look_ahead.lora.applied(RowSplit()))
             if checkpointing:
@@ -235,7 +244,7 @@ class Target:
     def _read(self, text: Tensor, cache: RowCache) -> Tensor:
         rows = text.shape[1]
         causal = Plan(rows - 1, (0,) * rows)
-        with torch.no_grad(), head_left_out(self._output_layer) as hidden:
+        with self._lock, torch.no_grad(), head_left_out(self._output_layer) as hidden:
             passes = [PassRow(tokens, causal) for tokens in text.tolist()]
             self._forward(cache, passes, None, last_logits_only=False)
         return hidden[0]
@@ -256,12 +265,13 @@ class Target:
                 f"{type(self.model).__name__} does not show its body as {name!r}: look-ahead rows "
                 "cannot be trained for it"
             )
-        body = modules[name]
-        modules[name] = GivenBody(rows)
-        try:
-            logits: Tensor = self.model(inputs_embeds=rows[..., :1], use_cache=False).logits
-        finally:
-            modules[name] = body
+        with self._lock:
+            body = modules[name]
+            modules[name] = GivenBody(rows)
+            try:
+                logits: Tensor = self.model(inputs_embeds=rows[..., :1], use_cache=False).logits
+            finally:
+                modules[name] = body
         return logits.view(*hidden.shape[:-1], -1)
 
     @property
@@ -281,9 +291,14 @@ class Target:
 
     def probe(self) -> None:
         """`PROBE_ROWS` tokens through the model, for hooks to see what is called."""
+        self._probed()
+
+    def _probed(self) -> RowCache:
         text = PassRow([0] * PROBE_ROWS, Plan(PROBE_ROWS - 1, (0,) * PROBE_ROWS))
-        with torch.no_grad(), head_left_out(self._output_layer):
-            self._forward(self.new_cache(), [text], None, last_logits_only=False)
+        cache = self.new_cache()
+        with self._lock, torch.no_grad(), head_left_out(self._output_layer):
+            self._forward(cache, [text], None, last_logits_only=False)
+        return cache
 
     @property
     def _output_layer(self) -> nn.Module:
@@ -307,22 +322,19 @@ class Target:
                 _log.warning("passes cannot be compiled, so they run eagerly: %s", error)
                 self._compiled = None
                 self._packed = PackedLinears(self.model) if self._packed else None
-        return self._forward(cache, rows, look_ahead, last_logits_only, keep_hidden)
+        with self._lock:
+            return self._forward(cache, rows, look_ahead, last_logits_only, keep_hidden)
 
     def _compilable(self, folder: Path) -> CompiledPasses | None:
         if self.device.type != "cpu":
             _log.warning("passes are compiled for CPUs alone: on %s they run eagerly", self.device)
             return None
-        config, kinds = self.config, self._kinds
-        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        d_head = getattr(config, "head_dim", None) or self.d_model // config.num_attention_heads
-        layers = int(config.num_hidden_layers)
-        shapes = Shapes(
-            self.d_model,
-            ((int(kv_heads), int(d_head)),) * layers,
-            kinds,
-            self.dtype if self._additive else torch.bool,
-        )
+        layers = self._probed().sizes  # configurations name them in many ways
+        if layers is None:
+            _log.warning("passes run eagerly: keys and values of this model are of unlike sizes")
+            return None
+        mask_type = self.dtype if self._additive else torch.bool
+        shapes = Shapes(self.d_model, layers, self._kinds, mask_type)
         return CompiledPasses(self.model, shapes, folder, self.probe)
 
     def _run_compiled(
@@ -370,6 +382,7 @@ class Target:
     def _head(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states, packed where that is so."""
         with ExitStack() as stack:
+            stack.enter_context(self._lock)  # before the other one, as in a pass
             if self._packed is not None:
                 stack.enter_context(self._packed.applied())
             return self.logits(hidden)
@@ -472,6 +485,16 @@ class Target:
         return torch.zeros(mask.shape, dtype=self.dtype, device=mask.device).masked_fill_(
             ~mask, blocked
         )
+
+
+_LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_LOCKS_LOCK = threading.Lock()
+
+
+def _lock_of(model: nn.Module) -> threading.RLock:
+    """Held while a model is altered for a pass: others who decode it must not see that."""
+    with _LOCKS_LOCK:
+        return _LOCKS.setdefault(model, threading.RLock())
 
 
 def _split(layouts: Sequence[Layout], longest: int, device: torch.device) -> RowSplit:
