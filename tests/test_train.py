@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
@@ -238,6 +239,33 @@ def test_other_settings_are_refused_by_name(unbroken: Trainer) -> None:
     assert "learning_rate was 0.05, is 0.01" in message
     assert "seed was 0, is 7" in message
     assert "warmup" not in message
+
+
+def test_another_dtype_or_start_is_refused(unbroken: Trainer) -> None:
+    """Catches a run that is half in one type, or goes on from other files than it began with."""
+    run = trainer(unbroken.folder, CONFIG)
+    run.started_from = "abc"
+    assert "--start-from is another" in refusal(run)
+    half = Target(deepcopy(counting_llama().model).to(torch.bfloat16))
+    said = refusal(trainer(unbroken.folder, CONFIG, half))
+    assert "dtype was float32, is bfloat16" in said
+
+
+def test_a_run_can_be_gone_on_with_from_its_beginning(unbroken: Trainer, tmp_path: Path) -> None:
+    """Catches a run that was killed before its first checkpoint: neither new nor to be resumed."""
+    run = trainer(tmp_path, CONFIG)
+    next(run.run())  # the first step is done, and no checkpoint is due
+    again = trainer(tmp_path, CONFIG)
+    again.resume()
+    assert again.steps_done == 0
+    finish(again)
+    assert same(again, unbroken)
+
+
+def test_any_seed_draws(tmp_path: Path) -> None:
+    """Catches a seed, as of a clock, that overflows in the middle of a run."""
+    run = trainer(tmp_path, replace(CONFIG, seed=2**63 - 1))
+    assert run.drawing(5).initial_seed() != run.drawing(6).initial_seed()
 
 
 def test_other_text_is_refused(unbroken: Trainer) -> None:

@@ -412,7 +412,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, name: str, at: int, error: BaseExce
 
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-WRITES = 6  # history, checkpoint, tensors, card, curves, README
+WRITES = 7  # two checkpoints, the history between, tensors, card, curves, README
 
 
 @pytest.mark.parametrize("at", range(1, WRITES + 1))
@@ -443,7 +443,7 @@ def test_run_cut_off_at_any_write_leaves_no_folder_that_loads_wrongly(
             assert f"cannot write to --out {out}: No space left on device" in said
     assert len(calls) >= at, "the run does not write so often"
     if (out / CHECKPOINT).exists():
-        assert steps_kept(out) == 2
+        assert steps_kept(out) == (2 if at > 3 else 0)
     if (out / CARD_FILE).exists():
         left = load(out)
         old = bool((left.embeddings == before.embeddings).all())
@@ -503,7 +503,7 @@ def test_second_signal_ends_a_step_that_hangs(run: Run, tmp_path: Path, out: Pat
     )
     assert done.returncode == INTERRUPTED, done.stderr.decode()
     assert b"Traceback" not in done.stderr
-    assert not (out / CHECKPOINT).exists()
+    assert steps_kept(out) == 0
 
 
 def test_signals_that_come_twice_to_launched_processes_are_one() -> None:

@@ -259,6 +259,17 @@ def test_copies_of_one_text_fall_on_the_same_side() -> None:
     assert not {d.text for d in train} & {d.text for d in held_out}
 
 
+def test_copies_in_other_sources_fall_on_the_same_side() -> None:
+    """Catches text that a small source holds out, as it must something, and a large one has."""
+    documents = numbered(60)
+    for number in range(0, 60, 2):
+        copies = [Document(Path("other"), d.text, 1) for d in documents[number : number + 2]]
+        train, held_out = split_held_out([*documents, *copies], 0.02, seed=0)
+        assert not {d.text for d in train} & {d.text for d in held_out}
+        assert {d.source for d in train} == {Path("other"), documents[0].source}
+        assert held_out
+
+
 def test_seed_changes_the_split() -> None:
     """Catches a seed that is ignored."""
     one, other = (split_held_out(numbered(50), 0.3, seed)[1] for seed in (0, 1))

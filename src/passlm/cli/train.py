@@ -256,9 +256,10 @@ def _trainer(
     rows = LookAhead.mean(target, config.lookahead_tokens, named)
     if arguments.start_from is not None:
         rows = _started_from(arguments.start_from, target, config)
+    start = "" if arguments.start_from is None else rows.digest()[:12]
     rows = _with_head(rows, windows, config) if head else _with_parts(rows, target, config)
     kind = HeadTrainer if head else Trainer
-    trainer = kind(target, rows, windows, held_out, config, arguments.out, processes)
+    trainer = kind(target, rows, windows, held_out, config, arguments.out, processes, start)
     if arguments.resume:
         trainer.resume()
     elif arguments.overwrite and trainer.writes:

@@ -242,13 +242,19 @@ def split_held_out(
         raise DataError(f"the held-out share is {share}: give a number between 0 and 1")
     if not documents:
         raise DataError("there are no documents to hold out from: give more text")
-    train: list[Document] = []
-    held_out: list[Document] = []
-    for source in sorted({document.source for document in documents}):
-        parts = _split_source([d for d in documents if d.source == source], share, seed)
-        train += parts[0]
-        held_out += parts[1]
-    return train, held_out
+    sources = sorted({document.source for document in documents})
+    parts = [
+        _split_source([d for d in documents if d.source == source], share, seed)
+        for source in sources
+    ]
+    held_out = [document for _, held in parts for document in held]
+    # A small source may hold out what a large one would train on.
+    texts, train = {document.text for document in held_out}, list[Document]()
+    for documents_of_it, _ in parts:
+        others = [document for document in documents_of_it if document.text not in texts]
+        train += others or documents_of_it
+    trained = {document.text for document in train}
+    return train, [document for document in held_out if document.text not in trained]
 
 
 def _split_source(

@@ -89,6 +89,7 @@ class Trainer:
         config: the settings.
         folder: where checkpoints and the history go.
         processes: who else trains on the same step; None for this process alone.
+        started_from: a hash of the files that it goes on from; empty where it begins anew.
 
     Raises:
         UnsupportedModelError: logits cannot be had from the target's hidden states.
@@ -103,6 +104,7 @@ class Trainer:
         config: TrainConfig,
         folder: Path,
         processes: Processes | None = None,
+        started_from: str = "",
     ) -> None:
         self.target = target
         self.look_ahead = look_ahead.to(target.device)
@@ -113,6 +115,7 @@ class Trainer:
         self.steps_done = 0
         self.seconds = 0.0
         self.processes = processes
+        self.started_from = started_from
         self.parameters = self.trained(look_ahead)
         self.optimizer = torch.optim.Adam(self.rated(look_ahead), betas=BETAS)
         self._rows = look_ahead.trained_rows(target)
@@ -144,12 +147,16 @@ class Trainer:
     def run(self, stop: Callable[[], bool] = lambda: False) -> Iterator[Progress]:
         """Train to the last step, giving each step's figures; checkpoints are kept on the way.
 
+        The first one is of the beginning: whatever ends a run, it can be gone on with.
+
         Args:
             stop: asked after each step; True keeps a checkpoint and ends.
 
         Raises:
             TrainingError: the loss is no number; the last checkpoint stays.
         """
+        if not self.steps_done:
+            self.save_checkpoint()
         self._cut_history()
         begun = time.perf_counter() - self.seconds
         while self.steps_done < self.config.steps:
@@ -218,7 +225,7 @@ class Trainer:
 
     def drawing(self, window: int) -> torch.Generator:
         """What draws the anchors of a text."""
-        return torch.Generator().manual_seed(self.config.seed * 1_000_003 + window)
+        return torch.Generator().manual_seed((self.config.seed * 1_000_003 + window) % 2**63)
 
     def _backward(self, hung: Hung, text: Tensor) -> float:
         """Adds a batch's share to the gradients, part by part; gives its mean loss."""
@@ -307,7 +314,13 @@ class Trainer:
     def _settings(self) -> dict[str, Any]:
         settings: dict[str, Any] = json.loads(json.dumps(asdict(self.config)))
         processes = 1 if self.processes is None else self.processes.place[1]
-        return {**settings, "processes": processes, "data": self.windows.fingerprint()}
+        return {
+            **settings,
+            "processes": processes,
+            "data": self.windows.fingerprint(),
+            "dtype": str(self.target.dtype).removeprefix("torch."),
+            "start": self.started_from,
+        }
 
     def save_checkpoint(self) -> None:
         """Keep all that an exact continuation needs, in one file, whole or not at all."""
@@ -400,6 +413,8 @@ def check_logits(target: Target) -> None:
 def _change(name: str, kept: object, now: object) -> str:
     if name == "data":  # hashes, which say nothing to people
         return "the text or its weights differ"
+    if name == "start":
+        return "--start-from is another"
     return f"{name} was {kept}, is {now}"
 
 
