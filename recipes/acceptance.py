@@ -9,7 +9,6 @@ full: as one leaves, the next joins. Acceptance depends on neither the batch nor
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 import time
@@ -17,8 +16,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
-
-from torch import Tensor
 
 from passlm.bench.methods import check_head
 from passlm.bench.tasks import SUITES, Task, TaskError, load_suite
@@ -176,21 +173,11 @@ def settings(arguments: argparse.Namespace, rows: LookAhead) -> dict[str, Any]:
     by_head = arguments.drafts == "head"
     return {
         "lookahead": Path(arguments.lookahead).resolve().name,
-        "lookahead_sha256": digest(rows, by_head),
+        "lookahead_sha256": rows.digest(by_head),
         "drafts": arguments.drafts,
         **{name: getattr(arguments, name) for name in names},
         **({"compile": True} if arguments.compile else {}),  # files before it have no such line
     }
-
-
-def digest(rows: LookAhead, head: bool) -> str:
-    """A hash of all trained numbers that draft: those of the draft head, or all others."""
-    found = hashlib.sha256()
-    every = sorted(rows.state_dict().items())
-    for name, tensor in [one for one in every if one[0].startswith("head.") == head]:
-        values: Tensor = tensor.detach().cpu().float().contiguous()
-        found.update(f"{name} {tuple(values.shape)} ".encode() + values.numpy().tobytes())
-    return found.hexdigest()
 
 
 def begun(out: Path, asked: Mapping[str, Any], resume: bool) -> dict[str, Any]:
@@ -362,7 +349,7 @@ def _drafting(asked: Mapping[str, Any]) -> str:
 def check_card(folder: Path, rows: LookAhead) -> None:
     """Make sure that the figures will be noted where they belong."""
     kept = load_rows(folder)
-    if any(digest(kept, head) != digest(rows, head) for head in (False, True)):
+    if kept.digest() != rows.digest():
         raise InputError(f"--card {folder} holds other look-ahead files than those measured")
 
 

@@ -474,6 +474,7 @@ def test_a_bad_file(
     [
         (("--limit", "0"), "--limit is 0"),
         (("--batch-size", "-2"), "--batch-size is -2"),
+        (("--batch-size", "200"), "up to 64"),
         (("--time-limit", "0"), "--time-limit is 0"),
         (("--time-limit", "nan"), "--time-limit is nan"),
         (("--seed", "-1"), "--seed is -1"),

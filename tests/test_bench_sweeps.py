@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_llama import small_llama
 from test_bench import NEW_TOKENS, arguments, folder, in_folder, lm, samples_of, stub
 
 from passlm.bench import notes
-from passlm.bench.decoding import Record
+from passlm.bench.decoding import PlanDecoding, Record, TimedTarget
 from passlm.bench.measure import Prompt, Sample, interleave, summarize, warm_up
 from passlm.bench.methods import Method
 from passlm.bench.prompts import Collector, _without_end
@@ -23,6 +24,7 @@ from passlm.cli import main
 from passlm.generate import Generator
 from passlm.outputs import Stats
 from passlm.params import SamplingParams
+from passlm.plan import Strategy, autoregressive
 
 __all__ = ["folder", "lm"]
 
@@ -136,6 +138,21 @@ def test_first_runs_hold_what_comes_before_the_clock(monkeypatch: pytest.MonkeyP
     assert (first.seconds, first.first_token_seconds) == (9.0, 7.5)
     assert other.first_token_seconds is None
     assert longest == [8]
+
+
+def test_all_that_plans_are_chosen_by_is_measured_beforehand() -> None:
+    """Catches a prompt of another length, in the middle of a run, that has costs measured."""
+    asked: list[tuple[int, int]] = []
+
+    def plans(texts: int, tokens: int) -> Strategy:
+        asked.append((texts, tokens))
+        return autoregressive
+
+    own = PlanDecoding(TimedTarget(small_llama(), pack=False), plans, None, frozenset(), False)
+    method = replace(stub("auto"), decode=own, batch_size=2)
+    few = [replace(prompt, ids=(1,) * n) for prompt, n in zip(given(2), (3, 5), strict=True)]
+    warm_up(few, [method], 6, [*few, replace(few[0], ids=(1,) * 40)])
+    assert set(asked) >= {(2, 6), (2, 8), (2, 43)}
 
 
 # Prompts

@@ -291,3 +291,18 @@ def test_help_is_quick_and_needs_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], env=environment(), check=False)
     assert done.returncode == 0
+
+
+def test_what_may_not_be_read_is_told_in_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a traceback for a path in somebody else's folder."""
+
+    def refused(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", refused)
+    assert main(["train", "--model", "m", "--data", "/closed/x", "--out", "y"]) == USAGE
+    said = capsys.readouterr().err
+    assert said.endswith("Permission denied\n")
+    assert said.count("\n") == 1

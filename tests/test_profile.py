@@ -57,6 +57,27 @@ def test_costs_are_measured_kept_and_told(
     assert anew["curve"] != content["curve"]
 
 
+def test_the_sizes_told_are_those_measured(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a curve of a near size that is told as that of the size asked for."""
+    measured: list[tuple[int, int]] = []
+
+    def measure(target: Target, rows: object, batch: int, context: int) -> CostCurve:
+        measured.append((batch, context))
+        return CURVE
+
+    monkeypatch.setattr(costs, "measure", measure)
+    assert main(profile(place, "--batch", "5", "--context", "3000", "--json")) == DONE
+    said = capsys.readouterr().out
+    content = json.loads(said.splitlines()[-1])
+    assert measured == [(content["batch"], 2048)]  # which itself takes no more than there is
+    assert content["batch"] in (4, 6)
+    assert content["context"] < byte_llama().config.max_position_embeddings
+    assert f"batch {content['batch']}, context {content['context']}" in said
+    assert "nearest measured to batch 5, context 3000" in said
+
+
 def test_predictions_follow_the_formulas() -> None:
     """Catches the best method read off another column, and speeds of a batch taken for a text's."""
     rates: list[dict[str, Any]] = predicted(CURVE, (0.9, 0.8))
@@ -75,7 +96,12 @@ def test_predictions_follow_the_formulas() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"), [(("--batch", "0"), "--batch is 0"), (("--context", "-1"), "--context")]
+    ("flags", "said"),
+    [
+        (("--batch", "0"), "--batch is 0"),
+        (("--batch", "65"), "up to 64"),
+        (("--context", "-1"), "--context"),
+    ],
 )
 def test_bad_input(
     place: Path, flags: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]

@@ -23,7 +23,7 @@ import torch
 
 from passlm import native, products
 from passlm.cache import RowCache
-from passlm.curve import CostCurve
+from passlm.curve import BATCHES, CostCurve
 from passlm.decode import Decoder
 from passlm.lookahead import LookAhead, fingerprint
 from passlm.params import SamplingParams
@@ -45,7 +45,6 @@ _ROUNDS_A_SITTING = 3  # behind texts that are read anew
 CONTEXTS = (128, 512, 2048, 8192)  # a curve is measured behind so many tokens
 _MARGIN = 192  # tokens that one sitting may need behind them
 _STAGGER = 3  # tokens by which the texts of a batch differ in length
-_BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 _log = logging.getLogger(__name__)
 
@@ -111,8 +110,7 @@ def measure(
         rounds: how often each plan is timed, after one round to warm up; None for as often as some
             seconds allow.
     """
-    if target.context is not None:
-        context = max(1, min(context, target.context - _MARGIN))
+    context = _fitting(target, context)
     longest = 0 if rows is None else len(rows.inputs)
     groups = [length for length in GROUPS if length <= longest]
     plans = [verifying(count - 1) for count in REAL_ROWS]
@@ -240,10 +238,15 @@ class Costs:
             context: tokens of the longest; a near number stands for it.
             anew: measure even where a curve is kept.
         """
-        batch, context = _near(batch, _BATCHES), _near(context, CONTEXTS)
+        batch, context = _nearest(batch, context)
         if anew or (batch, context) not in self._known:
             self._known[batch, context] = self._kept_or_measured(batch, context, anew)
         return self._known[batch, context]
+
+    def size(self, batch: int, context: int) -> tuple[int, int]:
+        """The batch and context that are measured in the place of these."""
+        batch, context = _nearest(batch, context)
+        return batch, _fitting(self.target, context)
 
     def auto(
         self, batch: int, context: int, longest: int | None = None, lookup: bool = True
@@ -272,7 +275,7 @@ class Costs:
 
     def known(self, batch: int, context: int) -> CostCurve | None:
         """As `curve`, but only what was measured before."""
-        size = _near(batch, _BATCHES), _near(context, CONTEXTS)
+        size = _nearest(batch, context)
         if size not in self._known and size not in self._unknown:
             key = {**self._identity(), "batch": size[0], "context": size[1]}
             kept = _read(_place(key), key)
@@ -338,9 +341,18 @@ def _read(path: Path, key: dict[str, Any]) -> CostCurve | None:
         return None
 
 
+def _nearest(batch: int, context: int) -> tuple[int, int]:
+    return _near(batch, BATCHES), _near(context, CONTEXTS)
+
+
 def _near(wanted: int, known: Sequence[int]) -> int:
     """The known size nearest by ratio."""
     return min(known, key=lambda size: max(size / max(1, wanted), max(1, wanted) / size))
+
+
+def _fitting(target: Target, context: int) -> int:
+    """So many tokens, or as many as leave a sitting room in the model's context."""
+    return context if target.context is None else max(1, min(context, target.context - _MARGIN))
 
 
 def weight_bytes(target: Target) -> int:

@@ -9,6 +9,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # texts at a time that costs are measured for
+
 
 @dataclass(frozen=True)
 class CostCurve:

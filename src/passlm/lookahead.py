@@ -5,6 +5,7 @@ What the card says is left to `card.py`, training to `train/`, using the rows to
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -112,6 +113,19 @@ class LookAhead(nn.Module):
     def numbers(self) -> int:
         """How many numbers were trained."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def digest(self, head: bool | None = None) -> str:
+        """A hash of all trained numbers.
+
+        Args:
+            head: True for those of the draft head alone, False for all others; None for both.
+        """
+        found = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            if head in (None, name.startswith("head.")):
+                values: Tensor = tensor.detach().cpu().float().contiguous()
+                found.update(f"{name} {tuple(values.shape)} ".encode() + values.numpy().tobytes())
+        return found.hexdigest()
 
     def rows(self, target: Target) -> LookAheadRows:
         """What decoding takes: copies in the target's type, where it lies.

@@ -81,17 +81,29 @@ class FirstRun:
 
 
 def warm_up(
-    prompts: Sequence[Prompt], methods: Sequence[Method], max_new_tokens: int
+    prompts: Sequence[Prompt],
+    methods: Sequence[Method],
+    max_new_tokens: int,
+    all_prompts: Sequence[Prompt] | None = None,
 ) -> list[FirstRun]:
     """Run every method once, not counted: first passes pay for things later ones find done.
 
     What one method had compiled or measured, those behind it find done.
+
+    Args:
+        prompts: the first of them are run.
+        methods: all of them.
+        max_new_tokens: of the runs to come.
+        all_prompts: of the runs to come, where there are more.
     """
     longest = min(WARM_UP_TOKENS, max_new_tokens)
+    lengths = {len(prompt.ids) for prompt in all_prompts or prompts}
+    halfway = sorted(length + max_new_tokens // 2 for length in lengths)
     found = []
     for method in methods:
         ids = [prompts[at % len(prompts)].ids for at in range(method.batch_size)]
         begun = time.perf_counter()
+        method.prepare(halfway)
         records = method.batch(ids, range(len(ids)), longest)
         seconds, first = time.perf_counter() - begun, records[0].first_token_seconds
         before = seconds - sum(record.seconds for record in records)

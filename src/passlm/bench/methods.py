@@ -9,7 +9,7 @@ order, to `measure.py`.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -66,6 +66,12 @@ class Method:
     def __call__(self, prompt: Sequence[int], seed: int, max_new_tokens: int) -> Record:
         """Decode one prompt."""
         return self.decode(prompt, replace(self.sampling, seed=seed), max_new_tokens)
+
+    def prepare(self, tokens: Iterable[int]) -> None:
+        """Measure what passes cost behind so many tokens, where plans are chosen by it."""
+        if isinstance(self.decode, PlanDecoding):
+            for count in tokens:
+                self.decode.plans(self.batch_size, count)
 
     def batch(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], max_new_tokens: int

@@ -135,7 +135,8 @@ class Session:
             JournalError: what is kept is of another run, or nothing more can be kept.
         """
         self.results |= journal.origin
-        firsts = warm_up(self.suites[0], self.methods, self.course.new_tokens)
+        every = [prompt for suite in self.suites for prompt in suite]
+        firsts = warm_up(self.suites[0], self.methods, self.course.new_tokens, every)
         for number, prompts in enumerate(self.suites, start=1):
             samples: list[Sample] = []
             for turn in self._turns(prompts):

@@ -183,7 +183,7 @@ def load_prompts(path: Path, limit: int | None = None) -> list[Task]:
         if line.strip():
             try:
                 tasks.append(_task(json.loads(line), path.stem, number))
-            except ValueError as error:  # of JSON, or ours
+            except (ValueError, RecursionError) as error:  # of JSON, or ours
                 raise TaskError(f"{path}, line {number}: {error}") from None
     if not tasks:
         raise TaskError(f'{path} has no prompts: give lines like {{"prompt": "..."}}')

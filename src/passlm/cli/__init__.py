@@ -59,6 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"passlm: {error}", file=sys.stderr)
         return USAGE
+    except PermissionError as error:
+        print(f"passlm: {error.filename}: {error.strerror}", file=sys.stderr)
+        return USAGE
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:

@@ -118,6 +118,12 @@ def _check(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value < 1:
             raise InputError(f"--{name.replace('_', '-')} is {value}: it must be 1 or more")
+    from passlm.curve import BATCHES
+
+    if arguments.batch_size > BATCHES[-1]:
+        raise InputError(
+            f"--batch-size is {arguments.batch_size}: costs are measured up to {BATCHES[-1]}"
+        )
     if not arguments.time_limit > 0:
         raise InputError(f"--time-limit is {arguments.time_limit:g}: give seconds above 0")
     if not 0 <= arguments.seed < 2**64:
@@ -275,12 +281,11 @@ class _Trial:
         )
 
     def _curves(self) -> dict[int, CostCurve]:
-        """What passes cost by texts at a time, in powers of two up to what was asked for."""
+        """What passes cost by texts at a time, in powers of two up to about what was asked for."""
         most = 1 if self.stopped == "interrupted" else self.arguments.batch_size
-        sizes = [2**power for power in range(most.bit_length()) if 2**power < most] + [most]
-        return {size: self.costs.curve(size, self.context) for size in sizes} | {
-            1: self.costs.curve(1, self.context)
-        }
+        asked = [2**power for power in range(most.bit_length()) if 2**power < most] + [1, most]
+        sizes = {self.costs.size(size, self.context)[0] for size in asked}
+        return {size: self.costs.curve(size, self.context) for size in sorted(sizes)}
 
 
 # What is printed

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import hashlib
 import logging
 import sys
 import time
@@ -321,11 +320,10 @@ def _found(lm: Generator, found: Found) -> dict[str, Any]:
     from passlm.lookahead import fingerprint
     from passlm.provenance import environment
 
-    rows = None if lm.look_ahead is None else lm.look_ahead.embeddings.detach().cpu().numpy()
     return {
         "environment": environment(),
         "model": asdict(fingerprint(lm.target)),
-        "look-ahead files": None if rows is None else hashlib.sha256(rows.tobytes()).hexdigest(),
+        "look-ahead files": None if lm.look_ahead is None else lm.look_ahead.digest(),
         "prompts": found.digests,
     }
 

@@ -50,7 +50,7 @@ def add_decoding_arguments(parser: argparse.ArgumentParser, compiled: bool = Fal
         "--no-pack",
         dest="pack",
         action="store_false",
-        help="do without the second, faster copy of the weights (CPU, bfloat16)",
+        help="do without the second, faster copy of the weights (on CPUs)",
     )
     parser.add_argument(
         "--compile",

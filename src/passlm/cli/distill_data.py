@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-pack",
         dest="pack",
         action="store_false",
-        help="do without the second, faster copy of the weights (CPU, bfloat16)",
+        help="do without the second, faster copy of the weights (on CPUs)",
     )
     parser.add_argument(
         "--prompts",

@@ -47,7 +47,10 @@ def run(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name) < 1:
             raise InputError(f"--{name} is {getattr(arguments, name)}: it must be 1 or more")
     from passlm.costs import read_bandwidth, weight_bytes
+    from passlm.curve import BATCHES
 
+    if arguments.batch > BATCHES[-1]:
+        raise InputError(f"--batch is {arguments.batch}: costs are measured up to {BATCHES[-1]}")
     lm = loaded(arguments)
     weights, bandwidth = weight_bytes(lm.target), read_bandwidth(lm.target.device)
     ceiling = bandwidth / weights
@@ -55,22 +58,25 @@ def run(arguments: argparse.Namespace) -> None:
         f"ceiling: {bandwidth / GIGABYTE:.1f} GB/s of memory over {weights / GIGABYTE:.3f} GB of "
         f"weights: {ceiling:.1f} passes a second"
     )
+    batch, context = lm.costs.size(arguments.batch, arguments.context)
     curve = lm.costs.curve(arguments.batch, arguments.context, anew=not arguments.kept)
     card = None if lm.look_ahead is None else lm.look_ahead.card
     prior, head = ((), ()) if card is None else (card.prior, card.head_prior)
     rates = predicted(curve, prior, head[: len(curve.head_seconds)])
-    print(f"engine: {lm.target.engine}; batch {arguments.batch}, context {arguments.context}")
+    print(f"engine: {lm.target.engine}; batch {batch}, context {context}")
+    if (batch, context) != (arguments.batch, arguments.context):
+        print(f"(the nearest measured to batch {arguments.batch}, context {arguments.context})")
     print(cost_table(curve))
     print(f"plain decoding reaches {curve.plain() / ceiling:.0%} of the ceiling")
-    print(rate_table(rates, arguments.batch))
+    print(rate_table(rates, batch))
     if arguments.out is not None:
         _write(arguments.out / PLOT, plot(curve, rates, ceiling))
     if arguments.json:
         print_json(
             {
                 "engine": lm.target.engine,
-                "batch": arguments.batch,
-                "context": arguments.context,
+                "batch": batch,
+                "context": context,
                 "bytes_per_second": bandwidth,
                 "weight_bytes": weights,
                 "passes_per_second_at_most": ceiling,
