@@ -723,6 +723,13 @@ def test_generated_code_is_scored_by_method(
     assert [quality["problems"] for quality in found] == [1, 1]
 
 
+def test_a_compiled_target_counts_from_nothing(tmp_path: Path) -> None:
+    """Catches a stopwatch that is not there yet when a target looks at its model's sizes."""
+    target = TimedTarget(small_llama(), pack=True, compiled=tmp_path)
+    assert target.engine == "compiled"
+    assert target.seconds == 0.0
+
+
 def test_rows_that_fill_up_a_batch_count_where_they_are_computed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

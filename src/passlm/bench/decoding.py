@@ -109,9 +109,10 @@ class TimedTarget(Target):
     """
 
     def __init__(self, model: PreTrainedModel, pack: bool, compiled: Path | None = None) -> None:
-        super().__init__(model, pack, compiled)
         self.seconds = 0.0
         self.rows: list[int] = []
+        super().__init__(model, pack, compiled)  # which may run passes
+        self.seconds = 0.0
 
     def run(
         self, cache: RowCache, rows: Sequence[PassRow], look_ahead: LookAheadRows | None
