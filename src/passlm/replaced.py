@@ -5,10 +5,12 @@ Which calls need that is left to `target.py`.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -93,3 +95,13 @@ class GivenBody(nn.Module):
     def forward(self, *_: object, **__: object) -> BaseModelOutputWithPastAndCrossAttentions:
         """See the class."""
         return self._output
+
+
+_LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_LOCKS_LOCK = threading.Lock()
+
+
+def lock_of(model: nn.Module) -> threading.RLock:
+    """Held while a model is altered for a pass: others who decode it must not see that."""
+    with _LOCKS_LOCK:
+        return _LOCKS.setdefault(model, threading.RLock())

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import inspect
 import logging
-import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +27,7 @@ from passlm.packing import PackedLinears, can_pack
 from passlm.passes import Hung, LookAheadRows, PassOutput, PassRow
 from passlm.plan import Layout, Plan
 from passlm.quantize import is_quantized
-from passlm.replaced import GivenBody, checkpointed, head_kept, head_left_out
+from passlm.replaced import GivenBody, checkpointed, head_kept, head_left_out, lock_of
 from passlm.sampler import Embeddings
 from passlm.supported import (
     UnsupportedModelError,
@@ -64,7 +62,7 @@ class Target:
     ) -> None:
         self.model = model
         self.config = model.config.get_text_config()
-        self._lock = _lock_of(model)
+        self._lock = lock_of(model)
         with self._lock:  # passes of another thread may have altered it for a moment
             self._prepare(pack, compiled)
 
@@ -289,11 +287,8 @@ class Target:
             )
         return Embeddings(self._embedding.weight, outputs)
 
-    def probe(self) -> None:
-        """`PROBE_ROWS` tokens through the model, for hooks to see what is called."""
-        self._probed()
-
-    def _probed(self) -> RowCache:
+    def probe(self) -> RowCache:
+        """`PROBE_ROWS` tokens through the model, for hooks to see what is called; their cache."""
         text = PassRow([0] * PROBE_ROWS, Plan(PROBE_ROWS - 1, (0,) * PROBE_ROWS))
         cache = self.new_cache()
         with self._lock, torch.no_grad(), head_left_out(self._output_layer):
@@ -329,7 +324,7 @@ class Target:
         if self.device.type != "cpu":
             _log.warning("passes are compiled for CPUs alone: on %s they run eagerly", self.device)
             return None
-        layers = self._probed().sizes  # configurations name them in many ways
+        layers = self.probe().sizes  # configurations name them in many ways
         if layers is None:
             _log.warning("passes run eagerly: keys and values of this model are of unlike sizes")
             return None
@@ -485,16 +480,6 @@ class Target:
         return torch.zeros(mask.shape, dtype=self.dtype, device=mask.device).masked_fill_(
             ~mask, blocked
         )
-
-
-_LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
-_LOCKS_LOCK = threading.Lock()
-
-
-def _lock_of(model: nn.Module) -> threading.RLock:
-    """Held while a model is altered for a pass: others who decode it must not see that."""
-    with _LOCKS_LOCK:
-        return _LOCKS.setdefault(model, threading.RLock())
 
 
 def _split(layouts: Sequence[Layout], longest: int, device: torch.device) -> RowSplit:
