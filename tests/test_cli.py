@@ -304,5 +304,5 @@ def test_what_may_not_be_read_is_told_in_one_line(
     monkeypatch.setattr(Path, "exists", refused)
     assert main(["train", "--model", "m", "--data", "/closed/x", "--out", "y"]) == USAGE
     said = capsys.readouterr().err
-    assert said.endswith("Permission denied\n")
+    assert "Permission denied: give another path" in said
     assert said.count("\n") == 1

@@ -60,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"passlm: {error}", file=sys.stderr)
         return USAGE
     except PermissionError as error:
-        print(f"passlm: {error.filename}: {error.strerror}", file=sys.stderr)
+        cure = "give another path, or the rights to this one"
+        print(f"passlm: {error.filename}: {error.strerror}: {cure}", file=sys.stderr)
         return USAGE
     except KeyboardInterrupt:
         return INTERRUPTED

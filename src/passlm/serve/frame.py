@@ -64,7 +64,12 @@ class Frame:
             if scope["path"].isprintable():
                 await self._app(scope, receive, framed)
             else:  # who routes and who protects might not read it alike
-                await _refuse(ApiError(404, "there is nothing here"), scope, receive, framed)
+                await _refuse(
+                    ApiError(404, "there is nothing at this path: see /docs"),
+                    scope,
+                    receive,
+                    framed,
+                )
         except GoneError as gone:
             record.facts["gone"] = str(gone)
             record.status = record.status or HUNG_UP

@@ -72,12 +72,13 @@ class WorkerSettings:
 
     def __post_init__(self) -> None:
         for limit in fields(self):
-            value, least = getattr(self, limit.name), "more than 0"
-            if limit.name in ("max_cache", "max_waiting"):
-                value, least = value + 1, "0 or more"
-            if value <= 0:
-                flag = limit.name.replace("_", "-")
-                raise SettingsError(f"--{flag} is {getattr(self, limit.name)}: it must be {least}")
+            value, may_be_0 = getattr(self, limit.name), limit.name in ("max_cache", "max_waiting")
+            if value < 0 or (value == 0 and not may_be_0):
+                flag, least = (
+                    limit.name.replace("_", "-"),
+                    "0 or more" if may_be_0 else "more than 0",
+                )
+                raise SettingsError(f"--{flag} is {value}: it must be {least}")
 
 
 @dataclass(frozen=True)

@@ -121,15 +121,15 @@ class _Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """See `asyncio.Protocol`."""
         super().connection_lost(exc)
-        self._come()
+        self._head_came()
 
     def _mind_the_head(self) -> None:
         if self.conn.their_state is not h11.IDLE:
-            self._come()
+            self._head_came()
         elif self._late is None:
             self._late = self.loop.call_later(self.read_seconds, self.transport.close)
 
-    def _come(self) -> None:
+    def _head_came(self) -> None:
         if self._late is not None:
             self._late.cancel()
             self._late = None
