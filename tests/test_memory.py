@@ -52,6 +52,15 @@ def test_weights_are_counted_once() -> None:
     assert more == 2 * (numbers + TRAIN.sequence_tokens * 32 * 2 * 2)
 
 
+def test_a_draft_head_needs_no_gradients_in_layers() -> None:
+    """Catches a head refused for the anchors that it draws, which cost next to nothing."""
+    head = replace(TRAIN, kind="head", head_vocabulary=30)
+    few, many = (needed(config(), torch.float32, head, rows) for rows in (0, 2000))
+    assert few == many
+    texts = needed(config(), torch.float32, replace(head, head_texts=2 * head.head_texts), 0) - few
+    assert texts == 2 * head.head_texts * head.sequence_tokens * (16 * 4 + 30 * 2)
+
+
 def test_a_shard_holds_its_share_and_a_layer_that_computes() -> None:
     """Catches a model refused because the whole of it does not fit where a half need."""
     inside = 3 * LAYER + 16

@@ -111,7 +111,7 @@ def test_training_weighs_as_decoding_does(head: SamplerHead, tables: Embeddings)
     logits, hidden = group()
     text = torch.tensor([[8, 3, 0, 21]])
     at = torch.zeros(ROWS, dtype=torch.long), torch.tensor([0, 2, 3])
-    part = Part(hidden, logits, torch.ones(ROWS), text, at)
+    part = Part(hidden, torch.ones(ROWS), text, at, logits)
     tokens, given = weighed(head, tables, logits, hidden, part.before(head.tokens))
     assert tokens.shape == given.shape == (ROWS, SHORT)
     for row, position in enumerate(at[1].tolist()):

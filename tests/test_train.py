@@ -686,10 +686,10 @@ def naive_gradients(folder: Path, config: TrainConfig) -> tuple[float, dict[str,
         place = hung.position[index]
         part = Part(
             hung.hidden[index],
-            teachers[index, place],
             hung.depth[index],
             text,
             (torch.full_like(place, index), place),
+            teachers[index, place],
         )
         guess = Guess(logits[index])
         losses = row_losses(config.loss, guess, part)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from passlm.plan import ByHead, Plan, make_layout
 from passlm.planner import AutoPlan
 from passlm.row import Request
 from passlm.target import Target
-from passlm.train.config import TrainConfig
+from passlm.train.config import Loss, TrainConfig
 from passlm.train.head import HeadTrainer
 from passlm.train.loss import accepted_lengths, parts
 
@@ -72,6 +73,66 @@ def test_anchors_come_from_the_last_texts(tmp_path: Path) -> None:
     torch.testing.assert_close(hung.hidden, truth[hung.text, anchors])
     assert int(hung.position.max()) + 1 < CONFIG.sequence_tokens
     assert torch.bincount(hung.depth.flatten()).tolist() == [0, 24, 12, 6]
+
+
+@pytest.mark.parametrize("loss", get_args(Loss))
+def test_gradients_of_a_step_are_those_of_the_whole_loss(loss: Any, tmp_path: Path) -> None:
+    """Catches chances of another token or place, or made anew on the list, whose float16 is the
+    only loss; and a guess that counts as another's depth does."""
+    config = replace(
+        CONFIG, loss=loss, position_weight=0.7, teacher_temperature=1.5, anchors=40, sequences=1
+    )
+    run = head_trainer(tmp_path, config)
+    head = run.look_ahead.head
+    assert head is not None
+    head.listed = torch.tensor([5, 0, *range(8, 20)])  # no longer in order, nor all
+    torch.nn.init.normal_(head.out, std=0.1, generator=torch.Generator().manual_seed(0))
+    for index in range(3):  # texts to draw from
+        run.batch([index])
+    loss_of_step = run._backward(*reversed(run.batch([3])))
+    text, hung = run.batch([3])
+    total, weights = torch.zeros(()), 0.0
+    losses = []
+    with torch.no_grad():
+        truth = [run.target.model(one[None]).logits[0] / 1.5 for one in text]
+    reached = torch.ones(())
+    for row, depth in enumerate(hung.depth[0].tolist()):
+        one, place = int(hung.text[0, row]), int(hung.position[0, row])
+        tables = run.target.embeddings
+        before = tables.inputs[text[one, [place, max(place - 1, 0)]]][None]
+        outputs = tables.outputs.detach()[head.listed]
+        hidden = hung.hidden[:, row]
+        logits = head.logits(hidden, before, torch.tensor([depth]), outputs)[0]
+        teacher = truth[one][place].softmax(-1)[head.listed]
+        if loss == "distillation":
+            losses.append(-(teacher * logits.log_softmax(-1)).sum())
+        elif loss == "cross-entropy":
+            wanted = head.listed == text[one, place + 1]
+            losses.append(-(logits.log_softmax(-1) * wanted).sum())
+        else:
+            reached = torch.ones(()) if depth == 1 else reached
+            accepted = torch.minimum(teacher, logits.softmax(-1)).sum()
+            losses.append(reached * (1 - accepted))
+            reached = reached * accepted.detach()
+        total = total + 0.7 ** (depth - 1) * losses[-1]
+        weights += 0.7 ** (depth - 1)
+    naive = total / weights
+    assert loss_of_step == pytest.approx(float(naive.detach()), rel=1e-3)
+    for name, parameter in run.parameters.items():
+        (wanted,) = torch.autograd.grad(naive, parameter, retain_graph=True)
+        assert parameter.grad is not None
+        assert bool(wanted.any()), name
+        least = 1e-3 * float(wanted.abs().max())
+        torch.testing.assert_close(parameter.grad, wanted, rtol=5e-3, atol=least, msg=name)
+
+
+def test_anchors_may_be_more_than_a_text_has_rows(tmp_path: Path) -> None:
+    """Catches a bound that holds where groups are hung on one text alone."""
+    run = head_trainer(tmp_path, replace(CONFIG, anchors=100, sequences=1))
+    for index in range(3):
+        _, hung = run.batch([index])
+    assert hung.depth.shape == (1, 175)
+    assert run.groups_seen == 0
 
 
 def test_a_step_depends_on_its_number_alone(tmp_path: Path) -> None:

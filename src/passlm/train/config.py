@@ -64,7 +64,11 @@ class TrainConfig:
     )
     sequence_tokens: int = field(default=256, metadata={"help": "tokens of a text"})
     anchors: int = field(
-        default=160, metadata={"help": "real rows of a text that carry a look-ahead group"}
+        default=160,
+        metadata={
+            "help": "real rows of a text that carry a look-ahead group; of a draft head, drawn for "
+            "each text from the last ones"
+        },
     )
     keep: float = field(
         default=0.5,
@@ -119,7 +123,8 @@ class TrainConfig:
             "checkpoint_every",
         ):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        needed = self.anchors + self.reach + 1
+        own = 1 if self.kind == "head" else self.anchors  # a draft head's are drawn from many texts
+        needed = own + self.reach + 1
         _require(
             self.sequence_tokens >= needed,
             "sequence_tokens",

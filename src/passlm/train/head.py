@@ -2,23 +2,63 @@
 
 A text goes through the target once; from the hidden states of its rows (the anchors) the head
 guesses the tokens behind the one after each. Those of one text are too much alike for a step:
-anchors are drawn from the last texts together. Everything else is the loop's.
+anchors are drawn from the last texts together, for which the target's chances of the listed tokens
+are kept as well. So an anchor costs what the head costs. Everything else is the loop's.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from passlm.draft_head import DraftHead
 from passlm.lookahead import LookAhead
 from passlm.passes import Hung
 from passlm.plan import Layout
 from passlm.train.loop import Trainer, group_lengths
-from passlm.train.loss import Guess, Part, parts, row_losses
+from passlm.train.loss import PART_NUMBERS, Guess, KnownRows, Part, row_losses, spans
+
+
+@dataclass(frozen=True)
+class ReadText:
+    """A text that went through the target.
+
+    Attributes:
+        tokens: `[S]`.
+        hidden: what the target's output layer was given, `[S, d_model]`.
+        chances: the target's, of the listed tokens, `[S, K]` float16.
+    """
+
+    tokens: Tensor
+    hidden: Tensor
+    chances: Tensor
+
+
+@dataclass(frozen=True)
+class HungGuesses(Hung):
+    """Guesses of a head in place of look-ahead rows.
+
+    Attributes:
+        chances: the target's, of the listed tokens, where each guess stands, `[B, R, K]` float16.
+    """
+
+    chances: Tensor
+
+
+@dataclass(frozen=True)
+class ListedRows(KnownRows):
+    """Some guesses among the listed tokens, which are all that the target's chances are kept of."""
+
+    chances: Tensor
+
+    def taught(self, guess: Guess) -> Tensor:
+        """The target's chances of the listed tokens, which are those guessed among, `[R, K]`."""
+        return self.chances.float()
 
 
 class HeadTrainer(Trainer):
@@ -26,9 +66,9 @@ class HeadTrainer(Trainer):
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
-        self._known: dict[int, tuple[Tensor, Tensor]] = {}
+        self._known: dict[int, ReadText] = {}
 
-    def batch(self, windows: Sequence[int]) -> tuple[Tensor, Hung]:
+    def batch(self, windows: Sequence[int]) -> tuple[Tensor, HungGuesses]:
         """Anchors of the last texts that this process had, these the last of them.
 
         They depend on the numbers of the texts alone: a resumed run draws the same.
@@ -37,18 +77,25 @@ class HeadTrainer(Trainer):
         numbers = self._last(windows)
         for number in [known for known in self._known if known not in numbers]:
             del self._known[number]
-        places = config.sequence_tokens - config.reach - 1
+        last = config.sequence_tokens - config.reach - 1
         shape = len(windows), len(lengths)
         draw = self.drawing(windows[0])
         texts = torch.randint(len(numbers), shape, generator=draw)
-        anchors = torch.randint(places, shape, generator=draw)
+        anchors = torch.randint(last, shape, generator=draw)
         drawn, at = torch.unique(texts, return_inverse=True)
         read = [self._read(number) for number in numbers]  # all: as many in every process
-        text, hidden = (torch.stack([read[n][part] for n in drawn.tolist()]) for part in (0, 1))
-        at, anchor = (each.repeat_interleave(lengths, 1).to(text.device) for each in (at, anchors))
+        chosen = [read[number] for number in drawn.tolist()]
+        text = torch.stack([each.tokens for each in chosen])
+        hidden = torch.stack([each.hidden for each in chosen])
+        at, anchor = (each.repeat_interleave(lengths, 1) for each in (at, anchors))
         rows = torch.cat([torch.arange(1, 1 + length) for length in lengths.tolist()])
-        depth = rows.to(text.device).expand_as(at)
-        return text, Hung(hidden[at, anchor], hidden, depth, anchor + depth, at)
+        depth = rows.expand_as(at)
+        places = zip(at.flatten().tolist(), (anchor + depth).flatten().tolist(), strict=True)
+        chances = torch.stack([chosen[one].chances[place] for one, place in places])
+        at, anchor, depth = (each.to(text.device) for each in (at, anchor, depth))
+        return text, HungGuesses(
+            hidden[at, anchor], hidden, depth, anchor + depth, at, chances.view(*at.shape, -1)
+        )
 
     def _last(self, windows: Sequence[int]) -> list[int]:
         """Numbers of the texts of this process's last steps, up to these."""
@@ -58,15 +105,24 @@ class HeadTrainer(Trainer):
         firsts = range(windows[0] % apart, windows[0] + 1, apart)[-steps:]
         return [first + at for first in firsts for at in range(size)]
 
-    def _read(self, window: int) -> tuple[Tensor, Tensor]:
-        """A text, `[S]`, and its hidden states, `[S, d_model]`; the last ones are remembered."""
+    @torch.no_grad()
+    def _read(self, window: int) -> ReadText:
+        """A text of this number; the last ones are remembered."""
         if window not in self._known:
-            text = self.windows.window(window).to(self.target.device)
-            self._known[window] = text, self.target.hidden(text[None])[0]
+            tokens = self.windows.window(window).to(self.target.device)
+            hidden = self.target.hidden(tokens[None])[0]
+            rows = torch.split(hidden, max(1, PART_NUMBERS // self.target.vocabulary))
+            chances = torch.cat([self._chances(part) for part in rows])
+            self._known[window] = ReadText(tokens, hidden, chances)
         return self._known[window]
 
+    def _chances(self, hidden: Tensor) -> Tensor:
+        """The target's of the listed tokens, `[R, K]`; their sum lacks what it gives the others."""
+        logits = self.target.logits(hidden).float() / self.config.teacher_temperature
+        return logits.softmax(-1)[:, self._head.listed].half()
+
     def _settings(self) -> dict[str, Any]:
-        listed = [] if self.look_ahead.head is None else self.look_ahead.head.listed.tolist()
+        listed = self._head.listed.tolist()
         digest = hashlib.sha256(repr(listed).encode()).hexdigest()
         return {**super()._settings(), "listed tokens": digest[:12]}
 
@@ -90,22 +146,37 @@ class HeadTrainer(Trainer):
         return Hung(hidden[texts, position - depth], hidden, depth, position, texts)
 
     def _backward(self, hung: Hung, text: Tensor) -> float:
-        weight = self.config.position_weight ** (hung.depth.flatten() - 1)
+        assert isinstance(hung, HungGuesses), "made by batch()"
+        hidden, chances = hung.hidden.flatten(0, 1), hung.chances.flatten(0, 1)
+        depth, position, texts = hung.depth.flatten(), hung.position.flatten(), hung.text.flatten()
+        weight = self.config.position_weight ** (depth - 1)
         scale = weight / weight.sum()
+        starts = (depth == 1).nonzero().squeeze(1).tolist()
+        trained = list(self.parameters.values())
         total = 0.0
-        for place, part in parts(self.target, hung, text, self.config.teacher_temperature):
-            guess, _ = self._guesses(part)
-            loss = (row_losses(self.config.loss, guess, part) * scale[place]).sum()
-            trained = list(self.parameters.values())
+        for start, end in spans([*starts, len(depth)], max(1, PART_NUMBERS // chances.shape[1])):
+            part = slice(start, end)
+            at = texts[part], position[part]
+            rows = ListedRows(hidden[part], depth[part], text, at, chances[part])
+            losses = row_losses(self.config.loss, self._guess(rows), rows)
+            loss = (losses * scale[part]).sum()
             torch.autograd.backward(loss / self.config.accumulate, inputs=trained)
             total += float(loss.detach())
         return total
 
-    def _guesses(self, part: Part) -> tuple[Guess, Guess]:
-        head, tables = self.look_ahead.head, self.target.embeddings
+    @property
+    def _head(self) -> DraftHead:
+        head = self.look_ahead.head
         assert head is not None, "there is a head to train"
-        before = tables.inputs.detach()[part.before(head.tokens)]
+        return head
+
+    def _guess(self, rows: KnownRows) -> Guess:
+        head, tables = self._head, self.target.embeddings
+        before = tables.inputs.detach()[rows.before(head.tokens)]
         outputs = tables.outputs.detach()[head.listed]
-        logits = head.logits(part.hidden, before, part.depth, outputs)
-        guess = Guess(logits.float(), head.listed.expand(len(logits), -1))
+        logits = head.logits(rows.hidden, before, rows.depth, outputs)
+        return Guess(logits.float(), head.listed.expand(len(logits), -1))
+
+    def _guesses(self, part: Part) -> tuple[Guess, Guess]:
+        guess = self._guess(part)
         return guess, guess

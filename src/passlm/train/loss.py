@@ -6,6 +6,7 @@ every row of a step would be most of the memory.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,10 +34,6 @@ class Guess:
     logits: Tensor
     tokens: Tensor | None = None
 
-    def of_teacher(self, whole: Tensor) -> Tensor:
-        """Numbers of the whole vocabulary, `[R, V]`, at the tokens guessed among, `[R, N]`."""
-        return whole if self.tokens is None else whole.gather(1, self.tokens)
-
     def best(self) -> Tensor:
         """The best token of each row, `[R]`."""
         best = self.logits.argmax(-1, keepdim=True)
@@ -44,22 +41,24 @@ class Guess:
 
 
 @dataclass(frozen=True)
-class Part:
-    """Some of the look-ahead rows of known texts, whole groups.
+class KnownRows(ABC):
+    """Some rows that guess tokens of known texts, whole groups.
 
     Attributes:
-        hidden: `[R, d_model]`; its gradient is what is wanted.
-        teacher: the target's own logits where each row stands, `[R, V]` float32.
+        hidden: `[R, d_model]`.
         depth: `j` of each row, `[R]`; 1 starts a group.
         text: token ids of the texts, `[T, S]`.
         at: text and position of each row, both `[R]`.
     """
 
     hidden: Tensor
-    teacher: Tensor
     depth: Tensor
     text: Tensor
     at: tuple[Tensor, Tensor]
+
+    @abstractmethod
+    def taught(self, guess: Guess) -> Tensor:
+        """The target's chances of the tokens guessed among, where each row stands, `[R, N]`."""
 
     @property
     def wanted(self) -> Tensor:
@@ -73,6 +72,21 @@ class Part:
         """
         back = torch.arange(tokens, device=self.text.device)
         return self.text[self.at[0][:, None], (self.at[1][:, None] - back).clamp(min=0)]
+
+
+@dataclass(frozen=True)
+class Part(KnownRows):
+    """Rows with the target's own logits; the gradient of `hidden` is what is wanted.
+
+    Attributes:
+        teacher: the target's logits where each row stands, `[R, V]` float32.
+    """
+
+    teacher: Tensor
+
+    def taught(self, guess: Guess) -> Tensor:
+        """The target's chances of the tokens guessed among, where each row stands, `[R, N]`."""
+        return self.chances if guess.tokens is None else self.chances.gather(1, guess.tokens)
 
     def guess(self, target: Target) -> Guess:
         """What the rows guess by themselves."""
@@ -110,7 +124,7 @@ def parts(
     depth, position, texts = hung.depth.flatten(), hung.position.flatten(), hung.text.flatten()
     most = max(1, PART_NUMBERS // target.vocabulary)
     starts = (depth == 1).nonzero().squeeze(1).tolist()
-    for start, end in _spans([*starts, len(depth)], most):
+    for start, end in spans([*starts, len(depth)], most):
         at = texts[start:end], position[start:end]
         with torch.no_grad():
             teacher = target.logits(hung.text_hidden[at]).float() / temperature
@@ -118,15 +132,15 @@ def parts(
             slice(start, end),
             Part(
                 hidden[start:end].requires_grad_(gradients),
-                teacher,
                 depth[start:end],
                 text,
                 at,
+                teacher,
             ),
         )
 
 
-def _spans(bounds: list[int], most: int) -> Iterator[tuple[int, int]]:
+def spans(bounds: list[int], most: int) -> Iterator[tuple[int, int]]:
     """From bound to bound, as far as `most` goes; a single group may be longer."""
     start = bounds[0]
     for bound, following in zip(bounds[1:], [*bounds[2:], None], strict=True):
@@ -135,7 +149,7 @@ def _spans(bounds: list[int], most: int) -> Iterator[tuple[int, int]]:
             start = bound
 
 
-def row_losses(kind: Loss, guess: Guess, part: Part) -> Tensor:
+def row_losses(kind: Loss, guess: Guess, part: KnownRows) -> Tensor:
     """The loss of that name at each row, `[R]`; see the functions below."""
     if kind == "cross-entropy":
         return cross_entropy(guess, part)
@@ -144,7 +158,7 @@ def row_losses(kind: Loss, guess: Guess, part: Part) -> Tensor:
     return refusal(guess, part)
 
 
-def cross_entropy(guess: Guess, part: Part) -> Tensor:
+def cross_entropy(guess: Guess, part: KnownRows) -> Tensor:
     """Negative log-probability of the text's token: the paper's loss.
 
     Where the token is not on a row's shortlist, nothing is to be learnt: 0.
@@ -158,7 +172,7 @@ def cross_entropy(guess: Guess, part: Part) -> Tensor:
     return -(log_q * (guess.tokens == part.wanted[:, None])).sum(-1)
 
 
-def distillation(guess: Guess, part: Part) -> Tensor:
+def distillation(guess: Guess, part: KnownRows) -> Tensor:
     """Cross-entropy to the target's own distribution at the row's position.
 
     Of a shortlist the part of the distribution that lies on it counts.
@@ -166,11 +180,11 @@ def distillation(guess: Guess, part: Part) -> Tensor:
     Returns:
         `[R]`, in nats; the target's entropy is the floor over a whole vocabulary.
     """
-    teacher = guess.of_teacher(part.chances)
+    teacher = part.taught(guess)
     return -(teacher * guess.logits.log_softmax(-1)).sum(-1)
 
 
-def refusal(guess: Guess, part: Part) -> Tensor:
+def refusal(guess: Guess, part: KnownRows) -> Tensor:
     """Chance that a draft drawn from the row is refused, `1 - sum min(p, q)`, where it is reached.
 
     The loss on the acceptance itself: every row counts by the chance that decoding gets there,
@@ -181,7 +195,7 @@ def refusal(guess: Guess, part: Part) -> Tensor:
     Returns:
         `[R]`, each between 0 and 1.
     """
-    teacher = guess.of_teacher(part.chances)
+    teacher = part.taught(guess)
     accepted = torch.minimum(teacher, guess.logits.softmax(-1)).sum(-1)
     return _reached(accepted.detach(), part.depth) * (1 - accepted)
 

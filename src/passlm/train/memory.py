@@ -53,12 +53,28 @@ def needed(
     with torch.device("meta"):  # shapes alone
         model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     weights = _weights(model, int(text.num_hidden_layers), shards) * dtype.itemsize
-    kept = 1 if train.gradient_checkpointing else _KEPT_A_LAYER
-    numbers: int = train.sequences * rows * text.hidden_size * text.num_hidden_layers * kept
     cache: int = (
         train.sequences * train.sequence_tokens * text.hidden_size * text.num_hidden_layers * 2
     )
-    total: int = weights + (numbers + cache) * dtype.itemsize + PART_NUMBERS * 4 * _LOGITS_COPIES
+    if train.kind == "head":
+        held = _of_texts(text, dtype, train)
+    else:
+        kept = 1 if train.gradient_checkpointing else _KEPT_A_LAYER
+        numbers = train.sequences * rows * text.hidden_size * text.num_hidden_layers * kept
+        held = numbers * dtype.itemsize
+    logits = PART_NUMBERS * 4 * _LOGITS_COPIES
+    total: int = weights + held + cache * dtype.itemsize + logits
+    return total
+
+
+def _of_texts(text: Any, dtype: torch.dtype, train: TrainConfig) -> int:
+    """What a draft head's anchors are drawn from: hidden states, and chances in float16.
+
+    Twice, since a step has copies of what it takes.
+    """
+    listed = min(train.head_vocabulary, text.vocab_size)
+    each = text.hidden_size * dtype.itemsize + listed * 2
+    total: int = 2 * max(train.head_texts, train.sequences) * train.sequence_tokens * each
     return total
 
 
