@@ -36,6 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="do without the second, faster copy of the weights (on CPUs)",
     )
     parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="run compiled passes (CPU), made once, which takes minutes, and kept",
+    )
+    parser.add_argument(
         "--prompts",
         nargs="+",
         type=Path,
@@ -107,6 +112,7 @@ def run(arguments: argparse.Namespace) -> None:
         dtype=arguments.dtype,
         device=arguments.device,
         pack=arguments.pack,
+        compile=arguments.compile,
     )
     prompts = answers.prepare(lm, questions, skipped, arguments.limit)
     about = answer_file.about_settings(settings, arguments.model, arguments.dtype, fingerprint)
