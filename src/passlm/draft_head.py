@@ -13,13 +13,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from passlm.likeliest import likeliest, shortlist
 from passlm.products import RowsProduct, preferred
+from passlm.quantize import rounded
 from passlm.sampler import EPSILON, SHORTLIST, Embeddings, Shortlist, last_tokens, normed
+
+torch.library.define(
+    "passlm::guesses",
+    "(Tensor hidden, Tensor last, Tensor lengths, Tensor hidden_in, Tensor hidden_scale, "
+    "Tensor token_in, Tensor token_scale, Tensor depth_in, Tensor out, Tensor out_scale, "
+    "Tensor outputs, Tensor outputs_scale, Tensor listed, Tensor inputs, int threads) "
+    "-> (Tensor, Tensor)",
+)
 
 
 class DraftHead(nn.Module):
@@ -142,8 +152,8 @@ class AppliedHead:
     def of(cls, head: DraftHead, tables: Embeddings, dtype: torch.dtype) -> AppliedHead:
         """A head for a target with these tables.
 
-        On a CPU rows are float32. Where our own products are the fastest, weights have the type
-        asked for, and what a row gives does not depend on the rows beside it.
+        On a CPU rows are float32. Where our own products are the fastest, weights are int8, since
+        reading them is most of a guess, and what a row gives does not depend on the rows beside it.
         """
         device = tables.inputs.device
         rows = torch.float32 if device.type == "cpu" else dtype
@@ -151,7 +161,7 @@ class AppliedHead:
 
         def product(weight: Tensor) -> nn.Module:
             weight = weight.detach().to(device, rows, copy=True)
-            return RowsProduct(weight.to(dtype)) if ours else _Linear(weight)
+            return RowsProduct(*rounded(weight)) if ours else _Linear(weight)
 
         listed = head.listed.to(device)
         return cls(
@@ -184,6 +194,19 @@ class AppliedHead:
         made: Tensor = self.outputs(self.out(nn.functional.silu(inner)))
         return made
 
+    @cached_property
+    def joint(self) -> list[Tensor] | None:
+        """What the operator that makes guesses in one call is given of it.
+
+        None where there is no such operator.
+        """
+        layers = [self.hidden_in, self.token_in, self.out, self.outputs]
+        ours = [layer for layer in layers if isinstance(layer, RowsProduct)]
+        if len(ours) < len(layers) or not self.inputs.is_contiguous():
+            return None
+        weights = [part for layer in ours for part in (layer.packed, layer.scale)]
+        return [*weights[:4], self.depth_in, *weights[4:], self.listed, self.inputs]
+
 
 class _Linear(nn.Module):
     """A plain product with a copy of some weights."""
@@ -208,8 +231,13 @@ class HeadSampler:
     def __init__(self, head: AppliedHead, hidden: Sequence[Tensor], lengths: Sequence[int]) -> None:
         self._head = head
         self.lengths = list(lengths)
-        rows = normed(torch.stack(list(hidden)).to(head.depth_in.dtype))
-        self._from_hidden: Tensor = head.hidden_in(rows)
+        self._hidden = torch.stack(list(hidden))
+
+    @cached_property
+    def _from_hidden(self) -> Tensor:
+        """The hidden states' part of the first layer, `[N, width]`."""
+        made: Tensor = self._head.hidden_in(normed(self._hidden.to(self._head.depth_in.dtype)))
+        return made
 
     def shortlists(
         self, depth: int, groups: Sequence[int], histories: Sequence[Sequence[int]]
@@ -227,6 +255,8 @@ class HeadSampler:
         Args:
             texts: the tokens so far.
         """
+        if self._head.joint is not None:
+            return self._together(texts, self._head.joint)
         made: list[list[tuple[int, float]]] = [[] for _ in texts]
         last = [list(text[-self._head.tokens :]) for text in texts]
         for depth in range(max(self.lengths)):
@@ -239,6 +269,15 @@ class HeadSampler:
                 made[at].append((token, sure))
                 last[at].append(token)
         return made
+
+    def _together(
+        self, texts: Sequence[Sequence[int]], parts: Sequence[Tensor]
+    ) -> list[list[tuple[int, float]]]:
+        last = last_tokens(texts, self._head.tokens, self._hidden.device)
+        asked, threads = torch.tensor(self.lengths), torch.get_num_threads()
+        tokens, sure = torch.ops.passlm.guesses(self._hidden, last, asked, *parts, threads)
+        found = zip(tokens.tolist(), sure.tolist(), self.lengths, strict=True)
+        return [list(zip(ids[:n], chances[:n], strict=True)) for ids, chances, n in found]
 
     def _logits(self, depth: int, groups: Sequence[int], texts: Sequence[Sequence[int]]) -> Tensor:
         head, hidden = self._head, self._from_hidden

@@ -81,24 +81,6 @@ ALWAYS_INLINE Floats dots(const Floats* query, const Floats* keys, int64_t vecto
     }
 }
 
-// e to the power of each number, none above 0, to about one unit in the last place.
-ALWAYS_INLINE Floats exponential(Floats x) {
-    constexpr float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
-    const Integers far = x < -87.0f;
-    const Floats whole = fused(x, spread(1.44269504f), spread(shift)) - shift;
-    Floats rest = fused(whole, spread(-0.693359375f), x);
-    rest = fused(whole, spread(2.12194440e-4f), rest);
-    Floats power = spread(1.9875691500e-4f);
-    for (float next : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f,
-                       5.0000001201e-1f}) {
-        power = fused(power, rest, spread(next));
-    }
-    power = fused(power * rest, rest, rest) + 1.0f;
-    const Integers exponent = __builtin_convertvector(whole, Integers) << 23;
-    const Integers bits = (Integers)power + exponent;
-    return (Floats)(bits & ~far);
-}
-
 // Neighbouring rows of one text.
 struct Run {
     int64_t text;

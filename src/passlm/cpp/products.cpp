@@ -15,7 +15,7 @@
 
 #include <omp.h>
 
-#include "vectors.h"
+#include "products.h"
 
 namespace {
 
@@ -318,6 +318,24 @@ Update updates(const View& gate, const View& down, const View& up, const View& p
             reinterpret_cast<const int64_t*>(parts.data), up.sizes[1]};
 }
 
+// All rows times weights of any type.
+void multiply_by(const View& weights, const std::vector<int64_t>& starts, const float* given,
+                 const Output& output, int threads) {
+    const auto* words = reinterpret_cast<const uint32_t*>(weights.data);
+    const int64_t blocks = weights.sizes[0], inputs = weights.sizes[1];
+    if (weights.half()) {
+        multiply<BFloat16>(starts, given, words, inputs, blocks, output, threads);
+    } else if (weights.type == aoti_torch_dtype_int8()) {
+        multiply<Int8>(starts, given, words, inputs, blocks, output, threads);
+    } else {
+        multiply<Float32>(starts, given, words, inputs, blocks, output, threads);
+    }
+}
+
+const float* numbers_of(const View& scale) {
+    return scale.numbers ? reinterpret_cast<const float*>(scale.data) : nullptr;
+}
+
 AtenTensorHandle product(AtenTensorHandle given, AtenTensorHandle gates, AtenTensorHandle packed,
                          AtenTensorHandle scales, AtenTensorHandle biases, AtenTensorHandle downs,
                          AtenTensorHandle ups, AtenTensorHandle places, int64_t width,
@@ -337,18 +355,9 @@ AtenTensorHandle product(AtenTensorHandle given, AtenTensorHandle gates, AtenTen
     lay_out(rows, starts, inputs, laid_out.data());
     const Update update = updates(View(gates), View(downs), View(ups), View(places), starts,
                                   laid_out, inputs, threads);
-    const Output output{scale.numbers ? reinterpret_cast<const float*>(scale.data) : nullptr,
-                        bias.numbers ? bias.data : nullptr, View(made).data, width, rows.half(),
+    const Output output{numbers_of(scale), bias.numbers ? bias.data : nullptr, View(made).data, width, rows.half(),
                         update};
-    const auto* words = reinterpret_cast<const uint32_t*>(weights.data);
-    const int64_t blocks = weights.sizes[0];
-    if (weights.half()) {
-        multiply<BFloat16>(starts, laid_out.data(), words, inputs, blocks, output, threads);
-    } else if (weights.type == aoti_torch_dtype_int8()) {
-        multiply<Int8>(starts, laid_out.data(), words, inputs, blocks, output, threads);
-    } else {
-        multiply<Float32>(starts, laid_out.data(), words, inputs, blocks, output, threads);
-    }
+    multiply_by(weights, starts, laid_out.data(), output, threads);
     return made;
 }
 
@@ -361,6 +370,24 @@ Tensor boxed(Tensor rows, Tensor gate, Tensor packed, Tensor scale, Tensor bias,
 }
 
 }  // namespace
+
+void multiply_rows(const float* rows, int64_t number, const View& weights, const View& scale,
+                   float* made, int64_t width, int threads) {
+    const int64_t inputs = weights.sizes[1];
+    const std::vector<int64_t> starts = tiled(number);
+    static thread_local std::vector<float> laid_out;
+    laid_out.resize(number * inputs);
+    for (size_t t = 0; t + 1 < starts.size(); t++) {
+        const int64_t count = starts[t + 1] - starts[t];
+        float* into = laid_out.data() + starts[t] * inputs;
+        for (int64_t r = 0; r < count; r++) {
+            const float* from = rows + (starts[t] + r) * inputs;
+            for (int64_t k = 0; k < inputs; k++) into[k * count + r] = from[k];
+        }
+    }
+    const Output output{numbers_of(scale), nullptr, reinterpret_cast<char*>(made), width, false, {}};
+    multiply_by(weights, starts, laid_out.data(), output, threads);
+}
 
 // What compiled passes call, without torch's dispatcher between.
 extern "C" AOTITorchError aoti_torch_cpu_rows_product(

@@ -1,4 +1,4 @@
-// Registers of LANES numbers, tensors as torch's C interface gives them, and what both kernels need.
+// Registers of LANES numbers, tensors as torch's C interface gives them, and what the kernels share.
 
 #pragma once
 
@@ -34,6 +34,24 @@ ALWAYS_INLINE Floats spread(float number) {
 #else
     return (Floats)_mm256_set1_ps(number);
 #endif
+}
+
+// e to the power of each number, none above 0, to about one unit in the last place.
+ALWAYS_INLINE Floats exponential(Floats x) {
+    constexpr float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+    const Integers far = x < -87.0f;
+    const Floats whole = fused(x, spread(1.44269504f), spread(shift)) - shift;
+    Floats rest = fused(whole, spread(-0.693359375f), x);
+    rest = fused(whole, spread(2.12194440e-4f), rest);
+    Floats power = spread(1.9875691500e-4f);
+    for (float next : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f,
+                       5.0000001201e-1f}) {
+        power = fused(power, rest, spread(next));
+    }
+    power = fused(power * rest, rest, rest) + 1.0f;
+    const Integers exponent = __builtin_convertvector(whole, Integers) << 23;
+    const Integers bits = (Integers)power + exponent;
+    return (Floats)(bits & ~far);
 }
 
 inline float widened(const char* bfloat16) {
@@ -73,6 +91,7 @@ struct View {
     int64_t width() const { return sizes[dimensions - 1]; }
     bool half() const { return type == aoti_torch_dtype_bfloat16(); }
     bool full() const { return type == aoti_torch_dtype_float32(); }
+    bool whole() const { return type == aoti_torch_dtype_int64(); }
 };
 
 // A contiguous tensor that is not filled.

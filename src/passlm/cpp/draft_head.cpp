@@ -1,0 +1,174 @@
+// The likeliest guesses of a draft head, one behind the other, for CPUs; see draft_head.py.
+//
+// A guess takes four small products and some numbers between them. As operators of torch these are
+// some thirty, whose calls take longer than the products; here all guesses are one call.
+
+#include <cmath>
+#include <tuple>
+#include <vector>
+
+#include "products.h"
+
+namespace {
+
+using torch::stable::Tensor;
+
+constexpr float EPSILON = 1e-6f;  // as in sampler.py
+
+struct Layer {
+    View weights, scale;
+    int64_t width;
+    int threads;
+
+    void times(const std::vector<float>& rows, int64_t number, std::vector<float>& made) const {
+        made.resize(number * width);
+        multiply_rows(rows.data(), number, weights, scale, made.data(), width, threads);
+    }
+};
+
+// A row of a table, [n, width] bfloat16 or float32, of root mean square 1.
+void normed(const View& table, int64_t row, float* into) {
+    const int64_t width = table.width();
+    if (table.half()) {
+        const char* from = table.data + 2 * row * width;
+        for (int64_t k = 0; k < width; k++) into[k] = widened(from + 2 * k);
+    } else {
+        std::memcpy(into, table.data + 4 * row * width, 4 * width);
+    }
+    float sum = 0;
+    for (int64_t k = 0; k < width; k++) sum += into[k] * into[k];
+    const float scale = 1 / std::sqrt(sum / width + EPSILON);
+    for (int64_t k = 0; k < width; k++) into[k] *= scale;
+}
+
+// x / (1 + exp(-x)) of each number.
+void silu(float* numbers, int64_t count) {
+    for (int64_t first = 0; first < count; first += LANES) {
+        const int64_t size = 4 * std::min<int64_t>(LANES, count - first);
+        Floats x{};
+        std::memcpy(&x, numbers + first, size);
+        const Integers above = x > 0;
+        const Floats power = exponential(above ? -x : x);
+        const Floats given = x * (above ? spread(1) : power) / (power + 1.0f);
+        std::memcpy(numbers + first, &given, size);
+    }
+}
+
+// The place of the largest logit, of equal ones the first, and its probability.
+std::pair<int64_t, float> likeliest(const float* logits, int64_t count) {
+    const int64_t best = std::max_element(logits, logits + count) - logits;
+    Floats sums{};
+    for (int64_t first = 0; first < count; first += LANES) {
+        Floats below = spread(-1e30f);
+        std::memcpy(&below, logits + first, 4 * std::min<int64_t>(LANES, count - first));
+        sums += exponential(below - logits[best]);
+    }
+    float sum = 0;
+    for (int lane = 0; lane < LANES; lane++) sum += sums[lane];
+    return {best, 1 / sum};
+}
+
+struct Guesses {
+    AtenTensorHandle tokens, sureness;
+};
+
+// hidden: [N, d_model]. last: ids of each text's last tokens, the last one first, [N, tokens].
+// lengths: how many guesses each text is to have, [N]. inputs: the embeddings, [V, d_model].
+Guesses guesses(const View& hidden, const View& last, const View& lengths, const Layer& hidden_in,
+                const Layer& token_in, const View& depth_in, const Layer& out,
+                const Layer& outputs, const View& listed, const View& inputs) {
+    const int64_t texts = hidden.sizes[0], d_model = hidden.width(), told = last.width();
+    const int64_t width = depth_in.width(), depths = depth_in.sizes[0], count = listed.numbers;
+    const auto* lengths_of = reinterpret_cast<const int64_t*>(lengths.data);
+    const auto* ids = reinterpret_cast<const int64_t*>(listed.data);
+    const auto* depth_numbers = reinterpret_cast<const float*>(depth_in.data);
+    const auto* first_last = reinterpret_cast<const int64_t*>(last.data);
+    std::vector<int64_t> before(first_last, first_last + texts * told);
+    const int64_t sizes[2] = {texts, depths};
+    const Guesses made{empty(sizes, 2, aoti_torch_dtype_int64()),
+                       empty(sizes, 2, aoti_torch_dtype_float32())};
+    auto* tokens = reinterpret_cast<int64_t*>(View(made.tokens).data);
+    auto* sureness = reinterpret_cast<float*>(View(made.sureness).data);
+    std::fill_n(tokens, texts * depths, -1);
+    std::fill_n(sureness, texts * depths, 0.0f);
+    std::vector<float> rows(texts * d_model), from_hidden, inner, state, logits;
+    for (int64_t n = 0; n < texts; n++) normed(hidden, n, rows.data() + n * d_model);
+    hidden_in.times(rows, texts, from_hidden);
+    rows.resize(texts * told * d_model);
+    std::vector<int64_t> going;
+    for (int64_t depth = 0; depth < depths; depth++) {
+        going.clear();
+        for (int64_t n = 0; n < texts; n++) {
+            if (lengths_of[n] > depth) going.push_back(n);
+        }
+        if (going.empty()) break;
+        const int64_t number = going.size();
+        for (int64_t i = 0; i < number; i++) {
+            for (int64_t t = 0; t < told; t++) {
+                const int64_t token = before[going[i] * told + t];
+                STD_TORCH_CHECK(token >= 0 && token < inputs.sizes[0], "no such token");
+                normed(inputs, token, rows.data() + (i * told + t) * d_model);
+            }
+        }
+        token_in.times(rows, number, inner);
+        for (int64_t i = 0; i < number; i++) {
+            const float* own = from_hidden.data() + going[i] * width;
+            const float* added = depth_numbers + depth * width;
+            for (int64_t k = 0; k < width; k++) inner[i * width + k] += own[k] + added[k];
+        }
+        silu(inner.data(), number * width);
+        out.times(inner, number, state);
+        outputs.times(state, number, logits);
+        for (int64_t i = 0; i < number; i++) {
+            const auto [place, sure] = likeliest(logits.data() + i * count, count);
+            const int64_t n = going[i];
+            tokens[n * depths + depth] = ids[place];
+            sureness[n * depths + depth] = sure;
+            int64_t* own = before.data() + n * told;
+            std::copy_backward(own, own + told - 1, own + told);
+            own[0] = ids[place];
+        }
+    }
+    return made;
+}
+
+bool is_table(const View& tensor, int64_t width) {
+    const bool rows = tensor.dimensions == 2 && tensor.width() == width && tensor.strides[1] == 1 &&
+                      tensor.strides[0] == width;
+    return rows && (tensor.half() || tensor.full());
+}
+
+std::tuple<Tensor, Tensor> boxed(Tensor hidden, Tensor last, Tensor lengths, Tensor hidden_in,
+                                 Tensor hidden_scale, Tensor token_in, Tensor token_scale,
+                                 Tensor depth_in, Tensor out, Tensor out_scale, Tensor outputs,
+                                 Tensor outputs_scale, Tensor listed, Tensor inputs,
+                                 int64_t threads) {
+    const View rows(hidden.get()), before(last.get()), asked(lengths.get());
+    const View depths(depth_in.get()), ids(listed.get()), table(inputs.get());
+    const int64_t d_model = table.width(), width = depths.width();
+    const auto layer = [&](const Tensor& weights, const Tensor& scale, int64_t wide) {
+        return Layer{View(weights.get()), View(scale.get()), wide, int(threads)};
+    };
+    const Layer from_hidden = layer(hidden_in, hidden_scale, width);
+    const Layer told = layer(token_in, token_scale, width), back = layer(out, out_scale, d_model);
+    const Layer to_listed = layer(outputs, outputs_scale, ids.numbers);
+    STD_TORCH_CHECK(is_table(rows, d_model) && is_table(table, d_model),
+                    "hidden states and embeddings must be rows of bfloat16 or float32");
+    STD_TORCH_CHECK(before.whole() && asked.whole() && ids.whole() && depths.full(),
+                    "a tensor is of another type than it should be");
+    STD_TORCH_CHECK(before.sizes[0] == rows.sizes[0] && asked.numbers == rows.sizes[0],
+                    "not as many texts as hidden states");
+    STD_TORCH_CHECK(from_hidden.weights.sizes[1] == d_model &&
+                        told.weights.sizes[1] == before.width() * d_model &&
+                        back.weights.sizes[1] == width && to_listed.weights.sizes[1] == d_model,
+                    "the head's layers do not fit together");
+    const Guesses made = guesses(rows, before, asked, from_hidden, told, depths, back, to_listed,
+                                 ids, table);
+    return {Tensor(made.tokens), Tensor(made.sureness)};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(passlm, CPU, library) {
+    library.impl("guesses", TORCH_BOX(&boxed));
+}
