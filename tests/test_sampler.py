@@ -221,6 +221,66 @@ def drafted(
     return row, request, history
 
 
+@pytest.mark.parametrize("ours", [True, False])
+@pytest.mark.parametrize("told", [1, 2, 3])
+@pytest.mark.parametrize("words", [23, 300, 6000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_likeliest_tokens_are_those_of_the_shortlists(
+    ours: bool, told: int, words: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a shortlist of blocks that lacks a token, another group's row or text, tokens told in
+    another order, and rows that depend on the groups beside; no size is a multiple of anything."""
+    if ours and not preferred():
+        pytest.skip("no operators of our own here")
+    monkeypatch.setattr("passlm.sampler.preferred", lambda: ours)
+    d_model, width, lengths = 20, 13, [3, 1, 4, 2, 2]
+    head = SamplerHead(
+        noise(width, d_model),
+        noise(width, told * d_model, seed=1),
+        noise(d_model, width, seed=2),
+        17,
+    )
+    head = head.copied(torch.device("cpu"), dtype)
+    assert (head.packed is not None) == ours
+    inputs, outputs = (noise(words, d_model, seed=seed).to(dtype) for seed in (3, 4))
+    tables = Embeddings(3 * inputs, outputs)
+    groups = [noise(n, words, seed=n).to(dtype) for n in lengths]
+    for rows in groups:  # of equal logits at the end of the list any may be left out
+        places = noise(len(rows), words, seed=9).topk(20).indices
+        rows.scatter_(1, places, 5 + torch.arange(20).to(rows).expand_as(places))
+    hidden = [noise(n, d_model, seed=20 + n).to(dtype) for n in lengths]
+    texts = [[at + 1] * (at % 3) + [2 * at] for at in range(len(lengths))]
+    found = GroupSampler(head, tables, groups, hidden).likeliest(texts)
+    assert [len(own) for own in found] == lengths
+    changed = 0
+    for at, (own, text) in enumerate(zip(found, texts, strict=True)):
+        sampler = GroupSampler(head, tables, groups[at : at + 1], hidden[at : at + 1])
+        assert sampler.likeliest([text]) == [own]
+        for depth, token in enumerate(own):
+            (among,), logits = sampler.shortlists(depth, [0], [[*text, *own[:depth]]])
+            chosen = float(logits.detach()[0, among.tokens == token])
+            assert chosen == pytest.approx(float(logits.detach().max()), abs=1e-4)
+            changed += token != int(groups[at][depth].argmax())
+    assert changed > 3
+
+
+@pytest.mark.skipif(not preferred(), reason="no operators of our own here")
+def test_a_token_or_group_that_there_is_not_is_refused(
+    head: SamplerHead, tables: Embeddings
+) -> None:
+    """Catches memory read that is none of ours."""
+    logits, hidden = group()
+    copied = head.copied(torch.device("cpu"), torch.float32)
+    for token in (-1, WORDS):
+        with pytest.raises(RuntimeError, match="no such token"):
+            GroupSampler(copied, tables, [logits], [hidden]).likeliest([[1, token]])
+    with pytest.raises(RuntimeError, match="not as many texts"):
+        GroupSampler(copied, tables, [logits], [hidden]).likeliest([[1], [2]])
+    nothing = torch.full_like(logits, float("nan"))
+    (tokens,) = GroupSampler(copied, tables, [nothing], [hidden]).likeliest([[1, 2]])
+    assert all(0 <= token < WORDS for token in tokens)
+
+
 @pytest.mark.parametrize("draft", ["greedy", "sampled"])
 @pytest.mark.parametrize("name", EVERYTHING)
 def test_q_is_what_the_draft_was_drawn_from(

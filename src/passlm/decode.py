@@ -197,7 +197,7 @@ class Decoder:
                 continue
             guesses = sampler.likeliest([row.tokens for row in drafting])
             for row, own in zip(drafting, guesses, strict=True):
-                row.take(own)
+                row.take([token for token, _ in own], [sure for _, sure in own])
 
     def _judge(self, rows: Sequence[Row], logits: Sequence[Tensor]) -> list[list[int]]:
         """What the pass settles of each text; greedy ones look for their best tokens together."""
@@ -239,7 +239,25 @@ class Decoder:
         elif places:
             assert output.hidden is not None, "a pass with a sampler head keeps what it takes"
             hidden = [output.hidden[index][at] for index, at in places]
-            draft_together(drafting, GroupSampler(self._sampler, self._tables, groups, hidden))
+            self._draft_from(list(zip(drafting, groups, hidden, strict=True)))
+
+    def _draft_from(self, groups: Sequence[tuple[Row, Tensor, Tensor]]) -> None:
+        """Let texts draft by the sampler head from logits and hidden states of their groups."""
+        assert self._sampler is not None, "there is a sampler head"
+        assert self._tables is not None, "there is a sampler head"
+        for likeliest_do in (True, False):
+            some = [group for group in groups if group[0].drafts_likeliest == likeliest_do]
+            if not some:
+                continue
+            rows = [row for row, _, _ in some]
+            logits, hidden = [own for _, own, _ in some], [own for _, _, own in some]
+            sampler = GroupSampler(self._sampler, self._tables, logits, hidden)
+            if not likeliest_do:
+                draft_together(rows, sampler)
+                continue
+            drafted = sampler.likeliest([row.tokens for row in rows])
+            for row, tokens in zip(rows, drafted, strict=True):
+                row.take(tokens)
 
     def _room(self, request: Request) -> tuple[int, FinishReason]:
         """How many tokens may be written, and why no more."""

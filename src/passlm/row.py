@@ -289,14 +289,21 @@ class Row:
         """
         return self.request.distribution.treats_alike and not self._draws_for_rejection
 
-    def take(self, guesses: Sequence[tuple[int, float]]) -> None:
+    @property
+    def drafts_likeliest(self) -> bool:
+        """Whether the likeliest token of each look-ahead row is its candidate."""
+        greedy = self.request.distribution.greedy or self.request.draft == "greedy"
+        return greedy and self.request.distribution.treats_alike
+
+    def take(self, tokens: Sequence[int], sureness: Sequence[float] = ()) -> None:
         """Make these tokens the candidates behind those drafted already.
 
         Args:
-            guesses: ids and how probable they are.
+            tokens: their ids.
+            sureness: how probable each is to a draft head.
         """
-        self.drafted += [token for token, _ in guesses]
-        self.sureness += [sure for _, sure in guesses]
+        self.drafted += tokens
+        self.sureness += sureness
 
     def draw(self, logits: Tensor, among: Shortlist | None = None) -> None:
         """Draw candidates behind those drafted already.

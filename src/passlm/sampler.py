@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -19,6 +20,13 @@ from torch import Tensor, nn
 
 from passlm.likeliest import shortlist
 from passlm.products import RowsProduct, preferred
+
+torch.library.define(
+    "passlm::weighed_guesses",
+    "(Tensor logits, Tensor hidden, Tensor lengths, Tensor last, Tensor hidden_in, "
+    "Tensor token_in, Tensor out, Tensor inputs, Tensor outputs, Tensor none, int listed, "
+    "int threads) -> Tensor",
+)
 
 SHORTLIST = 64
 OUT_OF_REACH = -1e9  # the logit of a token off the shortlist: finite, since processors divide
@@ -118,6 +126,11 @@ class SamplerHead(nn.Module):
         token = self._times("token_in", normed(before.to(self.out.dtype)).flatten(-2))
         return self._times("out", nn.functional.silu(from_hidden + token))
 
+    @property
+    def packed(self) -> list[Tensor] | None:
+        """The layers' weights as our own products take them; None where torch multiplies."""
+        return [self._products[name].packed for name in self.NAMES] if self._products else None
+
     def _times(self, name: str, rows: Tensor) -> Tensor:
         product = self._products.get(name)
         return nn.functional.linear(rows, getattr(self, name)) if product is None else product(rows)
@@ -183,12 +196,49 @@ class GroupSampler:
     ) -> None:
         self._head = head
         self._tables = tables
+        self._logits = logits
+        self._hidden = hidden
         self._vocabulary = logits[0].shape[1]
         self.lengths = [len(group) for group in logits]
         self._starts = [0, *accumulate(self.lengths)]
-        listed = min(head.shortlist, self._vocabulary)
-        self._best, self._tokens = shortlist(_joined(logits), listed)
-        self._from_hidden = head.from_hidden(_joined(hidden))
+
+    @cached_property
+    def _listed(self) -> tuple[Tensor, Tensor]:
+        """The logits of each row's best tokens and their ids, both `[R, shortlist]`."""
+        return shortlist(_joined(self._logits), min(self._head.shortlist, self._vocabulary))
+
+    @cached_property
+    def _from_hidden(self) -> Tensor:
+        """The rows' part of the first layer, `[R, width]`."""
+        return self._head.from_hidden(_joined(self._hidden))
+
+    def likeliest(self, texts: Sequence[Sequence[int]]) -> list[list[int]]:
+        """The likeliest token of each row, given those of the rows before it.
+
+        Args:
+            texts: the tokens before each group's first row.
+        """
+        inputs, outputs = self._tables.inputs, self._tables.outputs
+        weights = self._head.packed
+        if weights is not None and inputs.is_contiguous() and outputs.is_contiguous():
+            rows = _joined(self._logits).contiguous(), _joined(self._hidden).contiguous()
+            last = last_tokens(texts, self._head.tokens, inputs.device)
+            tables = inputs, outputs, torch.empty(0)
+            numbers = self._head.shortlist, torch.get_num_threads()
+            lengths = torch.tensor(self.lengths)
+            every = torch.ops.passlm.weighed_guesses(
+                *rows, lengths, last, *weights, *tables, *numbers
+            )
+            pairs = zip(every.tolist(), self.lengths, strict=True)
+            return [tokens[:length] for tokens, length in pairs]
+        made: list[list[int]] = [[] for _ in texts]
+        for depth in range(max(self.lengths)):
+            going = [at for at, length in enumerate(self.lengths) if depth < length]
+            histories = [[*texts[at], *made[at]] for at in going]
+            lists, logits = self.shortlists(depth, going, histories)
+            for at, own, best in zip(going, lists, logits.argmax(-1).tolist(), strict=True):
+                made[at].append(int(own.tokens[best]))
+        return made
 
     def shortlists(
         self, depth: int, groups: Sequence[int], histories: Sequence[Sequence[int]]
@@ -206,12 +256,13 @@ class GroupSampler:
             Shortlists, and logits of their tokens, `[N, K]` float32.
         """
         rows = [self._starts[group] + depth for group in groups]
-        known = self._tables.inputs[last_tokens(histories, self._head.tokens, self._tokens.device)]
+        best, every = self._listed
+        known = self._tables.inputs[last_tokens(histories, self._head.tokens, every.device)]
         correction = self._head.correction(self._from_hidden[rows], known)
-        tokens = self._tokens[rows]
+        tokens = every[rows]
         # Sums of their own, not a product: a row's numbers do not depend on the rows beside it.
         gained = (self._tables.outputs[tokens].to(correction) * correction[:, None]).sum(-1)
-        logits = self._best[rows] + gained.float()
+        logits = best[rows] + gained.float()
         return [Shortlist(own, self._vocabulary) for own in tokens], logits
 
 

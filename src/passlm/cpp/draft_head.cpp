@@ -3,56 +3,14 @@
 // A guess takes four small products and some numbers between them. As operators of torch these are
 // some thirty, whose calls take longer than the products; here all guesses are one call.
 
-#include <cmath>
 #include <tuple>
 #include <vector>
 
-#include "products.h"
+#include "heads.h"
 
 namespace {
 
 using torch::stable::Tensor;
-
-constexpr float EPSILON = 1e-6f;  // as in sampler.py
-
-struct Layer {
-    View weights, scale;
-    int64_t width;
-    int threads;
-
-    void times(const std::vector<float>& rows, int64_t number, std::vector<float>& made) const {
-        made.resize(number * width);
-        multiply_rows(rows.data(), number, weights, scale, made.data(), width, threads);
-    }
-};
-
-// A row of a table, [n, width] bfloat16 or float32, of root mean square 1.
-void normed(const View& table, int64_t row, float* into) {
-    const int64_t width = table.width();
-    if (table.half()) {
-        const char* from = table.data + 2 * row * width;
-        for (int64_t k = 0; k < width; k++) into[k] = widened(from + 2 * k);
-    } else {
-        std::memcpy(into, table.data + 4 * row * width, 4 * width);
-    }
-    float sum = 0;
-    for (int64_t k = 0; k < width; k++) sum += into[k] * into[k];
-    const float scale = 1 / std::sqrt(sum / width + EPSILON);
-    for (int64_t k = 0; k < width; k++) into[k] *= scale;
-}
-
-// x / (1 + exp(-x)) of each number.
-void silu(float* numbers, int64_t count) {
-    for (int64_t first = 0; first < count; first += LANES) {
-        const int64_t size = 4 * std::min<int64_t>(LANES, count - first);
-        Floats x{};
-        std::memcpy(&x, numbers + first, size);
-        const Integers above = x > 0;
-        const Floats power = exponential(above ? -x : x);
-        const Floats given = x * (above ? spread(1) : power) / (power + 1.0f);
-        std::memcpy(numbers + first, &given, size);
-    }
-}
 
 // The place of the largest logit, of equal ones the first, and its probability.
 std::pair<int64_t, float> likeliest(const float* logits, int64_t count) {
@@ -104,11 +62,7 @@ Guesses guesses(const View& hidden, const View& last, const View& lengths, const
         if (going.empty()) break;
         const int64_t number = going.size();
         for (int64_t i = 0; i < number; i++) {
-            for (int64_t t = 0; t < told; t++) {
-                const int64_t token = before[going[i] * told + t];
-                STD_TORCH_CHECK(token >= 0 && token < inputs.sizes[0], "no such token");
-                normed(inputs, token, rows.data() + (i * told + t) * d_model);
-            }
+            tell(inputs, &before[going[i] * told], told, &rows[i * told * d_model]);
         }
         token_in.times(rows, number, inner);
         for (int64_t i = 0; i < number; i++) {
@@ -124,18 +78,10 @@ Guesses guesses(const View& hidden, const View& last, const View& lengths, const
             const int64_t n = going[i];
             tokens[n * depths + depth] = ids[place];
             sureness[n * depths + depth] = sure;
-            int64_t* own = before.data() + n * told;
-            std::copy_backward(own, own + told - 1, own + told);
-            own[0] = ids[place];
+            put_first(&before[n * told], told, ids[place]);
         }
     }
     return made;
-}
-
-bool is_table(const View& tensor, int64_t width) {
-    const bool rows = tensor.dimensions == 2 && tensor.width() == width && tensor.strides[1] == 1 &&
-                      tensor.strides[0] == width;
-    return rows && (tensor.half() || tensor.full());
 }
 
 std::tuple<Tensor, Tensor> boxed(Tensor hidden, Tensor last, Tensor lengths, Tensor hidden_in,

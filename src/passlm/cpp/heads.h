@@ -1,0 +1,70 @@
+// What both heads, which guess by two small layers, have in common.
+
+#pragma once
+
+#include <cmath>
+#include <vector>
+
+#include "products.h"
+
+constexpr float EPSILON = 1e-6f;  // as in sampler.py
+
+struct Layer {
+    View weights, scale;
+    int64_t width;
+    int threads;
+
+    void times(const std::vector<float>& rows, int64_t number, std::vector<float>& made) const {
+        made.resize(number * width);
+        multiply_rows(rows.data(), number, weights, scale, made.data(), width, threads);
+    }
+};
+
+// A row of a table, [n, width] bfloat16 or float32, of root mean square 1.
+inline void normed(const View& table, int64_t row, float* into) {
+    const int64_t width = table.width();
+    if (table.half()) {
+        const char* from = table.data + 2 * row * width;
+        for (int64_t k = 0; k < width; k++) into[k] = widened(from + 2 * k);
+    } else {
+        std::memcpy(into, table.data + 4 * row * width, 4 * width);
+    }
+    float sum = 0;
+    for (int64_t k = 0; k < width; k++) sum += into[k] * into[k];
+    const float scale = 1 / std::sqrt(sum / width + EPSILON);
+    for (int64_t k = 0; k < width; k++) into[k] *= scale;
+}
+
+// x / (1 + exp(-x)) of each number.
+inline void silu(float* numbers, int64_t count) {
+    for (int64_t first = 0; first < count; first += LANES) {
+        const int64_t size = 4 * std::min<int64_t>(LANES, count - first);
+        Floats x{};
+        std::memcpy(&x, numbers + first, size);
+        const Integers above = x > 0;
+        const Floats power = exponential(above ? -x : x);
+        const Floats given = x * (above ? spread(1) : power) / (power + 1.0f);
+        std::memcpy(numbers + first, &given, size);
+    }
+}
+
+// The embeddings of some tokens, side by side.
+inline void tell(const View& inputs, const int64_t* tokens, int64_t count, float* into) {
+    for (int64_t t = 0; t < count; t++) {
+        STD_TORCH_CHECK(tokens[t] >= 0 && tokens[t] < inputs.sizes[0], "no such token");
+        normed(inputs, tokens[t], into + t * inputs.width());
+    }
+}
+
+// A token before some others, of which the last one is dropped.
+inline void put_first(int64_t* tokens, int64_t count, int64_t token) {
+    std::copy_backward(tokens, tokens + count - 1, tokens + count);
+    tokens[0] = token;
+}
+
+// Rows of numbers, one behind the other.
+inline bool is_table(const View& tensor, int64_t width) {
+    const bool rows = tensor.dimensions == 2 && tensor.width() == width && tensor.strides[1] == 1 &&
+                      tensor.strides[0] == width;
+    return rows && (tensor.half() || tensor.full());
+}
