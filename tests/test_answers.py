@@ -40,6 +40,7 @@ MIXED: list[dict[str, Any]] = [
     {"prompt": "the quick brown fox", "max_new_tokens": 500},
     {"prompt": "é漢🙂"},
 ]
+LOADED: list[dict[str, Any]] = []  # what models were asked for with
 SETTINGS = Settings(temperature=(0.0, 0.9), top_k=20, seed=4, max_new_tokens=12)
 
 
@@ -66,7 +67,7 @@ def command(
     lm: Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., list[str]]:
     """Arguments of the command, which gets the byte model without loading it."""
-    monkeypatch.setattr(passlm.generate, "load", lambda *_, **__: lm)
+    monkeypatch.setattr(passlm.generate, "load", lambda *_, **named: LOADED.append(named) or lm)
 
     def arguments(prompts: Path, *more: str) -> list[str]:
         given = ["--model", "bytes", "--prompts", str(prompts), "--out", str(tmp_path / "out")]
@@ -220,6 +221,16 @@ def test_resumed_run_gives_the_records_of_an_unbroken_one(
     assert len(json.loads(about_file(out).read_text())["resumed"]) == 1
     assert main(command(prompts, "--resume", "--json")) == DONE
     assert json.loads(capsys.readouterr().out)["answers"] == 0
+
+
+def test_passes_are_compiled_on_request(
+    command: Callable[..., list[str]], ask: Callable[..., Path]
+) -> None:
+    """Catches a flag that nobody reads."""
+    LOADED.clear()
+    assert main(command(ask(MIXED[0]))) == DONE
+    assert main(command(ask(MIXED[0]), "--compile", "--overwrite")) == DONE
+    assert [given["compile"] for given in LOADED] == [False, True]
 
 
 def test_stopped_run_keeps_what_is_answered(lm: Generator, ask: Callable[..., Path]) -> None:

@@ -70,7 +70,9 @@ def test_logits_are_those_of_the_definition(head: DraftHead, tables: Embeddings)
         torch.testing.assert_close(found[row], expected)
 
 
-@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 0.02), (torch.bfloat16, 0.03)])
+@pytest.mark.parametrize(
+    ("dtype", "close"), [(torch.float32, 0.02 if preferred() else 1e-5), (torch.bfloat16, 0.03)]
+)
 def test_decoding_takes_the_same_numbers(
     head: DraftHead, tables: Embeddings, dtype: torch.dtype, close: float
 ) -> None:

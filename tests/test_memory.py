@@ -53,12 +53,14 @@ def test_weights_are_counted_once() -> None:
 
 
 def test_a_draft_head_needs_no_gradients_in_layers() -> None:
-    """Catches a head refused for the anchors that it draws, which cost next to nothing."""
-    head = replace(TRAIN, kind="head", head_vocabulary=30)
+    """Catches a head refused for rows that are kept in each layer, and copies left out."""
+    head = replace(TRAIN, kind="head", head_vocabulary=30, sequences=2)
     few, many = (needed(config(), torch.float32, head, rows) for rows in (0, 2000))
-    assert few == many
+    assert many - few == 2 * 2000 * (16 * 4 + 30 * 2)
     texts = needed(config(), torch.float32, replace(head, head_texts=2 * head.head_texts), 0) - few
-    assert texts == 2 * head.head_texts * head.sequence_tokens * (16 * 4 + 30 * 2)
+    assert texts == head.head_texts * head.sequence_tokens * (2 * 16 * 4 + 30 * 2)
+    with pytest.raises(NotEnoughMemoryError, match="head-texts"):
+        check(config(hidden_size=2**22), torch.float32, CPU, head, ROWS)
 
 
 def test_a_shard_holds_its_share_and_a_layer_that_computes() -> None:

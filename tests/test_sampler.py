@@ -362,16 +362,19 @@ def test_texts_that_draft_together_draft_what_they_would_alone(
             torch.testing.assert_close(together[seed].q, alone.q)
 
 
+@pytest.mark.parametrize("temperatures", [(0.7,) * 3, (0.0,) * 3, (0.0, 0.7, 0.0), (0.7, 0.0, 0.7)])
 @pytest.mark.parametrize("judge", ["coupled", "rejection"])
 @pytest.mark.parametrize("plan", [OnePass(3), TwoPass(3)], ids=["one-pass", "two-pass"])
-def test_drafts_of_decoding_are_the_heads(plan: Any, judge: Judge, llama: Target) -> None:
+def test_drafts_of_decoding_are_the_heads(
+    plan: Any, judge: Judge, temperatures: tuple[float, ...], llama: Target
+) -> None:
     """Catches hidden states of another row or text, from behind the output layer, or of the group
     of a refused candidate: each text's drafts are those of a drafting pass of its own."""
     rows = tiny.random_look_ahead(llama, 3, rank=2, sampler_width=8).rows(llama)
-    sampling = SamplingParams(temperature=0.7, top_k=10, seed=5, judge=judge)
     decoder = Decoder(llama, rows)
-    prompts = [tiny.prompt(length) for length in (1, 9, 5)]
-    for request in requests_for(prompts, plan, sampling, 12):
+    for length, temperature in zip((1, 9, 5), temperatures, strict=True):
+        sampling = SamplingParams(temperature=temperature, top_k=10, seed=5, judge=judge)
+        (request,) = requests_for([tiny.prompt(length)], plan, sampling, 12)
         decoder.join(request)
     compared = different = 0
     while decoder.rows:
@@ -390,7 +393,8 @@ def test_drafts_of_decoding_are_the_heads(plan: Any, judge: Judge, llama: Target
             assert again.drafted == row.drafted
             if row.q is not None and again.q is not None:
                 torch.testing.assert_close(row.q, again.q, rtol=1e-3, atol=1e-4)
-            assert (row.q is not None) == (judge == "rejection")
+            drawn = not row.request.distribution.greedy
+            assert (row.q is not None) == (judge == "rejection" and drawn)
             bare = Row(again.request, 9, "length", again.noise, list(row.tokens))
             bare.draft(output.logits[0, 1 : 1 + length])
             different += bare.drafted != row.drafted

@@ -75,8 +75,11 @@ def test_anchors_come_from_the_last_texts(tmp_path: Path) -> None:
     assert torch.bincount(hung.depth.flatten()).tolist() == [0, 24, 12, 6]
 
 
+@pytest.mark.parametrize("parts_of", [1, 5])
 @pytest.mark.parametrize("loss", get_args(Loss))
-def test_gradients_of_a_step_are_those_of_the_whole_loss(loss: Any, tmp_path: Path) -> None:
+def test_gradients_of_a_step_are_those_of_the_whole_loss(
+    loss: Any, parts_of: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches chances of another token or place, or made anew on the list, whose float16 is the
     only loss; and a guess that counts as another's depth does."""
     config = replace(
@@ -89,6 +92,8 @@ def test_gradients_of_a_step_are_those_of_the_whole_loss(loss: Any, tmp_path: Pa
     torch.nn.init.normal_(head.out, std=0.1, generator=torch.Generator().manual_seed(0))
     for index in range(3):  # texts to draw from
         run.batch([index])
+    if parts_of > 1:  # rows at a time
+        monkeypatch.setattr("passlm.train.head.PART_NUMBERS", parts_of * len(head.listed))
     loss_of_step = run._backward(*reversed(run.batch([3])))
     text, hung = run.batch([3])
     total, weights = torch.zeros(()), 0.0

@@ -28,7 +28,17 @@ from passlm.decode import Decoder
 from passlm.lookahead import LookAhead, fingerprint
 from passlm.params import SamplingParams
 from passlm.passes import LookAheadRows
-from passlm.plan import Chain, Choice, Chooser, Limits, Plan, Shared, verifying
+from passlm.plan import (
+    LIKELIEST,
+    Chain,
+    Choice,
+    Chooser,
+    Drawn,
+    Limits,
+    Plan,
+    Shared,
+    verifying,
+)
 from passlm.planner import AutoPlan
 from passlm.provenance import cache_folder, environment, provenance, write_atomically
 from passlm.quantize import Int8Linear
@@ -44,6 +54,7 @@ _ENOUGH_SECONDS = 3.0  # of measuring one curve, once there are the least rounds
 _ROUNDS_A_SITTING = 3  # behind texts that are read anew
 CONTEXTS = (128, 512, 2048, 8192)  # a curve is measured behind so many tokens
 _MARGIN = 192  # tokens that one sitting may need behind them
+_GREEDY, _SAMPLED = SamplingParams(), SamplingParams(temperature=1.0, seed=0)
 _STAGGER = 3  # tokens by which the texts of a batch differ in length
 
 _log = logging.getLogger(__name__)
@@ -71,7 +82,7 @@ class _Script:
     def __init__(self) -> None:
         self.timed = _Timed(Plan(0, (0,)))
 
-    def begin(self) -> Chooser:
+    def begin(self, drawn: Drawn = LIKELIEST) -> Chooser:
         return self
 
     def resize(self, texts: int) -> None:
@@ -120,15 +131,20 @@ def measure(
     depths = 0 if rows is None or rows.head is None else rows.head.depths
     guesses = [_Timed(verifying(count), count) for count in range(1, 1 + depths)]
     timed = [*map(_Timed, plans), *guesses]
+    drawn = [_Timed(verifying(0)), _Timed(Plan(0, (groups[-1],)))] if groups else []
     seconds: dict[_Timed, list[float]] = {step: [] for step in timed}
+    drawing: dict[_Timed, list[float]] = {step: [] for step in drawn}
     prompt = [1 + place % (target.vocabulary - 1) for place in range(context)]
     read = target.prefill(prompt[:-1])
     begun, done = time.perf_counter(), 0
     while done <= (_LEAST_ROUNDS if rounds is None else rounds) or (
         rounds is None and done <= _MOST_ROUNDS and time.perf_counter() - begun < _ENOUGH_SECONDS
     ):
-        for step, took in _sitting(target, rows, timed, batch, prompt, read, done):
+        for step, took in _sitting(target, rows, timed, batch, prompt, read, done, _GREEDY):
             seconds[step].append(took)
+        if drawn:
+            for step, took in _sitting(target, rows, drawn, batch, prompt, read, done, _SAMPLED):
+                drawing[step].append(took)
         done += _ROUNDS_A_SITTING
     known = {step: median(took[1:]) for step, took in seconds.items() if len(took) > 1}
     medians = {step.plan: took for step, took in known.items() if not step.guessed}
@@ -146,6 +162,9 @@ def measure(
     curve = replace(
         curve, groups=tuple(hung), group_seconds=tuple(dearer), head_seconds=rising(more)
     )
+    if drawn and all(len(drawing[step]) > 1 and step in known for step in drawn):
+        one, group = (median(drawing[step][1:]) - known[step] for step in drawn)
+        curve = replace(curve, draw_seconds=max(0.0, group - one) / groups[-1])
     if wide is None or wide not in medians:
         return curve
     rest = medians[wide] - curve.of(1 + wide.candidates, sum(wide.groups), wide.groups[0])
@@ -160,6 +179,7 @@ def _sitting(
     prompt: Sequence[int],
     read: RowCache,
     seed: int,
+    sampling: SamplingParams,
 ) -> list[tuple[_Timed, float]]:
     """Each step some times, rounds in orders of their own, once a first pass has made room.
 
@@ -173,6 +193,7 @@ def _sitting(
         prompt: what they follow, or its beginning.
         read: keys and values of all of it but the last token.
         seed: of the orders.
+        sampling: how tokens are drawn.
     """
     script, draw = _Script(), random.Random(seed)
     order = [step for _ in range(_ROUNDS_A_SITTING) for step in draw.sample(steps, len(steps))]
@@ -181,7 +202,7 @@ def _sitting(
     decoder = Decoder(target, rows)
     for text in range(batch):
         count = max(1, len(prompt) - _STAGGER * text)
-        request = Request.of(prompt[:count], SamplingParams(), needed, script)
+        request = Request.of(prompt[:count], sampling, needed, script)
         decoder.admit(decoder.begin(request, read.copied(0, count - 1)))
     decoder.step()
     taken = []
@@ -315,7 +336,7 @@ class Costs:
             "dtype": str(self.target.dtype),
             "device": str(self.target.device),
             "environment": environment(),
-            "sittings": [_STAGGER, _ROUNDS_A_SITTING, _MARGIN],
+            "sittings": [_STAGGER, _ROUNDS_A_SITTING, _MARGIN, "drawn"],
             "look_ahead": card and [card.look_ahead_tokens, card.lora, card.sampler, shape],
         }
 
@@ -333,7 +354,8 @@ def _read(path: Path, key: dict[str, Any]) -> CostCurve | None:
             return None
         fields = content["curve"]
         lists = {name: tuple(v) for name, v in fields.items() if isinstance(v, list)}
-        return CostCurve(**lists, row_seconds=float(fields["row_seconds"]))
+        row, draw = float(fields["row_seconds"]), float(fields["draw_seconds"])
+        return CostCurve(**lists, row_seconds=row, draw_seconds=draw)
     except OSError:
         return None
     except (ValueError, KeyError, TypeError):

@@ -21,7 +21,15 @@ from torch import Tensor, nn
 from passlm.likeliest import likeliest, shortlist
 from passlm.products import RowsProduct, preferred
 from passlm.quantize import rounded
-from passlm.sampler import EPSILON, SHORTLIST, Embeddings, Shortlist, last_tokens, normed
+from passlm.sampler import (
+    EPSILON,
+    SHORTLIST,
+    Embeddings,
+    Shortlist,
+    are_rows,
+    last_tokens,
+    normed,
+)
 
 torch.library.define(
     "passlm::guesses",
@@ -198,11 +206,11 @@ class AppliedHead:
     def joint(self) -> list[Tensor] | None:
         """What the operator that makes guesses in one call is given of it.
 
-        None where there is no such operator.
+        None where there is no such operator, or it does not take the target's embeddings.
         """
         layers = [self.hidden_in, self.token_in, self.out, self.outputs]
         ours = [layer for layer in layers if isinstance(layer, RowsProduct)]
-        if len(ours) < len(layers) or not self.inputs.is_contiguous():
+        if len(ours) < len(layers) or not are_rows(self.inputs):
             return None
         weights = [part for layer in ours for part in (layer.packed, layer.scale)]
         return [*weights[:4], self.depth_in, *weights[4:], self.listed, self.inputs]
@@ -255,7 +263,7 @@ class HeadSampler:
         Args:
             texts: the tokens so far.
         """
-        if self._head.joint is not None:
+        if self._head.joint is not None and are_rows(self._hidden):
             return self._together(texts, self._head.joint)
         made: list[list[tuple[int, float]]] = [[] for _ in texts]
         last = [list(text[-self._head.tokens :]) for text in texts]

@@ -1,7 +1,7 @@
 """Operators of our own in C++ (`cpp/`), compiled when first used and kept in the cache folder.
 
-They are for CPUs with AVX2 or AVX-512; what they compute is said in `products.py`, `attention.py`
-and `philox.py`.
+They are for CPUs with AVX2 or AVX-512; what they compute is said in `products.py`, `attention.py`,
+`draft_head.py`, `sampler.py` and `philox.py`.
 """
 
 from __future__ import annotations

@@ -224,12 +224,28 @@ class Chooser(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """Which of a text's candidates are draws, made one by one, and not the likeliest tokens.
+
+    Attributes:
+        groups: those of look-ahead groups.
+        guesses: those of a draft head.
+    """
+
+    groups: bool = False
+    guesses: bool = False
+
+
+LIKELIEST = Drawn()
+
+
 @runtime_checkable
 class Adaptive(Protocol):
     """Plans that follow what a text accepts."""
 
-    def begin(self) -> Chooser:
-        """A chooser for one text."""
+    def begin(self, drawn: Drawn = LIKELIEST) -> Chooser:
+        """A chooser for one text, whose candidates are made so."""
         ...
 
 
@@ -313,7 +329,7 @@ class ByHead:
 
     guesses: int
 
-    def begin(self) -> Chooser:
+    def begin(self, drawn: Drawn = LIKELIEST) -> Chooser:
         """See `Adaptive`."""
         return FixedChooser(verifying, self.guesses)
 

@@ -24,6 +24,7 @@ from passlm.plan import (
     Chain,
     Choice,
     Chooser,
+    Drawn,
     FixedChooser,
     Limits,
     Plan,
@@ -118,7 +119,9 @@ class Row:
     def __post_init__(self) -> None:
         asked = self.request.strategy
         self._chooser: Chooser = (
-            asked.begin() if isinstance(asked, Adaptive) else FixedChooser(asked)
+            asked.begin(Drawn(not self.drafts_likeliest, not self.takes_guesses))
+            if isinstance(asked, Adaptive)
+            else FixedChooser(asked)
         )
         self._lookup = PromptLookup() if self._chooser.lookup else None
         self._texts = 0  # of the batch, as the chooser knows it

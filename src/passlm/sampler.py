@@ -220,17 +220,17 @@ class GroupSampler:
         """
         inputs, outputs = self._tables.inputs, self._tables.outputs
         weights = self._head.packed
-        if weights is not None and inputs.is_contiguous() and outputs.is_contiguous():
+        if weights is not None and self._vocabulary == len(outputs):
             rows = _joined(self._logits).contiguous(), _joined(self._hidden).contiguous()
-            last = last_tokens(texts, self._head.tokens, inputs.device)
-            tables = inputs, outputs, torch.empty(0)
-            numbers = self._head.shortlist, torch.get_num_threads()
-            lengths = torch.tensor(self.lengths)
-            every = torch.ops.passlm.weighed_guesses(
-                *rows, lengths, last, *weights, *tables, *numbers
-            )
-            pairs = zip(every.tolist(), self.lengths, strict=True)
-            return [tokens[:length] for tokens, length in pairs]
+            if are_rows(*rows, inputs, outputs):
+                last = last_tokens(texts, self._head.tokens, inputs.device)
+                numbers = self._head.shortlist, torch.get_num_threads()
+                every = torch.ops.passlm.weighed_guesses(
+                    *(*rows, torch.tensor(self.lengths), last),
+                    *(*weights, inputs, outputs, torch.empty(0), *numbers),
+                )
+                pairs = zip(every.tolist(), self.lengths, strict=True)
+                return [tokens[:length] for tokens, length in pairs]
         made: list[list[int]] = [[] for _ in texts]
         for depth in range(max(self.lengths)):
             going = [at for at, length in enumerate(self.lengths) if depth < length]
@@ -264,6 +264,11 @@ class GroupSampler:
         gained = (self._tables.outputs[tokens].to(correction) * correction[:, None]).sum(-1)
         logits = best[rows] + gained.float()
         return [Shortlist(own, self._vocabulary) for own in tokens], logits
+
+
+def are_rows(*tensors: Tensor) -> bool:
+    """Whether the operators that guess in one call take these as rows of numbers."""
+    return all(t.is_contiguous() and t.dtype in (torch.bfloat16, torch.float32) for t in tensors)
 
 
 def last_tokens(texts: Sequence[Sequence[int]], count: int, device: torch.device) -> Tensor:

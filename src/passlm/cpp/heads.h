@@ -64,7 +64,8 @@ inline void put_first(int64_t* tokens, int64_t count, int64_t token) {
 
 // Rows of numbers, one behind the other.
 inline bool is_table(const View& tensor, int64_t width) {
-    const bool rows = tensor.dimensions == 2 && tensor.width() == width && tensor.strides[1] == 1 &&
-                      tensor.strides[0] == width;
-    return rows && (tensor.half() || tensor.full());
+    if (tensor.dimensions != 2 || tensor.width() != width) return false;
+    const bool one = tensor.sizes[0] == 1;  // whose stride says nothing
+    const bool close = tensor.strides[1] == 1 && (one || tensor.strides[0] == width);
+    return close && (tensor.half() || tensor.full());
 }

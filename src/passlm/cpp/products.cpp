@@ -355,8 +355,8 @@ AtenTensorHandle product(AtenTensorHandle given, AtenTensorHandle gates, AtenTen
     lay_out(rows, starts, inputs, laid_out.data());
     const Update update = updates(View(gates), View(downs), View(ups), View(places), starts,
                                   laid_out, inputs, threads);
-    const Output output{numbers_of(scale), bias.numbers ? bias.data : nullptr, View(made).data, width, rows.half(),
-                        update};
+    const Output output{numbers_of(scale), bias.numbers ? bias.data : nullptr, View(made).data,
+                        width, rows.half(), update};
     multiply_by(weights, starts, laid_out.data(), output, threads);
     return made;
 }
@@ -385,7 +385,8 @@ void multiply_rows(const float* rows, int64_t number, const View& weights, const
             for (int64_t k = 0; k < inputs; k++) into[k * count + r] = from[k];
         }
     }
-    const Output output{numbers_of(scale), nullptr, reinterpret_cast<char*>(made), width, false, {}};
+    const Output output{numbers_of(scale), nullptr, reinterpret_cast<char*>(made), width, false,
+                        {}};
     multiply_by(weights, starts, laid_out.data(), output, threads);
 }
 

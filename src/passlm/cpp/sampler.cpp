@@ -30,7 +30,7 @@ Shortlist shortlist(const View& logits, int64_t row, int64_t count) {
         float lanes[LANES];
         std::copy_n(own, LANES, lanes);
         for (int64_t k = LANES; k < BLOCK; k += LANES) {
-            for (int lane = 0; lane < LANES; lane++) lanes[lane] = std::max(lanes[lane], own[k + lane]);
+            for (int l = 0; l < LANES; l++) lanes[l] = std::max(lanes[l], own[k + l]);
         }
         largest[b] = *std::max_element(lanes, lanes + LANES);
     }

@@ -57,7 +57,7 @@ def needed(
         train.sequences * train.sequence_tokens * text.hidden_size * text.num_hidden_layers * 2
     )
     if train.kind == "head":
-        held = _of_texts(text, dtype, train)
+        held = _of_texts(text, dtype, train, rows)
     else:
         kept = 1 if train.gradient_checkpointing else _KEPT_A_LAYER
         numbers = train.sequences * rows * text.hidden_size * text.num_hidden_layers * kept
@@ -67,14 +67,15 @@ def needed(
     return total
 
 
-def _of_texts(text: Any, dtype: torch.dtype, train: TrainConfig) -> int:
+def _of_texts(text: Any, dtype: torch.dtype, train: TrainConfig, rows: int) -> int:
     """What a draft head's anchors are drawn from: hidden states, and chances in float16.
 
-    Twice, since a step has copies of what it takes.
+    A step has copies: of the hidden states of all texts, and of all for the rows that it draws.
     """
     listed = min(train.head_vocabulary, text.vocab_size)
-    each = text.hidden_size * dtype.itemsize + listed * 2
-    total: int = 2 * max(train.head_texts, train.sequences) * train.sequence_tokens * each
+    hidden, chances = text.hidden_size * dtype.itemsize, listed * 2
+    kept = max(train.head_texts, train.sequences) * train.sequence_tokens
+    total: int = kept * (2 * hidden + chances) + train.sequences * rows * (hidden + chances)
     return total
 
 
@@ -108,8 +109,10 @@ def check(
     wanted = needed(config, dtype, train, rows, place.shards) * place.neighbours
     free = available(place.device)
     if free is not None and wanted > free:
+        fewer = "--sequences or --anchors, --gradient-checkpointing"
+        if train.kind == "head":
+            fewer = "--head-texts, --anchors or --head-vocabulary"
         raise NotEnoughMemoryError(
             f"training takes about {wanted / _GIB:.1f} GiB and {free / _GIB:.1f} GiB are free on "
-            f"{place.device}: take --dtype bfloat16, fewer --sequences or --anchors, "
-            "--gradient-checkpointing, or a smaller model"
+            f"{place.device}: take --dtype bfloat16, fewer {fewer}, or a smaller model"
         )
