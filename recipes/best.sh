@@ -26,9 +26,9 @@ mkdir -p "$text/own"
 python "$here/make_prompts.py" "$text" "$text/prompts.jsonl"
 passlm distill-data --model smollm2-135m --prompts "$text/prompts.jsonl" \
     --out "$text/own/answers.jsonl" --resume --max-new-tokens 224 --temperature 0,0,0.8 \
-    --top-k 50 --batch 32
+    --top-k 50 --batch 32 --compile
 train "$out-rows" "0.60 0.06 0.07 0.05 0.05 0.13 0.04" --kind sampler --lookahead-tokens 6 \
     --lora-rank 12 --sampler-width 640 --sampler-tokens 1 --anchors 160 --steps 1200 \
     --learning-rate 0.01 --lora-learning-rate 0.006 --sampler-learning-rate 0.002
 train "$out" "0.84 0.03 0.03 0.02 0.02 0.04 0.02" --kind head --start-from "$out-rows" \
-    --anchors 240 --steps 1800
+    --anchors 1000 --steps 2600 --head-learning-rate 0.003 --warmup 50
