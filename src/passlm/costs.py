@@ -12,7 +12,7 @@ import json
 import logging
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
@@ -162,13 +162,27 @@ def measure(
     curve = replace(
         curve, groups=tuple(hung), group_seconds=tuple(dearer), head_seconds=rising(more)
     )
-    if drawn and all(len(drawing[step]) > 1 and step in known for step in drawn):
-        one, group = (median(drawing[step][1:]) - known[step] for step in drawn)
-        curve = replace(curve, draw_seconds=max(0.0, group - one) / groups[-1])
+    if groups:
+        curve = replace(curve, draw_seconds=_draw_seconds(drawing, known) / groups[-1])
     if wide is None or wide not in medians:
         return curve
     rest = medians[wide] - curve.of(1 + wide.candidates, sum(wide.groups), wide.groups[0])
     return replace(curve, row_seconds=max(0.0, rest / sum(wide.groups[1:])))
+
+
+def _draw_seconds(
+    drawing: Mapping[_Timed, Sequence[float]], greedy: Mapping[_Timed, float]
+) -> float:
+    """What drawing a group takes more than taking its likeliest tokens; 0 if it was not measured.
+
+    Args:
+        drawing: seconds of a step without a group and of one with it, their tokens drawn.
+        greedy: medians of the same steps, and others, of greedy text.
+    """
+    if any(len(took) < 2 or step not in greedy for step, took in drawing.items()):
+        return 0.0
+    alone, group = (median(took[1:]) - greedy[step] for step, took in drawing.items())
+    return max(0.0, group - alone)
 
 
 def _sitting(

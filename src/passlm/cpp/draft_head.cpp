@@ -26,44 +26,33 @@ std::pair<int64_t, float> likeliest(const float* logits, int64_t count) {
     return {best, 1 / sum};
 }
 
-struct Guesses {
-    AtenTensorHandle tokens, sureness;
-};
-
 // hidden: [N, d_model]. last: ids of each text's last tokens, the last one first, [N, tokens].
 // lengths: how many guesses each text is to have, [N]. inputs: the embeddings, [V, d_model].
-Guesses guesses(const View& hidden, const View& last, const View& lengths, const Layer& hidden_in,
-                const Layer& token_in, const View& depth_in, const Layer& out,
-                const Layer& outputs, const View& listed, const View& inputs) {
-    const int64_t texts = hidden.sizes[0], d_model = hidden.width(), told = last.width();
+//
+// Gives ids and the head's probabilities of them, both [N, depths].
+std::tuple<Tensor, Tensor> guesses(const View& hidden, const View& last, const View& lengths,
+                                   const Layer& hidden_in, const Layer& token_in,
+                                   const View& depth_in, const Layer& out, const Layer& outputs,
+                                   const View& listed, const View& inputs) {
+    const int64_t texts = hidden.sizes[0], d_model = hidden.width();
     const int64_t width = depth_in.width(), depths = depth_in.sizes[0], count = listed.numbers;
-    const auto* lengths_of = reinterpret_cast<const int64_t*>(lengths.data);
     const auto* ids = reinterpret_cast<const int64_t*>(listed.data);
     const auto* depth_numbers = reinterpret_cast<const float*>(depth_in.data);
-    const auto* first_last = reinterpret_cast<const int64_t*>(last.data);
-    std::vector<int64_t> before(first_last, first_last + texts * told);
     const int64_t sizes[2] = {texts, depths};
-    const Guesses made{empty(sizes, 2, aoti_torch_dtype_int64()),
-                       empty(sizes, 2, aoti_torch_dtype_float32())};
-    auto* tokens = reinterpret_cast<int64_t*>(View(made.tokens).data);
-    auto* sureness = reinterpret_cast<float*>(View(made.sureness).data);
+    const Tensor made(empty(sizes, 2, aoti_torch_dtype_int64()));
+    const Tensor chances(empty(sizes, 2, aoti_torch_dtype_float32()));
+    auto* tokens = reinterpret_cast<int64_t*>(View(made.get()).data);
+    auto* sureness = reinterpret_cast<float*>(View(chances.get()).data);
     std::fill_n(tokens, texts * depths, -1);
     std::fill_n(sureness, texts * depths, 0.0f);
     std::vector<float> rows(texts * d_model), from_hidden, inner, state, logits;
     for (int64_t n = 0; n < texts; n++) normed(hidden, n, rows.data() + n * d_model);
     hidden_in.times(rows, texts, from_hidden);
-    rows.resize(texts * told * d_model);
-    std::vector<int64_t> going;
+    Texts under_way(lengths, last);
     for (int64_t depth = 0; depth < depths; depth++) {
-        going.clear();
-        for (int64_t n = 0; n < texts; n++) {
-            if (lengths_of[n] > depth) going.push_back(n);
-        }
+        const std::vector<int64_t> going = under_way.reaching(depth, inputs, rows);
         if (going.empty()) break;
         const int64_t number = going.size();
-        for (int64_t i = 0; i < number; i++) {
-            tell(inputs, &before[going[i] * told], told, &rows[i * told * d_model]);
-        }
         token_in.times(rows, number, inner);
         for (int64_t i = 0; i < number; i++) {
             const float* own = from_hidden.data() + going[i] * width;
@@ -78,10 +67,10 @@ Guesses guesses(const View& hidden, const View& last, const View& lengths, const
             const int64_t n = going[i];
             tokens[n * depths + depth] = ids[place];
             sureness[n * depths + depth] = sure;
-            put_first(&before[n * told], told, ids[place]);
+            under_way.append(n, ids[place]);
         }
     }
-    return made;
+    return {made, chances};
 }
 
 std::tuple<Tensor, Tensor> boxed(Tensor hidden, Tensor last, Tensor lengths, Tensor hidden_in,
@@ -108,9 +97,7 @@ std::tuple<Tensor, Tensor> boxed(Tensor hidden, Tensor last, Tensor lengths, Ten
                         told.weights.sizes[1] == before.width() * d_model &&
                         back.weights.sizes[1] == width && to_listed.weights.sizes[1] == d_model,
                     "the head's layers do not fit together");
-    const Guesses made = guesses(rows, before, asked, from_hidden, told, depths, back, to_listed,
-                                 ids, table);
-    return {Tensor(made.tokens), Tensor(made.sureness)};
+    return guesses(rows, before, asked, from_hidden, told, depths, back, to_listed, ids, table);
 }
 
 }  // namespace

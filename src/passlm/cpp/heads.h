@@ -48,19 +48,43 @@ inline void silu(float* numbers, int64_t count) {
     }
 }
 
-// The embeddings of some tokens, side by side.
-inline void tell(const View& inputs, const int64_t* tokens, int64_t count, float* into) {
-    for (int64_t t = 0; t < count; t++) {
-        STD_TORCH_CHECK(tokens[t] >= 0 && tokens[t] < inputs.sizes[0], "no such token");
-        normed(inputs, tokens[t], into + t * inputs.width());
-    }
-}
+// Texts that get some guesses each, and the last tokens of each, the last one first.
+struct Texts {
+    const int64_t* lengths;
+    std::vector<int64_t> last;
+    int64_t number, told;  // how many texts, and tokens of each
 
-// A token before some others, of which the last one is dropped.
-inline void put_first(int64_t* tokens, int64_t count, int64_t token) {
-    std::copy_backward(tokens, tokens + count - 1, tokens + count);
-    tokens[0] = token;
-}
+    Texts(const View& lengths_of, const View& tokens)
+        : lengths(reinterpret_cast<const int64_t*>(lengths_of.data)),
+          last(reinterpret_cast<const int64_t*>(tokens.data),
+               reinterpret_cast<const int64_t*>(tokens.data) + tokens.numbers),
+          number(tokens.sizes[0]),
+          told(tokens.width()) {}
+
+    // Those that get a guess at this depth, and what it is told: their last tokens' embeddings.
+    std::vector<int64_t> reaching(int64_t depth, const View& inputs, std::vector<float>& into) {
+        std::vector<int64_t> going;
+        for (int64_t n = 0; n < number; n++) {
+            if (lengths[n] > depth) going.push_back(n);
+        }
+        into.resize(going.size() * told * inputs.width());
+        float* place = into.data();
+        for (int64_t n : going) {
+            for (int64_t t = 0; t < told; t++, place += inputs.width()) {
+                const int64_t token = last[n * told + t];
+                STD_TORCH_CHECK(token >= 0 && token < inputs.sizes[0], "no such token");
+                normed(inputs, token, place);
+            }
+        }
+        return going;
+    }
+
+    void append(int64_t text, int64_t token) {
+        int64_t* own = &last[text * told];
+        std::copy_backward(own, own + told - 1, own + told);
+        own[0] = token;
+    }
+};
 
 // Rows of numbers, one behind the other.
 inline bool is_table(const View& tensor, int64_t width) {

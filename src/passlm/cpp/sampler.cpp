@@ -104,21 +104,21 @@ float dot(const View& table, int64_t row, const float* numbers) {
 // logits: of all rows, group after group, [R, V]. hidden: [R, d_model]. lengths: of the groups, [G].
 // last: ids of each text's last tokens, the last one first, [G, tokens]. listed: tokens of a row
 // that are weighed. inputs, outputs: the target's tables, [V, d_model].
-AtenTensorHandle guesses(const View& logits, const View& hidden, const View& lengths,
-                         const View& last, const Layer& hidden_in, const Layer& token_in,
-                         const Layer& out, const View& inputs, const View& outputs,
-                         int64_t listed, int threads) {
-    const int64_t rows = hidden.sizes[0], d_model = hidden.width(), told = last.width();
+//
+// Gives ids, [G, length of the longest group].
+Tensor guesses(const View& logits, const View& hidden, const View& lengths, const View& last,
+               const Layer& hidden_in, const Layer& token_in, const Layer& out,
+               const View& inputs, const View& outputs, int64_t listed, int threads) {
+    const int64_t rows = hidden.sizes[0], d_model = hidden.width();
     const int64_t groups = lengths.numbers, width = hidden_in.width;
     const auto* lengths_of = reinterpret_cast<const int64_t*>(lengths.data);
-    const auto* first_last = reinterpret_cast<const int64_t*>(last.data);
-    std::vector<int64_t> before(first_last, first_last + groups * told), starts{0};
+    std::vector<int64_t> starts{0};
     for (int64_t g = 0; g < groups; g++) starts.push_back(starts[g] + lengths_of[g]);
     STD_TORCH_CHECK(starts.back() == rows, "groups have not as many rows as there are");
     const int64_t depths = groups ? *std::max_element(lengths_of, lengths_of + groups) : 0;
     const int64_t sizes[2] = {groups, depths};
-    const AtenTensorHandle made = empty(sizes, 2, aoti_torch_dtype_int64());
-    auto* tokens = reinterpret_cast<int64_t*>(View(made).data);
+    const Tensor made(empty(sizes, 2, aoti_torch_dtype_int64()));
+    auto* tokens = reinterpret_cast<int64_t*>(View(made.get()).data);
     std::fill_n(tokens, groups * depths, -1);
     std::vector<Shortlist> best(rows);
 #pragma omp parallel for num_threads(threads)
@@ -126,17 +126,10 @@ AtenTensorHandle guesses(const View& logits, const View& hidden, const View& len
     std::vector<float> given(rows * d_model), from_hidden, inner, correction;
     for (int64_t r = 0; r < rows; r++) normed(hidden, r, &given[r * d_model]);
     hidden_in.times(given, rows, from_hidden);
-    given.resize(groups * told * d_model);
-    std::vector<int64_t> going;
+    Texts texts(lengths, last);
     for (int64_t depth = 0; depth < depths; depth++) {
-        going.clear();
-        for (int64_t g = 0; g < groups; g++) {
-            if (lengths_of[g] > depth) going.push_back(g);
-        }
+        const std::vector<int64_t> going = texts.reaching(depth, inputs, given);
         const int64_t number = going.size();
-        for (int64_t i = 0; i < number; i++) {
-            tell(inputs, &before[going[i] * told], told, &given[i * told * d_model]);
-        }
         token_in.times(given, number, inner);
         for (int64_t i = 0; i < number; i++) {
             const float* own = &from_hidden[(starts[going[i]] + depth) * width];
@@ -159,7 +152,7 @@ AtenTensorHandle guesses(const View& logits, const View& hidden, const View& len
                 }
             }
             tokens[going[i] * depths + depth] = token;
-            put_first(&before[going[i] * told], told, token);
+            texts.append(going[i], token);
         }
     }
     return made;
@@ -182,10 +175,9 @@ Tensor boxed(Tensor logits, Tensor hidden, Tensor lengths, Tensor last, Tensor h
     STD_TORCH_CHECK(first.sizes[1] == d_model && second.sizes[1] == before.width() * d_model &&
                         listed >= 1,
                     "the head's layers do not fit together");
-    return Tensor(guesses(whole, rows, asked, before, {first, scale, width, int(threads)},
-                          {second, scale, width, int(threads)},
-                          {third, scale, d_model, int(threads)}, table, others, listed,
-                          int(threads)));
+    return guesses(whole, rows, asked, before, {first, scale, width, int(threads)},
+                   {second, scale, width, int(threads)}, {third, scale, d_model, int(threads)},
+                   table, others, listed, int(threads));
 }
 
 }  // namespace
