@@ -9,18 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from passlm.cache import RowCache
-from passlm.draft_head import HeadSampler
+from passlm.draft_head import AppliedHead, Draws, HeadSampler
 from passlm.errors import InputError
 from passlm.likeliest import likeliest
 from passlm.outputs import FinishReason, Step
 from passlm.passes import LookAheadRows, PassOutput
 from passlm.plan import Chain, Shared
-from passlm.row import Request, Row
+from passlm.row import Guessing, Request, Row
 from passlm.sampler import GroupSampler
 from passlm.sampling import Noise
 from passlm.stopping import cut_block
@@ -183,8 +184,8 @@ class Decoder:
             return
         lengths = [row.head_tokens(self.target.context, head.depths) for row in rows]
         asked = [(row, length) for row, length in zip(rows, lengths, strict=True) if length]
-        for draws in (False, True):
-            some = [(row, length) for row, length in asked if row.takes_guesses != draws]
+        for guessing in get_args(Guessing):
+            some = [(row, length) for row, length in asked if row.guessing == guessing]
             if not some:
                 continue
             drafting = [row for row, _ in some]
@@ -192,10 +193,11 @@ class Decoder:
                 row.begin_draft("head")
             hidden = [row.hidden for row in drafting if row.hidden is not None]
             sampler = HeadSampler(head, hidden, [length for _, length in some])
-            if draws:
+            if guessing == "drawn":
                 draft_together(drafting, sampler)
                 continue
-            guesses = sampler.likeliest([row.tokens for row in drafting])
+            known = draws_ahead(some, head) if guessing == "knowing the noise" else None
+            guesses = sampler.likeliest([row.tokens for row in drafting], known)
             for row, own in zip(drafting, guesses, strict=True):
                 row.take([token for token, _ in own], [sure for _, sure in own])
 
@@ -302,6 +304,13 @@ def draft_together(rows: Sequence[Row], sampler: GroupSampler | HeadSampler) -> 
         shortlists, logits = sampler.shortlists(depth, going, histories)
         for at, among, own in zip(going, shortlists, logits[:, None], strict=True):
             rows[at].draw(own, among)
+
+
+def draws_ahead(asked: Sequence[tuple[Row, int]], head: AppliedHead) -> Draws:
+    """What is known of the next draws of some texts, of so many of each."""
+    longest, size = max(length for _, length in asked), len(head.inputs)
+    noise = torch.stack([row.noise_ahead(longest, size) for row, _ in asked])
+    return Draws(noise, [row.request.distribution.temperature for row, _ in asked])
 
 
 def agreed_pass(rows: Sequence[Row], chains: Sequence[Sequence[Chain]]) -> Shared | None:

@@ -35,9 +35,13 @@ torch.library.define(
     "passlm::guesses",
     "(Tensor hidden, Tensor last, Tensor lengths, Tensor hidden_in, Tensor hidden_scale, "
     "Tensor token_in, Tensor token_scale, Tensor depth_in, Tensor out, Tensor out_scale, "
-    "Tensor outputs, Tensor outputs_scale, Tensor listed, Tensor inputs, int threads) "
-    "-> (Tensor, Tensor)",
+    "Tensor outputs, Tensor outputs_scale, Tensor listed, Tensor inputs, Tensor noise, "
+    "Tensor weights, Tensor flattened, int threads) -> (Tensor, Tensor)",
 )
+
+# What the noise of a draw counts for beside the head's logits, which know `p` by half. Right first
+# guesses at temperature 1 by weight: 0 0.20, 0.6 0.29, 0.7 0.30, 0.85 0.30, 1 0.28; see docs/log.md.
+_NOISE_WEIGHT = 0.7
 
 
 class DraftHead(nn.Module):
@@ -216,6 +220,37 @@ class AppliedHead:
         return [*weights[:4], self.depth_in, *weights[4:], self.listed, self.inputs]
 
 
+@dataclass(frozen=True)
+class Draws:
+    """What is known of the draws to come, where guesses share the noise that will settle them.
+
+    Attributes:
+        noise: standard exponential numbers of the next positions of each text,
+            `[N, depths, V]` float32.
+        temperatures: by which each text's logits are divided.
+    """
+
+    noise: Tensor
+    temperatures: Sequence[float]
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """What a logarithm of the noise is taken times from a text's logits, `[N]`."""
+        return torch.tensor(self.temperatures) * _NOISE_WEIGHT
+
+    @cached_property
+    def flattened(self) -> Tensor:
+        """By what both are divided to say how sure a guess is, `[N]`."""
+        return torch.tensor(self.temperatures).clamp(min=1.0)
+
+    def join(self, logits: Tensor, texts: Sequence[int], depth: int, listed: Tensor) -> Tensor:
+        """Logits of some texts with their tokens' shares in the race, `[n, K]`."""
+        race = self.noise[list(texts), depth][:, listed.cpu()].log().to(logits.device)
+        at = list(texts)
+        weights, flattened = (t[at, None].to(logits) for t in (self.weights, self.flattened))
+        return (logits - weights * race) / flattened
+
+
 class _Linear(nn.Module):
     """A plain product with a copy of some weights."""
 
@@ -257,19 +292,28 @@ class HeadSampler:
         vocabulary = len(head.inputs)
         return [Shortlist(own, vocabulary) for own in head.listed[places]], best
 
-    def likeliest(self, texts: Sequence[Sequence[int]]) -> list[list[tuple[int, float]]]:
-        """Each text's likeliest tokens, one behind the other, and the head's probability of each.
+    def likeliest(
+        self, texts: Sequence[Sequence[int]], draws: Draws | None = None
+    ) -> list[list[tuple[int, float]]]:
+        """Each text's likeliest tokens, one behind the other, and how sure the head is of each.
+
+        A draw is the token of the largest logit plus noise, `l - T log e` (the Gumbel-max trick):
+        who knows the noise guesses better.
 
         Args:
             texts: the tokens so far.
+            draws: what is known of the noise to come; None for the likeliest tokens without it,
+                with the head's probability of each.
         """
         if self._head.joint is not None and are_rows(self._hidden):
-            return self._together(texts, self._head.joint)
+            return self._together(texts, self._head.joint, draws)
         made: list[list[tuple[int, float]]] = [[] for _ in texts]
         last = [list(text[-self._head.tokens :]) for text in texts]
         for depth in range(max(self.lengths)):
             going = [at for at, length in enumerate(self.lengths) if depth < length]
             logits = self._logits(depth, going, [last[at] for at in going]).float()
+            if draws is not None:
+                logits = draws.join(logits, going, depth, self._head.listed)
             places = likeliest(logits)
             best = logits.gather(1, places[:, None]) - logits.logsumexp(-1, keepdim=True)
             tokens = self._head.listed[places].tolist()
@@ -279,11 +323,13 @@ class HeadSampler:
         return made
 
     def _together(
-        self, texts: Sequence[Sequence[int]], parts: Sequence[Tensor]
+        self, texts: Sequence[Sequence[int]], parts: Sequence[Tensor], draws: Draws | None
     ) -> list[list[tuple[int, float]]]:
         last = last_tokens(texts, self._head.tokens, self._hidden.device)
         asked, threads = torch.tensor(self.lengths), torch.get_num_threads()
-        tokens, sure = torch.ops.passlm.guesses(self._hidden, last, asked, *parts, threads)
+        none = torch.empty(0)
+        known = (none,) * 3 if draws is None else (draws.noise, draws.weights, draws.flattened)
+        tokens, sure = torch.ops.passlm.guesses(self._hidden, last, asked, *parts, *known, threads)
         found = zip(tokens.tolist(), sure.tolist(), self.lengths, strict=True)
         return [list(zip(ids[:n], chances[:n], strict=True)) for ids, chances, n in found]
 

@@ -231,10 +231,12 @@ class Drawn:
     Attributes:
         groups: those of look-ahead groups.
         guesses: those of a draft head.
+        known: those are no draws, but made knowing the noise that will settle them.
     """
 
     groups: bool = False
     guesses: bool = False
+    known: bool = False
 
 
 LIKELIEST = Drawn()

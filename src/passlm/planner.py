@@ -137,7 +137,7 @@ class AutoPlan:
 
     def begin(self, drawn: Drawn = LIKELIEST) -> AutoChooser:
         """For one text."""
-        return AutoChooser(self.drawing(drawn))
+        return AutoChooser(self.drawing(drawn), known=drawn.known)
 
     def drawing(self, drawn: Drawn) -> AutoPlan:
         """The same where some candidates are drawn, which takes longer."""
@@ -167,14 +167,18 @@ class AutoChooser:
         settings: costs, priors and what may be drafted.
         weighed: what the head's guesses and groups are worth, by their lengths; None for what
             `settings` say.
+        known: the draft head knows the noise of the draws.
     """
 
     def __init__(
-        self, settings: AutoPlan, weighed: tuple[list[float], list[float]] | None = None
+        self,
+        settings: AutoPlan,
+        weighed: tuple[list[float], list[float]] | None = None,
+        known: bool = False,
     ) -> None:
         gains, worth = settings.first_weighing if weighed is None else weighed
         self._settings = settings
-        self._observed = Observed(settings.prior, settings.head)
+        self._observed = Observed(settings.prior, settings.head, known)
         self._gains = list(gains)  # tokens that a head's first, first two, ... guesses bring
         self._noted = [0] * len(gains)  # how often they were made
         self._expected = list(gains)  # the same before any was made, in greedy text
@@ -218,7 +222,7 @@ class AutoChooser:
             self._settings = settings
             expected, first = settings.first_weighing
             rows = zip(self._gains, expected, self._expected, strict=False)
-            share = self._observed.confidence
+            share = self._observed.head_confidence
             self._gains = [gain + share * (new - old) for gain, new, old in rows]
             self._expected = expected[: len(self._gains)]
             known = self._worth_elsewhere.get(settings.curve)
@@ -315,7 +319,8 @@ class AutoChooser:
         """
         plan, accepted = choice.plan, len(settled) - 1
         self._observed.count(self._at_hand, settled, confidences)
-        firsts = [self._observed.confidence * gain for gain in self._expected]
+        share = self._observed.head_confidence
+        firsts = [share * gain for gain in self._expected]
         pairs = zip(self._gains, firsts, strict=True)
         self._gains = [first + _LONG_MEMORY * (gain - first) for gain, first in pairs]
         self._tokens = self._tokens * _MEMORY + 1 + accepted

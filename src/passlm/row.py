@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -35,6 +36,11 @@ from passlm.plan import (
 )
 from passlm.sampler import Shortlist
 from passlm.sampling import Noise, Purpose, TokenDistribution, processors
+
+
+Guessing = Literal["drawn", "likeliest", "knowing the noise"]
+"""A draft head's candidates are draws from `q`, its likeliest tokens, or those once the noise that
+settles them is known."""
 
 
 @dataclass(frozen=True)
@@ -119,13 +125,14 @@ class Row:
     def __post_init__(self) -> None:
         asked = self.request.strategy
         self._chooser: Chooser = (
-            asked.begin(Drawn(not self.drafts_likeliest, not self.takes_guesses))
+            asked.begin(self._drawn)
             if isinstance(asked, Adaptive)
             else FixedChooser(asked)
         )
         self._lookup = PromptLookup() if self._chooser.lookup else None
         self._texts = 0  # of the batch, as the chooser knows it
         self._known_noise: dict[int, Tensor] = {}  # by position, of drafted ones
+        self._follows_noise = False
 
     @property
     def candidates(self) -> list[int]:
@@ -270,7 +277,8 @@ class Row:
     def begin_draft(self, source: Source = "look-ahead") -> None:
         """Forget what was drafted before; what is drawn from now on comes from this source."""
         self.drafted, self.sureness, self.q, self.drafted_by = [], [], None, source
-        self._known_noise = {}
+        known = self._known_noise.items()
+        self._known_noise = {at: noise for at, noise in known if at >= len(self.tokens)}
 
     def draft(self, group: Tensor) -> None:
         """Draw the next candidates from a look-ahead group without a sampler head.
@@ -284,13 +292,40 @@ class Row:
             self.draw(group[start : start + together])
 
     @property
-    def takes_guesses(self) -> bool:
-        """Whether a draft head's likeliest tokens will do for candidates.
+    def guessing(self) -> Guessing:
+        """How a draft head makes its candidates.
 
-        The coupled judge asks no more of a candidate than that it is the token to come. Where
-        processors tell tokens apart, they have a say in what is likely.
+        The coupled judge asks no more of a candidate than that it is the token to come, so that
+        the likeliest will do, and better the one that is it once the noise of its place is known.
+        Where processors tell tokens apart, they have a say in what is likely.
         """
-        return self.request.distribution.treats_alike and not self._draws_for_rejection
+        request = self.request
+        if self._draws_for_rejection or not request.distribution.treats_alike:
+            return "drawn"
+        shared = not request.distribution.greedy and request.draft == "sampled"
+        return "knowing the noise" if shared else "likeliest"
+
+    @property
+    def _drawn(self) -> Drawn:
+        guessing = self.guessing
+        return Drawn(
+            groups=not self.drafts_likeliest,
+            guesses=guessing == "drawn",
+            known=guessing == "knowing the noise",
+        )
+
+    @property
+    def follows_noise(self) -> bool:
+        """Whether what is verified has depended on the noise of the draws."""
+        return self._follows_noise
+
+    def noise_ahead(self, count: int, size: int) -> Tensor:
+        """What will settle the next positions, `[count, size]`."""
+        self._follows_noise |= bool(self._chooser.passes)
+        start = len(self.tokens)
+        ahead = {start + i: self._settling_noise(start + i, size) for i in range(count)}
+        self._known_noise |= ahead
+        return torch.stack(list(ahead.values()))
 
     @property
     def drafts_likeliest(self) -> bool:

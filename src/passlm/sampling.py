@@ -7,6 +7,7 @@ left to `judge.py`.
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Collection, Sequence
 from enum import IntEnum
@@ -141,6 +142,12 @@ class TokenDistribution:
     Args:
         processors: transformers' processors, warpers included, in order.
         greedy: give the one-hot distribution on the best token.
+
+    Attributes:
+        reads_history: some processor looks at more than the scores.
+        treats_alike: none tells tokens apart.
+        takes_likeliest: it is all on the token of the largest logit.
+        temperature: by which logits are divided; 0 where it is greedy.
     """
 
     def __init__(self, processors: LogitsProcessorList, greedy: bool) -> None:
@@ -149,6 +156,8 @@ class TokenDistribution:
         self.reads_history = any(type(p) not in _BLIND for p in processors)
         self.treats_alike = all(type(p) in _ALIKE for p in processors)
         self.takes_likeliest = greedy and not processors
+        divisors = [p.temperature for p in processors if type(p) is TemperatureLogitsWarper]
+        self.temperature = 0.0 if greedy else math.prod(divisors)
 
     def __call__(self, logits: Tensor, history: Sequence[int], tail: Sequence[int] = ()) -> Tensor:
         """Probabilities of the token that follows each row.

@@ -26,7 +26,9 @@ class JudgedTokens:
     There a judge that favours drafts puts too many, and by no other set is the excess larger: for
     one that accepts too often its mean is the total variation of the two distributions. Under the
     coupled judge drafts share the noise of their place, and `q` is not kept: the set is then the
-    target's likeliest token. Looks on as a `Decoder`'s observer.
+    target's likeliest token. Where a draft head knows that noise and plans go by what it is sure
+    of, which places are judged follows from what they settle: such texts are not counted. Looks on
+    as a `Decoder`'s observer.
 
     Attributes:
         count: of judged tokens.
@@ -41,7 +43,7 @@ class JudgedTokens:
     def __call__(self, row: Row, logits: Tensor, settled: Sequence[int]) -> None:
         """See `decode.Observer`."""
         judged = min(len(settled), len(row.candidates))
-        if not judged:
+        if not judged or row.follows_noise:
             return
         p = row.request.distribution(logits[:judged], row.tokens, row.candidates)
         for at in range(judged):
@@ -86,8 +88,6 @@ def _favoured(row: Row, p: Tensor, at: int) -> Tensor:
     chain, request = row.choice.chain, row.request
     assert chain is not None, "judged are candidates"
     drawn = chain.source != "lookup" and request.draft == "sampled"
-    if chain.source == "head" and row.takes_guesses:
-        drawn = False
     if drawn and row.q is not None:
         return row.q[at].to(p) > p
     # What is no draw was copied, or is the likeliest: its `q` is one-hot.

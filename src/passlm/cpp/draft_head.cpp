@@ -12,28 +12,46 @@ namespace {
 
 using torch::stable::Tensor;
 
-// The place of the largest logit, of equal ones the first, and its probability.
-std::pair<int64_t, float> likeliest(const float* logits, int64_t count) {
+// The place of the largest logit, of equal ones the first, and its probability; they are divided by
+// `flattened` before.
+std::pair<int64_t, float> likeliest(const float* logits, int64_t count, float flattened) {
     const int64_t best = std::max_element(logits, logits + count) - logits;
+    const float scale = 1 / flattened;
     Floats sums{};
     for (int64_t first = 0; first < count; first += LANES) {
         Floats below = spread(-1e30f);
         std::memcpy(&below, logits + first, 4 * std::min<int64_t>(LANES, count - first));
-        sums += exponential(below - logits[best]);
+        sums += exponential((below - logits[best]) * scale);
     }
     float sum = 0;
     for (int lane = 0; lane < LANES; lane++) sum += sums[lane];
     return {best, 1 / sum};
 }
 
+// What is known of the draws to come: the noise of their places, [N, depths, V], and how much it
+// counts for beside each text's logits, and by what both are divided, [N] each. Without it the noise
+// is empty.
+struct Draws {
+    View noise, weights, flattened;
+
+    // Each logit plus its token's share in the race.
+    void join(int64_t text, int64_t depth, const int64_t* listed, int64_t count,
+              float* logits) const {
+        const float weight = reinterpret_cast<const float*>(weights.data)[text];
+        const auto* own = reinterpret_cast<const float*>(noise.data) +
+                          (text * noise.sizes[1] + depth) * noise.width();
+        for (int64_t k = 0; k < count; k++) logits[k] -= weight * std::log(own[listed[k]]);
+    }
+};
+
 // hidden: [N, d_model]. last: ids of each text's last tokens, the last one first, [N, tokens].
 // lengths: how many guesses each text is to have, [N]. inputs: the embeddings, [V, d_model].
 //
-// Gives ids and the head's probabilities of them, both [N, depths].
+// Gives ids and how sure the head is of them, both [N, depths].
 std::tuple<Tensor, Tensor> guesses(const View& hidden, const View& last, const View& lengths,
                                    const Layer& hidden_in, const Layer& token_in,
                                    const View& depth_in, const Layer& out, const Layer& outputs,
-                                   const View& listed, const View& inputs) {
+                                   const View& listed, const View& inputs, const Draws& draws) {
     const int64_t texts = hidden.sizes[0], d_model = hidden.width();
     const int64_t width = depth_in.width(), depths = depth_in.sizes[0], count = listed.numbers;
     const auto* ids = reinterpret_cast<const int64_t*>(listed.data);
@@ -63,8 +81,11 @@ std::tuple<Tensor, Tensor> guesses(const View& hidden, const View& last, const V
         out.times(inner, number, state);
         outputs.times(state, number, logits);
         for (int64_t i = 0; i < number; i++) {
-            const auto [place, sure] = likeliest(logits.data() + i * count, count);
             const int64_t n = going[i];
+            float* own = logits.data() + i * count;
+            if (draws.noise.numbers) draws.join(n, depth, ids, count, own);
+            const float* flattened = reinterpret_cast<const float*>(draws.flattened.data) + n;
+            const auto [place, sure] = likeliest(own, count, draws.noise.numbers ? *flattened : 1);
             tokens[n * depths + depth] = ids[place];
             sureness[n * depths + depth] = sure;
             under_way.append(n, ids[place]);
@@ -77,7 +98,7 @@ std::tuple<Tensor, Tensor> boxed(Tensor hidden, Tensor last, Tensor lengths, Ten
                                  Tensor hidden_scale, Tensor token_in, Tensor token_scale,
                                  Tensor depth_in, Tensor out, Tensor out_scale, Tensor outputs,
                                  Tensor outputs_scale, Tensor listed, Tensor inputs,
-                                 int64_t threads) {
+                                 Tensor noise, Tensor weights, Tensor flattened, int64_t threads) {
     const View rows(hidden.get()), before(last.get()), asked(lengths.get());
     const View depths(depth_in.get()), ids(listed.get()), table(inputs.get());
     const int64_t d_model = table.width(), width = depths.width();
@@ -97,7 +118,15 @@ std::tuple<Tensor, Tensor> boxed(Tensor hidden, Tensor last, Tensor lengths, Ten
                         told.weights.sizes[1] == before.width() * d_model &&
                         back.weights.sizes[1] == width && to_listed.weights.sizes[1] == d_model,
                     "the head's layers do not fit together");
-    return guesses(rows, before, asked, from_hidden, told, depths, back, to_listed, ids, table);
+    const Draws draws{View(noise.get()), View(weights.get()), View(flattened.get())};
+    STD_TORCH_CHECK(!draws.noise.numbers || (draws.noise.dimensions == 3 && draws.noise.full() &&
+                                             draws.noise.sizes[0] == rows.sizes[0] &&
+                                             draws.noise.width() == table.sizes[0] &&
+                                             draws.weights.numbers == rows.sizes[0] &&
+                                             draws.flattened.numbers == rows.sizes[0]),
+                    "there is not as much noise as there are texts and tokens");
+    return guesses(rows, before, asked, from_hidden, told, depths, back, to_listed, ids, table,
+                   draws);
 }
 
 }  // namespace
