@@ -58,6 +58,19 @@ def test_chains_are_counted_by_what_tells_them_apart() -> None:
     assert observed.chances(NO_CHAIN) == []
 
 
+@pytest.mark.parametrize("known", [False, True])
+def test_guesses_that_know_the_noise_know_how_sure_they_are(known: bool) -> None:
+    """Catches a flat target held against a head that has taken it into account."""
+    observed = Observed((0.5,), (0.5,), known)
+    sureness, rows = kind_of(HEAD), kind_of(Chain((5,)))
+    before = observed.chances(sureness)
+    for _ in range(200):
+        observed.count([], [9], [0.25])
+    assert (observed.chances(sureness) == before) is known
+    assert observed.head_confidence == pytest.approx(1.0 if known else 0.25, abs=0.01)
+    assert observed.chances(rows)[0] == pytest.approx(0.2, abs=0.01)
+
+
 def test_what_is_believed_follows_the_confidence() -> None:
     """Catches odds that are not scaled, confidence that never returns, and counts that are lost."""
     observed = Observed((0.5,), ())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import tiny
@@ -17,9 +17,9 @@ from torch.nn.functional import silu
 from passlm import lookahead
 from passlm.curve import CostCurve
 from passlm.decode import Decoder
-from passlm.draft_head import AppliedHead, DraftHead, HeadSampler
+from passlm.draft_head import AppliedHead, DraftHead, Draws, HeadSampler
 from passlm.lookahead import LookAhead, LookAheadError
-from passlm.params import SamplingParams
+from passlm.params import Draft, SamplingParams
 from passlm.plan import ByHead, Chain, Limits, autoregressive
 from passlm.planner import AutoPlan
 from passlm.products import preferred
@@ -130,16 +130,20 @@ def test_guesses_in_one_call_are_those_of_torch(told: int, dtype: torch.dtype) -
     hidden = list(noise(texts, d_model, seed=7).to(dtype))
     lengths = [3, 0, 1, 2, 3, 3, 0, 1, 3]
     histories = [[n + 1] * (n % 2) + [2 * n, 3 * n, 5 * n] for n in range(texts)]
-    found = HeadSampler(applied, hidden, lengths).likeliest(histories)
-    truth = HeadSampler(by_torch, hidden, lengths).likeliest(histories)
-    assert [len(own) for own in found] == lengths
-    for one, other in zip(found, truth, strict=True):
-        assert [token for token, _ in one] == [token for token, _ in other]
-        sure = [chance for _, chance in other]
-        assert [chance for _, chance in one] == pytest.approx(sure, rel=1e-4)
-    for n in range(texts):
-        alone = HeadSampler(applied, [hidden[n]], [lengths[n]]).likeliest([histories[n]])
-        assert alone == [found[n]]
+    race = noise(texts, DEPTHS, 70, seed=8).exp()
+    known = Draws(race, [0.2, 0.5, 0.8, 1.0, 1.2, 1.5, 2.0, 3.0, 0.7])
+    for draws in (None, known):
+        found = HeadSampler(applied, hidden, lengths).likeliest(histories, draws)
+        truth = HeadSampler(by_torch, hidden, lengths).likeliest(histories, draws)
+        assert [len(own) for own in found] == lengths
+        for one, other in zip(found, truth, strict=True):
+            assert [token for token, _ in one] == [token for token, _ in other]
+            sure = [chance for _, chance in other]
+            assert [chance for _, chance in one] == pytest.approx(sure, rel=1e-4)
+        for n in range(texts):
+            own = draws and Draws(race[n : n + 1], draws.temperatures[n : n + 1])
+            alone = HeadSampler(applied, [hidden[n]], [lengths[n]]).likeliest([histories[n]], own)
+            assert alone == [found[n]]
 
 
 @pytest.mark.skipif(not preferred(), reason="no operators of our own here")
@@ -154,6 +158,63 @@ def test_of_equal_guesses_the_first_is_taken(head: DraftHead, tables: Embeddings
     applied = AppliedHead.of(head, tables, torch.float32)
     (((_, sure),),) = HeadSampler(applied, [noise(D, seed=7)], [1]).likeliest([[1, 2]])
     assert sure == 1
+
+
+def test_guesses_follow_the_noise_that_is_known(head: DraftHead, tables: Embeddings) -> None:
+    """Catches noise of another place or token, and a temperature that multiplies: whatever the
+    logits, the token whose noise is next to nothing wins the race, and the hotter, the sooner."""
+    applied = AppliedHead.of(head, tables, torch.float32)
+    sampler = HeadSampler(applied, list(noise(2, D, seed=7)), [DEPTHS, DEPTHS])
+    winners = head.listed[torch.tensor([[3, 17, 8], [29, 0, 11]])]
+    race = torch.ones(2, DEPTHS, VOCABULARY)
+    race.scatter_(2, winners[..., None], 1e-30)
+    found = sampler.likeliest([[1, 2], [3, 4]], Draws(race, [20.0, 40.0]))
+    assert [[token for token, _ in own] for own in found] == winners.tolist()
+    assert all(sure > 0.9 for own in found for _, sure in own)
+    without = sampler.likeliest([[1, 2], [3, 4]])
+    cold = sampler.likeliest([[1, 2], [3, 4]], Draws(race, [1e-6, 1e-6]))
+    for own, other in zip(cold, without, strict=True):
+        assert own == [(token, pytest.approx(sure, abs=1e-3)) for token, sure in other]
+
+
+@pytest.mark.skipif(not preferred(), reason="no operators of our own here")
+@pytest.mark.parametrize("shape", [(1, DEPTHS, VOCABULARY), (2, 1, VOCABULARY), (2, DEPTHS, 9)])
+def test_too_little_noise_is_refused(
+    head: DraftHead, tables: Embeddings, shape: tuple[int, int, int]
+) -> None:
+    """Catches memory read that is none of ours."""
+    applied = AppliedHead.of(head, tables, torch.float32)
+    sampler = HeadSampler(applied, list(noise(2, D, seed=7)), [DEPTHS, DEPTHS])
+    with pytest.raises(RuntimeError, match="not as much noise"):
+        sampler.likeliest([[1, 2], [3, 4]], Draws(torch.ones(shape), [1.0] * shape[0]))
+
+
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_a_head_that_knows_the_model_knows_its_draws(llama: Target, top_k: int) -> None:
+    """Catches guesses made with the noise of another position: a head whose logits are the model's
+    own nearly always meets the token that the noise settles, where the likeliest seldom is it."""
+    rows = tiny.random_look_ahead(llama, 3, head_width=8).rows(llama)
+    assert rows.head is not None
+    met = dict.fromkeys(get_args(Draft), 0)
+    for draft in met:
+        sampling = SamplingParams(temperature=1.3, top_k=top_k, seed=2, draft=draft)
+        decoder = Decoder(llama, rows)
+        row = decoder.join(Request.of([1, 2, 3], sampling, 60, ByHead(1)))
+        decoder.step()
+        while decoder.rows:
+            logits = llama.logits(llama.hidden(torch.tensor([row.tokens])))[0, -1]
+
+            class Knowing(HeadSampler):
+                def _logits(self, *_: Any, own: Tensor = logits) -> Tensor:
+                    return own[None, head_listed]
+
+            head_listed = rows.head.listed
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("passlm.decode.HeadSampler", Knowing)
+                patch.setitem(rows.head.__dict__, "joint", None)
+                (_, step), *_ = decoder.step()
+            met[draft] += step.accepted
+    assert met["sampled"] > 1.5 * met["greedy"]
 
 
 @pytest.mark.skipif(not preferred(), reason="no operators of our own here")

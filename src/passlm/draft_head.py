@@ -18,6 +18,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from passlm.judge import NOISE_WEIGHT
 from passlm.likeliest import likeliest, shortlist
 from passlm.products import RowsProduct, preferred
 from passlm.quantize import rounded
@@ -38,10 +39,6 @@ torch.library.define(
     "Tensor outputs, Tensor outputs_scale, Tensor listed, Tensor inputs, Tensor noise, "
     "Tensor weights, Tensor flattened, int threads) -> (Tensor, Tensor)",
 )
-
-# What the noise of a draw counts for beside the head's logits, which know `p` by half. Right first
-# guesses at temperature 1 by weight: 0 0.20, 0.6 0.29, 0.7 0.30, 0.85 0.30, 1 0.28; see docs/log.md.
-_NOISE_WEIGHT = 0.7
 
 
 class DraftHead(nn.Module):
@@ -236,7 +233,7 @@ class Draws:
     @cached_property
     def weights(self) -> Tensor:
         """What a logarithm of the noise is taken times from a text's logits, `[N]`."""
-        return torch.tensor(self.temperatures) * _NOISE_WEIGHT
+        return torch.tensor(self.temperatures) * NOISE_WEIGHT
 
     @cached_property
     def flattened(self) -> Tensor:

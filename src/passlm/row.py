@@ -374,12 +374,14 @@ class Row:
         size = q.shape[1] if among is None else among.vocabulary
         start, count = len(self.tokens) + len(self.drafted), len(q)
         # Coupled drafts share the noise that will settle their position; rejection needs its own.
-        if self.request.judge == "coupled":
+        coupled = self.request.judge == "coupled"
+        if coupled:
             noise = torch.stack([self._settling_noise(start + i, size) for i in range(count)])
             self._known_noise |= {start + i: noise[i] for i in range(count)}
         else:
             noise = self.noise.exponentials(start, count, Purpose.DRAFT, size)
-        drawn = judge.draw(q, noise if among is None else noise[:, among.tokens.cpu()])
+        race = noise if among is None else noise[:, among.tokens.cpu()]
+        drawn = judge.guess(q, race) if coupled else judge.draw(q, race)
         if self.request.judge == "rejection":
             whole = q if among is None else q.new_zeros(1, size).index_copy_(1, among.tokens, q)
             self.q = whole if self.q is None else torch.cat([self.q, whole])

@@ -34,6 +34,15 @@ std::pair<int64_t, float> likeliest(const float* logits, int64_t count, float fl
 struct Draws {
     View noise, weights, flattened;
 
+    bool fit(int64_t texts, const View& lengths, int64_t vocabulary) const {
+        const auto* asked = reinterpret_cast<const int64_t*>(lengths.data);
+        const bool sized = noise.dimensions == 3 && noise.sizes[0] == texts &&
+                           noise.width() == vocabulary && weights.numbers == texts &&
+                           flattened.numbers == texts;
+        return sized && noise.full() && weights.full() && flattened.full() &&
+               (!texts || noise.sizes[1] >= *std::max_element(asked, asked + texts));
+    }
+
     // Each logit plus its token's share in the race.
     void join(int64_t text, int64_t depth, const int64_t* listed, int64_t count,
               float* logits) const {
@@ -119,11 +128,7 @@ std::tuple<Tensor, Tensor> boxed(Tensor hidden, Tensor last, Tensor lengths, Ten
                         back.weights.sizes[1] == width && to_listed.weights.sizes[1] == d_model,
                     "the head's layers do not fit together");
     const Draws draws{View(noise.get()), View(weights.get()), View(flattened.get())};
-    STD_TORCH_CHECK(!draws.noise.numbers || (draws.noise.dimensions == 3 && draws.noise.full() &&
-                                             draws.noise.sizes[0] == rows.sizes[0] &&
-                                             draws.noise.width() == table.sizes[0] &&
-                                             draws.weights.numbers == rows.sizes[0] &&
-                                             draws.flattened.numbers == rows.sizes[0]),
+    STD_TORCH_CHECK(!draws.noise.numbers || draws.fit(rows.sizes[0], asked, table.sizes[0]),
                     "there is not as much noise as there are texts and tokens");
     return guesses(rows, before, asked, from_hidden, told, depths, back, to_listed, ids, table,
                    draws);
