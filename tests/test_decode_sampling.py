@@ -199,8 +199,8 @@ def test_a_draft_is_drawn_with_the_noise_its_judge_needs(judge: Judge) -> None:
     purpose = Purpose.SETTLE if judge == "coupled" else Purpose.DRAFT
     noise = Noise(3).exponentials(len(tokens), 4, purpose, 50)
     q = logits.softmax(-1)
-    meant = (q.log() - 0.7 * noise.log()).argmax(-1) if judge == "coupled" else judges.draw(q, noise)
-    assert row.drafted == meant.tolist()
+    guessed = (q.log() - 0.7 * noise.log()).argmax(-1)
+    assert row.drafted == (guessed if judge == "coupled" else judges.draw(q, noise)).tolist()
     if judge == "rejection":
         assert row.q is not None
         assert torch.equal(row.q, logits.softmax(-1))

@@ -50,6 +50,19 @@ class Damp(LogitsProcessor):
         return scores.clamp(max=1.5)
 
 
+def test_noise_counts_for_less_where_less_is_left_to_draw() -> None:
+    """Catches guesses at draws that are none: the best token alone, or a nucleus of one."""
+
+    def weight(**asked: Any) -> float:
+        chain = processors(SamplingParams(**{"temperature": 0.8, **asked}), PROMPT, EOS)
+        return TokenDistribution(chain, greedy=asked.get("temperature") == 0).noise_weight
+
+    assert weight(temperature=0) == weight(top_k=1) == weight(temperature=0, top_p=0.9) == 0
+    assert weight() == weight(temperature=1.5) == 0.7
+    assert weight(top_k=10) == weight(top_p=0.9) == weight(min_p=0.05) == 0.5
+    assert weight(top_p=0.01) == weight(top_p=0.01, top_k=9) == pytest.approx(0.01)
+
+
 # Transformers' own order
 
 OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

@@ -18,7 +18,6 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from passlm.judge import NOISE_WEIGHT
 from passlm.likeliest import likeliest, shortlist
 from passlm.products import RowsProduct, preferred
 from passlm.quantize import rounded
@@ -225,15 +224,17 @@ class Draws:
         noise: standard exponential numbers of the next positions of each text,
             `[N, depths, V]` float32.
         temperatures: by which each text's logits are divided.
+        counts: what the noise counts for then, up to 1: the head knows the model by half.
     """
 
     noise: Tensor
     temperatures: Sequence[float]
+    counts: Sequence[float]
 
     @cached_property
     def weights(self) -> Tensor:
         """What a logarithm of the noise is taken times from a text's logits, `[N]`."""
-        return torch.tensor(self.temperatures) * NOISE_WEIGHT
+        return torch.tensor(self.temperatures) * torch.tensor(self.counts)
 
     @cached_property
     def flattened(self) -> Tensor:

@@ -16,9 +16,6 @@ import torch
 from torch import Tensor
 
 
-NOISE_WEIGHT = 0.7  # what noise counts for in a guess at a draw
-
-
 class Rows(Protocol):
     """Numbers of the whole vocabulary, `[V]`, by the row of the pass: a tensor, or computed."""
 
@@ -59,20 +56,21 @@ def draw(probabilities: Tensor, exponential: Tensor | None) -> Tensor:
     return (probabilities / exponential.to(probabilities)).argmax(-1)
 
 
-def guess(q: Tensor, exponential: Tensor) -> Tensor:
+def guess(q: Tensor, exponential: Tensor, weight: float) -> Tensor:
     """Tokens that the coupled judge is likely to draw, by a draft's `q` and the noise it will use.
 
-    `q / e` would be that of a draft which knows `p`. It does not, and a race in which the noise
-    counts for less, `q / e^0.7`, meets the judge's token more often: docs/log.md.
+    `argmax(q / e)` would be that of a draft which knows `p`. It does not, and a race in which the
+    noise counts for less, `argmax(q / e^w)`, meets the judge's token more often: docs/log.md.
 
     Args:
         q: `[..., V]`.
         exponential: the noise of the places, `[..., V]`.
+        weight: `w`.
 
     Returns:
         `[...]`.
     """
-    return draw(q, exponential.pow(NOISE_WEIGHT))
+    return draw(q, exponential.pow(weight))
 
 
 def greedy(settled: Sequence[int], candidates: Sequence[int]) -> Verdict:

@@ -35,8 +35,7 @@ from passlm.plan import (
     autoregressive,
 )
 from passlm.sampler import Shortlist
-from passlm.sampling import Noise, Purpose, TokenDistribution, processors
-
+from passlm.sampling import NOISE_WEIGHT, Noise, Purpose, TokenDistribution, processors
 
 Guessing = Literal["drawn", "likeliest", "knowing the noise"]
 """A draft head's candidates are draws from `q`, its likeliest tokens, or those once the noise that
@@ -125,9 +124,7 @@ class Row:
     def __post_init__(self) -> None:
         asked = self.request.strategy
         self._chooser: Chooser = (
-            asked.begin(self._drawn)
-            if isinstance(asked, Adaptive)
-            else FixedChooser(asked)
+            asked.begin(self._drawn) if isinstance(asked, Adaptive) else FixedChooser(asked)
         )
         self._lookup = PromptLookup() if self._chooser.lookup else None
         self._texts = 0  # of the batch, as the chooser knows it
@@ -381,7 +378,7 @@ class Row:
         else:
             noise = self.noise.exponentials(start, count, Purpose.DRAFT, size)
         race = noise if among is None else noise[:, among.tokens.cpu()]
-        drawn = judge.guess(q, race) if coupled else judge.draw(q, race)
+        drawn = judge.guess(q, race, NOISE_WEIGHT) if coupled else judge.draw(q, race)
         if self.request.judge == "rejection":
             whole = q if among is None else q.new_zeros(1, size).index_copy_(1, among.tokens, q)
             self.q = whole if self.q is None else torch.cat([self.q, whole])
