@@ -63,11 +63,13 @@ def test_guesses_that_know_the_noise_know_how_sure_they_are(known: bool) -> None
     """Catches a flat target held against a head that has taken it into account."""
     observed = Observed((0.5,), (0.5,), known)
     sureness, rows = kind_of(HEAD), kind_of(Chain((5,)))
-    before = observed.chances(sureness)
+    before = observed.chances(sureness)[0]
     for _ in range(200):
         observed.count([], [9], [0.25])
-    assert (observed.chances(sureness) == before) is known
-    assert observed.head_confidence == pytest.approx(1.0 if known else 0.25, abs=0.01)
+    left = 0.66 if known else 0.25
+    assert observed.head_confidence == pytest.approx(left, abs=0.01)
+    odds = before / (1 - before) * left
+    assert observed.chances(sureness)[0] == pytest.approx(odds / (1 + odds), abs=0.01)
     assert observed.chances(rows)[0] == pytest.approx(0.2, abs=0.01)
 
 

@@ -36,7 +36,7 @@ torch.library.define(
     "(Tensor hidden, Tensor last, Tensor lengths, Tensor hidden_in, Tensor hidden_scale, "
     "Tensor token_in, Tensor token_scale, Tensor depth_in, Tensor out, Tensor out_scale, "
     "Tensor outputs, Tensor outputs_scale, Tensor listed, Tensor inputs, Tensor noise, "
-    "Tensor weights, Tensor flattened, int threads) -> (Tensor, Tensor)",
+    "Tensor weights, int threads) -> (Tensor, Tensor)",
 )
 
 
@@ -236,17 +236,10 @@ class Draws:
         """What a logarithm of the noise is taken times from a text's logits, `[N]`."""
         return torch.tensor(self.temperatures) * torch.tensor(self.counts)
 
-    @cached_property
-    def flattened(self) -> Tensor:
-        """By what both are divided to say how sure a guess is, `[N]`."""
-        return torch.tensor(self.temperatures).clamp(min=1.0)
-
     def join(self, logits: Tensor, texts: Sequence[int], depth: int, listed: Tensor) -> Tensor:
         """Logits of some texts with their tokens' shares in the race, `[n, K]`."""
         race = self.noise[list(texts), depth][:, listed.cpu()].log().to(logits.device)
-        at = list(texts)
-        weights, flattened = (t[at, None].to(logits) for t in (self.weights, self.flattened))
-        return (logits - weights * race) / flattened
+        return logits - self.weights[list(texts), None].to(logits) * race
 
 
 class _Linear(nn.Module):
@@ -326,7 +319,7 @@ class HeadSampler:
         last = last_tokens(texts, self._head.tokens, self._hidden.device)
         asked, threads = torch.tensor(self.lengths), torch.get_num_threads()
         none = torch.empty(0)
-        known = (none,) * 3 if draws is None else (draws.noise, draws.weights, draws.flattened)
+        known = (none, none) if draws is None else (draws.noise, draws.weights)
         tokens, sure = torch.ops.passlm.guesses(self._hidden, last, asked, *parts, *known, threads)
         found = zip(tokens.tolist(), sure.tolist(), self.lengths, strict=True)
         return [list(zip(ids[:n], chances[:n], strict=True)) for ids, chances, n in found]

@@ -12,16 +12,14 @@ namespace {
 
 using torch::stable::Tensor;
 
-// The place of the largest logit, of equal ones the first, and its probability; they are divided by
-// `flattened` before.
-std::pair<int64_t, float> likeliest(const float* logits, int64_t count, float flattened) {
+// The place of the largest logit, of equal ones the first, and its probability.
+std::pair<int64_t, float> likeliest(const float* logits, int64_t count) {
     const int64_t best = std::max_element(logits, logits + count) - logits;
-    const float scale = 1 / flattened;
     Floats sums{};
     for (int64_t first = 0; first < count; first += LANES) {
         Floats below = spread(-1e30f);
         std::memcpy(&below, logits + first, 4 * std::min<int64_t>(LANES, count - first));
-        sums += exponential((below - logits[best]) * scale);
+        sums += exponential(below - logits[best]);
     }
     float sum = 0;
     for (int lane = 0; lane < LANES; lane++) sum += sums[lane];
@@ -29,17 +27,15 @@ std::pair<int64_t, float> likeliest(const float* logits, int64_t count, float fl
 }
 
 // What is known of the draws to come: the noise of their places, [N, depths, V], and how much it
-// counts for beside each text's logits, and by what both are divided, [N] each. Without it the noise
-// is empty.
+// counts for beside each text's logits, [N]; both are empty where nothing is.
 struct Draws {
-    View noise, weights, flattened;
+    View noise, weights;
 
     bool fit(int64_t texts, const View& lengths, int64_t vocabulary) const {
         const auto* asked = reinterpret_cast<const int64_t*>(lengths.data);
         const bool sized = noise.dimensions == 3 && noise.sizes[0] == texts &&
-                           noise.width() == vocabulary && weights.numbers == texts &&
-                           flattened.numbers == texts;
-        return sized && noise.full() && weights.full() && flattened.full() &&
+                           noise.width() == vocabulary && weights.numbers == texts;
+        return sized && noise.full() && weights.full() &&
                (!texts || noise.sizes[1] >= *std::max_element(asked, asked + texts));
     }
 
@@ -93,8 +89,7 @@ std::tuple<Tensor, Tensor> guesses(const View& hidden, const View& last, const V
             const int64_t n = going[i];
             float* own = logits.data() + i * count;
             if (draws.noise.numbers) draws.join(n, depth, ids, count, own);
-            const float* flattened = reinterpret_cast<const float*>(draws.flattened.data) + n;
-            const auto [place, sure] = likeliest(own, count, draws.noise.numbers ? *flattened : 1);
+            const auto [place, sure] = likeliest(own, count);
             tokens[n * depths + depth] = ids[place];
             sureness[n * depths + depth] = sure;
             under_way.append(n, ids[place]);
@@ -107,7 +102,7 @@ std::tuple<Tensor, Tensor> boxed(Tensor hidden, Tensor last, Tensor lengths, Ten
                                  Tensor hidden_scale, Tensor token_in, Tensor token_scale,
                                  Tensor depth_in, Tensor out, Tensor out_scale, Tensor outputs,
                                  Tensor outputs_scale, Tensor listed, Tensor inputs,
-                                 Tensor noise, Tensor weights, Tensor flattened, int64_t threads) {
+                                 Tensor noise, Tensor weights, int64_t threads) {
     const View rows(hidden.get()), before(last.get()), asked(lengths.get());
     const View depths(depth_in.get()), ids(listed.get()), table(inputs.get());
     const int64_t d_model = table.width(), width = depths.width();
@@ -127,7 +122,7 @@ std::tuple<Tensor, Tensor> boxed(Tensor hidden, Tensor last, Tensor lengths, Ten
                         told.weights.sizes[1] == before.width() * d_model &&
                         back.weights.sizes[1] == width && to_listed.weights.sizes[1] == d_model,
                     "the head's layers do not fit together");
-    const Draws draws{View(noise.get()), View(weights.get()), View(flattened.get())};
+    const Draws draws{View(noise.get()), View(weights.get())};
     STD_TORCH_CHECK(!draws.noise.numbers || draws.fit(rows.sizes[0], asked, table.sizes[0]),
                     "there is not as much noise as there are texts and tokens");
     return guesses(rows, before, asked, from_hidden, told, depths, back, to_listed, ids, table,
