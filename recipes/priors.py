@@ -8,9 +8,9 @@ r"""What `acceptance.py` believes of candidates before a text has shown anything
 The model continues these prompts at several temperatures. (Answers to those of seed 0 are what the
 shipped files were trained on: they would be guessed too well.) At every place of each text
 all that would have been guessed is compared with what came: by the look-ahead rows, by the draft
-head, and by prompt lookup. From that come each level's chance in text of confidence 1, if its odds
-are proportional to the text's confidence; and, to see whether they are, the power of the confidence
-that fits each source best.
+head, by the same where it knows the noise, and by prompt lookup. From that come each level's chance
+in text of confidence 1, if its odds are proportional to the text's confidence; and, to see whether
+they are, the power of the confidence that fits each source best.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,8 +32,8 @@ from torch import Tensor
 from passlm.acceptance import Counted, Observed, kind_of
 from passlm.cli import Parser
 from passlm.cli.common import add_decoding_arguments, add_model_arguments, loaded
-from passlm.decode import Decoder
-from passlm.draft_head import HeadSampler
+from passlm.decode import Decoder, draws_ahead
+from passlm.draft_head import AppliedHead, Draws, HeadSampler
 from passlm.errors import InputError
 from passlm.generate import Generator
 from passlm.lookahead import CARD_FILE, load
@@ -45,7 +45,8 @@ from passlm.provenance import provenance, write_atomically
 from passlm.row import Request, Row
 
 LONGEST_PROMPT = 600  # tokens; longer ones are left out
-SOURCES: tuple[Counted, ...] = ("look-ahead", "head", "sureness", "lookup")
+Source = Counted | Literal["knowing"]  # the draft head where it knows the noise, by how sure it is
+SOURCES: tuple[Source, ...] = ("look-ahead", "head", "sureness", "knowing", "lookup")
 _ROUNDS = 1000  # of Newton's method, at most; constants and power take turns
 _ENOUGH = 1e-5  # a step of log-odds, or of the power, that is as good as none
 _STEP = 1.0  # the longest one
@@ -62,24 +63,36 @@ class Guesses:
         left_out: how many were not, since their prompts are too long.
     """
 
-    met: dict[tuple[Counted, int], list[tuple[float, bool]]] = field(
+    met: dict[tuple[Source, int], list[tuple[float, bool]]] = field(
         default_factory=lambda: defaultdict(list)
     )
     texts: int = 0
     left_out: int = 0
 
-    def note(self, observed: Observed, chains: Sequence[Chain], text: Sequence[int]) -> None:
-        """Compare chains with the text that follows their place."""
-        for chain in chains:
-            plain = Chain(chain.tokens, chain.source) if chain.sureness else None
-            for told in (chain, plain):
-                if told is None:
-                    continue
-                counted, levels = kind_of(told)
-                for level, guess, token in zip(levels, told.tokens, text, strict=False):
-                    self.met[counted, level].append((observed.confidence, guess == token))
-                    if guess != token:
-                        break
+    def note(
+        self,
+        observed: Observed,
+        chains: Sequence[Chain],
+        text: Sequence[int],
+        knowing: Chain | None = None,
+    ) -> None:
+        """Compare chains with the text that follows their place.
+
+        Args:
+            observed: what the text has shown before.
+            chains: what would have been guessed.
+            text: what came.
+            knowing: what the draft head guesses once it knows the noise.
+        """
+        told: list[tuple[Source, Chain]] = [(kind_of(chain)[0], chain) for chain in chains]
+        told += [("head", Chain(c.tokens, c.source)) for c in chains if c.sureness]
+        told += [] if knowing is None else [("knowing", knowing)]
+        for source, chain in told:
+            levels = kind_of(chain)[1]
+            for level, guess, token in zip(levels, chain.tokens, text, strict=False):
+                self.met[source, level].append((observed.confidence, guess == token))
+                if guess != token:
+                    break
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -197,18 +210,18 @@ def listen(
 
     decoder = Decoder(lm.target, lm.rows, look)
     row = decoder.join(Request.of(ids, sampling, max_new_tokens, drafting, lm.eos))
-    places: list[tuple[int, list[Chain]]] = []
+    places: list[tuple[int, list[Chain], Chain | None]] = []
     while decoder.rows:
         decoder.step()
         if decoder.rows:
-            places.append((len(row.tokens), list(drafted(lm, row))))
+            places.append((len(row.tokens), list(drafted(lm, row)), knowing(lm, row)))
     guesses.texts += 1
     observed, lookup = Observed((), ()), PromptLookup()
-    for (place, chains), probability in zip(places, highest, strict=False):
+    for (place, chains, best), probability in zip(places, highest, strict=False):
         observed.count([], [], [probability])
         found, evidence = lookup.find(row.tokens[:place], LONGEST_LOOKUP)
         copied = [Chain(tuple(found), "lookup", evidence)] if found else []
-        guesses.note(observed, [*chains, *copied], row.tokens[place:])
+        guesses.note(observed, [*chains, *copied], row.tokens[place:], best)
 
 
 def drafted(lm: Generator, row: Row) -> Iterator[Chain]:
@@ -217,12 +230,25 @@ def drafted(lm: Generator, row: Row) -> Iterator[Chain]:
         yield Chain(tuple(row.drafted))
     head = None if lm.rows is None else lm.rows.head
     if head is not None and row.hidden is not None:
-        (guessed,) = HeadSampler(head, [row.hidden], [head.depths]).likeliest([row.tokens])
-        tokens, sureness = zip(*guessed, strict=True)
-        yield Chain(tokens, "head", sureness=sureness)
+        yield by_head(head, row.hidden, row)
 
 
-def fitted(guesses: Guesses, source: Counted) -> dict[str, Any]:
+def knowing(lm: Generator, row: Row) -> Chain | None:
+    """What the draft head guesses behind a text that is drawn, once it knows the noise."""
+    head = None if lm.rows is None else lm.rows.head
+    if head is None or row.hidden is None or row.guessing != "knowing the noise":
+        return None
+    return by_head(head, row.hidden, row, draws_ahead([(row, head.depths)], head))
+
+
+def by_head(head: AppliedHead, hidden: Tensor, row: Row, draws: Draws | None = None) -> Chain:
+    """As many guesses of a draft head as it can make."""
+    (guessed,) = HeadSampler(head, [hidden], [head.depths]).likeliest([row.tokens], draws)
+    tokens, sureness = zip(*guessed, strict=True)
+    return Chain(tokens, "head", sureness=sureness)
+
+
+def fitted(guesses: Guesses, source: Source) -> dict[str, Any]:
     """Chances by level, the guesses they rest on, and the power of the confidence that fits best.
 
     Logistic regression by Newton's method: a constant for each level, and the logarithm of the

@@ -66,7 +66,7 @@ def test_guesses_that_know_the_noise_know_how_sure_they_are(known: bool) -> None
     before = observed.chances(sureness)[0]
     for _ in range(200):
         observed.count([], [9], [0.25])
-    left = 0.66 if known else 0.25
+    left = 1.0 if known else 0.25
     assert observed.head_confidence == pytest.approx(left, abs=0.01)
     odds = before / (1 - before) * left
     assert observed.chances(sureness)[0] == pytest.approx(odds / (1 + odds), abs=0.01)

@@ -330,6 +330,17 @@ def test_a_draft_heads_tokens_are_judged_as_they_are_drawn(
     assert found.p_value > 0.001
 
 
+@pytest.mark.parametrize("penalty", [1.0, 1.2])
+def test_places_chosen_by_their_noise_are_not_judged(penalty: float) -> None:
+    """Catches tokens found too often where those places are verified whose noise is of help."""
+    cheap = CostCurve((1, 21), (1.0, 1.1), head_seconds=(0.01, 0.02))
+    plans = AutoPlan(cheap, lookup=False, head=(0.5, 0.5))
+    assert watched(plans, "coupled", 0, repetition_penalty=penalty).count == 0
+    others = watched(plans, "coupled", 0, repetition_penalty=penalty, draft="greedy")
+    assert others.count > TEXTS
+    assert others.p_value > 0.001
+
+
 @pytest.mark.parametrize("at", range(4))
 def test_judged_tokens_show_wrong_judges(at: int, recipe: ModuleType) -> None:
     """Catches a test that notices little: here even the mildest judge is found, and for judges that

@@ -60,6 +60,7 @@ def test_noise_counts_for_less_where_less_is_left_to_draw() -> None:
     assert weight(temperature=0) == weight(top_k=1) == weight(temperature=0, top_p=0.9) == 0
     assert weight() == weight(temperature=1.5) == 0.7
     assert weight(top_k=10) == weight(top_p=0.9) == weight(min_p=0.05) == 0.5
+    assert weight(min_p=1.0) == 0
     assert weight(top_p=0.01) == weight(top_p=0.01, top_k=9) == pytest.approx(0.01)
 
 

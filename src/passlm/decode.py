@@ -308,11 +308,12 @@ def draft_together(rows: Sequence[Row], sampler: GroupSampler | HeadSampler) -> 
 
 def draws_ahead(asked: Sequence[tuple[Row, int]], head: AppliedHead) -> Draws:
     """What is known of the next draws of some texts, of so many of each."""
-    longest, size = max(length for _, length in asked), len(head.inputs)
-    noise = torch.stack([row.noise_ahead(longest, size) for row, _ in asked])
+    longest, vocabulary = max(length for _, length in asked), len(head.inputs)
+    noise = [row.noise_ahead(longest, vocabulary, head.places) for row, _ in asked]
     distributions = [row.request.distribution for row, _ in asked]
     weights = [distribution.noise_weight for distribution in distributions]
-    return Draws(noise, [distribution.temperature for distribution in distributions], weights)
+    temperatures = [distribution.temperature for distribution in distributions]
+    return Draws(torch.stack(noise), temperatures, weights)
 
 
 def agreed_pass(rows: Sequence[Row], chains: Sequence[Sequence[Chain]]) -> Shared | None:

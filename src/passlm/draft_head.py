@@ -36,7 +36,7 @@ torch.library.define(
     "(Tensor hidden, Tensor last, Tensor lengths, Tensor hidden_in, Tensor hidden_scale, "
     "Tensor token_in, Tensor token_scale, Tensor depth_in, Tensor out, Tensor out_scale, "
     "Tensor outputs, Tensor outputs_scale, Tensor listed, Tensor inputs, Tensor noise, "
-    "Tensor weights, int threads) -> (Tensor, Tensor)",
+    "Tensor scales, Tensor flattened, int threads) -> (Tensor, Tensor)",
 )
 
 
@@ -203,6 +203,11 @@ class AppliedHead:
         return made
 
     @cached_property
+    def places(self) -> Tensor:
+        """`listed` on the CPU, where noise is made."""
+        return self.listed.cpu()
+
+    @cached_property
     def joint(self) -> list[Tensor] | None:
         """What the operator that makes guesses in one call is given of it.
 
@@ -221,25 +226,34 @@ class Draws:
     """What is known of the draws to come, where guesses share the noise that will settle them.
 
     Attributes:
-        noise: standard exponential numbers of the next positions of each text,
-            `[N, depths, V]` float32.
+        noise: standard exponential numbers of the next positions of each text, of the listed
+            tokens, `[N, depths, K]` float32, on the CPU.
         temperatures: by which each text's logits are divided.
-        counts: what the noise counts for then, up to 1: the head knows the model by half.
+        noise_weights: what the noise counts for then, from 0 to 1; see `judge.guess`.
     """
 
     noise: Tensor
     temperatures: Sequence[float]
-    counts: Sequence[float]
+    noise_weights: Sequence[float]
 
     @cached_property
-    def weights(self) -> Tensor:
-        """What a logarithm of the noise is taken times from a text's logits, `[N]`."""
-        return torch.tensor(self.temperatures) * torch.tensor(self.counts)
+    def scales(self) -> Tensor:
+        """By what logarithms of the noise are multiplied beside a text's own logits, `[N]`."""
+        return torch.tensor(self.temperatures) * torch.tensor(self.noise_weights)
 
-    def join(self, logits: Tensor, texts: Sequence[int], depth: int, listed: Tensor) -> Tensor:
+    @cached_property
+    def flattened(self) -> Tensor:
+        """By what sums are divided before they say how sure a guess is, `[N]`.
+
+        Of hot text noise is the larger part of a sum, and its largest number no sign of being sure.
+        """
+        return torch.tensor(self.temperatures).clamp(min=1.0)
+
+    def join(self, logits: Tensor, texts: Sequence[int], depth: int) -> Tensor:
         """Logits of some texts with their tokens' shares in the race, `[n, K]`."""
-        race = self.noise[list(texts), depth][:, listed.cpu()].log().to(logits.device)
-        return logits - self.weights[list(texts), None].to(logits) * race
+        at = list(texts)
+        scales, flattened = (t[at, None].to(logits) for t in (self.scales, self.flattened))
+        return (logits - scales * self.noise[at, depth].log().to(logits)) / flattened
 
 
 class _Linear(nn.Module):
@@ -288,7 +302,7 @@ class HeadSampler:
     ) -> list[list[tuple[int, float]]]:
         """Each text's likeliest tokens, one behind the other, and how sure the head is of each.
 
-        A draw is the token of the largest logit plus noise, `l - T log e` (the Gumbel-max trick):
+        A draw is the token of the largest `l - T log e`, with noise `e` (the Gumbel-max trick):
         who knows the noise guesses better.
 
         Args:
@@ -304,7 +318,7 @@ class HeadSampler:
             going = [at for at, length in enumerate(self.lengths) if depth < length]
             logits = self._logits(depth, going, [last[at] for at in going]).float()
             if draws is not None:
-                logits = draws.join(logits, going, depth, self._head.listed)
+                logits = draws.join(logits, going, depth)
             places = likeliest(logits)
             best = logits.gather(1, places[:, None]) - logits.logsumexp(-1, keepdim=True)
             tokens = self._head.listed[places].tolist()
@@ -319,7 +333,7 @@ class HeadSampler:
         last = last_tokens(texts, self._head.tokens, self._hidden.device)
         asked, threads = torch.tensor(self.lengths), torch.get_num_threads()
         none = torch.empty(0)
-        known = (none, none) if draws is None else (draws.noise, draws.weights)
+        known = (none,) * 3 if draws is None else (draws.noise, draws.scales, draws.flattened)
         tokens, sure = torch.ops.passlm.guesses(self._hidden, last, asked, *parts, *known, threads)
         found = zip(tokens.tolist(), sure.tolist(), self.lengths, strict=True)
         return [list(zip(ids[:n], chances[:n], strict=True)) for ids, chances, n in found]

@@ -88,7 +88,8 @@ class SamplingParams:
         metadata={"help": "how candidates are accepted; both keep the model's distribution"},
     )
     draft: Draft = field(
-        default="sampled", metadata={"help": "how candidates are drawn from look-ahead rows"}
+        default="sampled",
+        metadata={"help": "how candidates are drawn from look-ahead rows and draft head"},
     )
 
     def __post_init__(self) -> None:

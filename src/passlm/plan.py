@@ -101,8 +101,8 @@ class Chain:
         source: drawn from a look-ahead group or from the draft head, or copied from earlier in the
             text.
         evidence: of a copied one, how many tokens before it agree with the text's last ones.
-        sureness: the probability that a draft head gave each of its tokens; none of other sources,
-            nor where plans may not depend on which tokens were drawn.
+        sureness: how sure a draft head was of each of its tokens, as probabilities; none of other
+            sources, nor where plans may not depend on which tokens were drawn.
     """
 
     tokens: tuple[int, ...]

@@ -101,7 +101,7 @@ class Row:
         tokens: settled ids, prompt included; the last one is the root.
         drafted: draft tokens behind it.
         drafted_by: a look-ahead group, or the draft head.
-        sureness: the probabilities that a draft head gave them.
+        sureness: how sure a draft head was of them.
         q: the distributions they were drawn from, `[M, V]`, where the judge needs them: not of
             greedy drafts, whose `q` is one-hot.
         choice: what the pass under way verifies and computes.
@@ -316,13 +316,10 @@ class Row:
         """Whether what is verified has depended on the noise of the draws."""
         return self._follows_noise
 
-    def noise_ahead(self, count: int, size: int) -> Tensor:
-        """What will settle the next positions, `[count, size]`."""
-        self._follows_noise |= bool(self._chooser.passes)
+    def noise_ahead(self, count: int, vocabulary: int, listed: Tensor) -> Tensor:
+        """What will settle the next positions, of listed tokens, `[count, K]`."""
         start = len(self.tokens)
-        ahead = {start + i: self._settling_noise(start + i, size) for i in range(count)}
-        self._known_noise |= ahead
-        return torch.stack(list(ahead.values()))
+        return torch.stack([self._noise_known(start + i, vocabulary)[listed] for i in range(count)])
 
     @property
     def drafts_likeliest(self) -> bool:
@@ -335,7 +332,7 @@ class Row:
 
         Args:
             tokens: their ids.
-            sureness: how probable each is to a draft head.
+            sureness: how sure a draft head is of each.
         """
         self.drafted += tokens
         self.sureness += sureness
@@ -373,8 +370,7 @@ class Row:
         # Coupled drafts share the noise that will settle their position; rejection needs its own.
         coupled = self.request.judge == "coupled"
         if coupled:
-            noise = torch.stack([self._settling_noise(start + i, size) for i in range(count)])
-            self._known_noise |= {start + i: noise[i] for i in range(count)}
+            noise = torch.stack([self._noise_known(start + i, size) for i in range(count)])
         else:
             noise = self.noise.exponentials(start, count, Purpose.DRAFT, size)
         race = noise if among is None else noise[:, among.tokens.cpu()]
@@ -384,7 +380,19 @@ class Row:
             self.q = whole if self.q is None else torch.cat([self.q, whole])
         return drawn
 
+    def _noise_known(self, position: int, size: int) -> Tensor:
+        """What settles a position, for a draft, `[size]`; kept for the judge."""
+        if self.drafted_by == "head":
+            self._follows_noise |= bool(self._chooser.passes)
+        self._known_noise[position] = self._settling_noise(position, size)
+        return self._known_noise[position]
+
     def _settling_noise(self, position: int, size: int) -> Tensor:
-        """What settles a position, `[V]`; made once where the draft shared it."""
+        """What settles a position, `[size]`; made once where the draft shared it.
+
+        A model may have more logits than embeddings: the first numbers do not depend on how many.
+        """
         known = self._known_noise.get(position)
-        return self.noise.exponential(position, Purpose.SETTLE, size) if known is None else known
+        if known is None or len(known) < size:
+            return self.noise.exponential(position, Purpose.SETTLE, size)
+        return known[:size]

@@ -150,7 +150,8 @@ def _noise_weight(processors: Sequence[object]) -> float:
     if not any(type(p) in _CUTS for p in processors):
         return NOISE_WEIGHT
     left = [p.top_p for p in processors if type(p) is TopPLogitsWarper]
-    return _CUT_NOISE_WEIGHT * min([1.0, *(p / _CUT_NOISE_WEIGHT for p in left)])
+    left += [1 - p.min_p for p in processors if type(p) is MinPLogitsWarper]
+    return min([_CUT_NOISE_WEIGHT, *left])
 
 
 class TokenDistribution:

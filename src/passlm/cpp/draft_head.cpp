@@ -12,40 +12,48 @@ namespace {
 
 using torch::stable::Tensor;
 
-// The place of the largest logit, of equal ones the first, and its probability.
-std::pair<int64_t, float> likeliest(const float* logits, int64_t count) {
+// The place of the largest logit, of equal ones the first, and its probability once all are divided.
+std::pair<int64_t, float> likeliest(const float* logits, int64_t count, float divisor) {
     const int64_t best = std::max_element(logits, logits + count) - logits;
+    const float scale = 1 / divisor;
     Floats sums{};
     for (int64_t first = 0; first < count; first += LANES) {
         Floats below = spread(-1e30f);
         std::memcpy(&below, logits + first, 4 * std::min<int64_t>(LANES, count - first));
-        sums += exponential(below - logits[best]);
+        sums += exponential((below - logits[best]) * scale);
     }
     float sum = 0;
     for (int lane = 0; lane < LANES; lane++) sum += sums[lane];
     return {best, 1 / sum};
 }
 
-// What is known of the draws to come: the noise of their places, [N, depths, V], and how much it
-// counts for beside each text's logits, [N]; both are empty where nothing is.
+// What is known of the draws to come: the noise of their places, of the listed tokens,
+// [N, depths, K]; by what its logarithms are multiplied beside each text's logits, and by what the sums
+// are divided before they say how sure a guess is, [N]. All are empty where nothing is known.
 struct Draws {
-    View noise, weights;
+    View noise, scales, flattened;
 
-    bool fit(int64_t texts, const View& lengths, int64_t vocabulary) const {
+    bool fit(int64_t texts, const View& lengths, int64_t listed) const {
         const auto* asked = reinterpret_cast<const int64_t*>(lengths.data);
         const bool sized = noise.dimensions == 3 && noise.sizes[0] == texts &&
-                           noise.width() == vocabulary && weights.numbers == texts;
-        return sized && noise.full() && weights.full() &&
+                           noise.width() == listed && scales.numbers == texts &&
+                           flattened.numbers == texts;
+        const bool close = noise.strides[2] == 1 && noise.strides[1] == listed &&
+                           noise.strides[0] == noise.sizes[1] * listed;
+        return sized && close && noise.full() && scales.full() && flattened.full() &&
                (!texts || noise.sizes[1] >= *std::max_element(asked, asked + texts));
     }
 
     // Each logit plus its token's share in the race.
-    void join(int64_t text, int64_t depth, const int64_t* listed, int64_t count,
-              float* logits) const {
-        const float weight = reinterpret_cast<const float*>(weights.data)[text];
+    void join(int64_t text, int64_t depth, float* logits) const {
+        const float scale = reinterpret_cast<const float*>(scales.data)[text];
         const auto* own = reinterpret_cast<const float*>(noise.data) +
                           (text * noise.sizes[1] + depth) * noise.width();
-        for (int64_t k = 0; k < count; k++) logits[k] -= weight * std::log(own[listed[k]]);
+        for (int64_t k = 0; k < noise.width(); k++) logits[k] -= scale * std::log(own[k]);
+    }
+
+    float divisor(int64_t text) const {
+        return noise.numbers ? reinterpret_cast<const float*>(flattened.data)[text] : 1;
     }
 };
 
@@ -88,8 +96,8 @@ std::tuple<Tensor, Tensor> guesses(const View& hidden, const View& last, const V
         for (int64_t i = 0; i < number; i++) {
             const int64_t n = going[i];
             float* own = logits.data() + i * count;
-            if (draws.noise.numbers) draws.join(n, depth, ids, count, own);
-            const auto [place, sure] = likeliest(own, count);
+            if (draws.noise.numbers) draws.join(n, depth, own);
+            const auto [place, sure] = likeliest(own, count, draws.divisor(n));
             tokens[n * depths + depth] = ids[place];
             sureness[n * depths + depth] = sure;
             under_way.append(n, ids[place]);
@@ -102,7 +110,7 @@ std::tuple<Tensor, Tensor> boxed(Tensor hidden, Tensor last, Tensor lengths, Ten
                                  Tensor hidden_scale, Tensor token_in, Tensor token_scale,
                                  Tensor depth_in, Tensor out, Tensor out_scale, Tensor outputs,
                                  Tensor outputs_scale, Tensor listed, Tensor inputs,
-                                 Tensor noise, Tensor weights, int64_t threads) {
+                                 Tensor noise, Tensor scales, Tensor flattened, int64_t threads) {
     const View rows(hidden.get()), before(last.get()), asked(lengths.get());
     const View depths(depth_in.get()), ids(listed.get()), table(inputs.get());
     const int64_t d_model = table.width(), width = depths.width();
@@ -122,8 +130,8 @@ std::tuple<Tensor, Tensor> boxed(Tensor hidden, Tensor last, Tensor lengths, Ten
                         told.weights.sizes[1] == before.width() * d_model &&
                         back.weights.sizes[1] == width && to_listed.weights.sizes[1] == d_model,
                     "the head's layers do not fit together");
-    const Draws draws{View(noise.get()), View(weights.get())};
-    STD_TORCH_CHECK(!draws.noise.numbers || draws.fit(rows.sizes[0], asked, table.sizes[0]),
+    const Draws draws{View(noise.get()), View(scales.get()), View(flattened.get())};
+    STD_TORCH_CHECK(!draws.noise.numbers || draws.fit(rows.sizes[0], asked, ids.numbers),
                     "there is not as much noise as there are texts and tokens");
     return guesses(rows, before, asked, from_hidden, told, depths, back, to_listed, ids, table,
                    draws);
