@@ -33,7 +33,7 @@ from passlm.acceptance import Counted, Observed, kind_of
 from passlm.cli import Parser
 from passlm.cli.common import add_decoding_arguments, add_model_arguments, loaded
 from passlm.decode import Decoder, draws_ahead
-from passlm.draft_head import AppliedHead, Draws, HeadSampler
+from passlm.draft_head import AppliedHead, HeadSampler
 from passlm.errors import InputError
 from passlm.generate import Generator
 from passlm.lookahead import CARD_FILE, load
@@ -43,6 +43,7 @@ from passlm.plan import Chain, Plan
 from passlm.planner import LONGEST_LOOKUP
 from passlm.provenance import provenance, write_atomically
 from passlm.row import Request, Row
+from passlm.sampler import Draws
 
 LONGEST_PROMPT = 600  # tokens; longer ones are left out
 Source = Counted | Literal["knowing"]  # the draft head where it knows the noise, by how sure it is
@@ -236,9 +237,11 @@ def drafted(lm: Generator, row: Row) -> Iterator[Chain]:
 def knowing(lm: Generator, row: Row) -> Chain | None:
     """What the draft head guesses behind a text that is drawn, once it knows the noise."""
     head = None if lm.rows is None else lm.rows.head
-    if head is None or row.hidden is None or row.guessing != "knowing the noise":
+    if head is None or row.hidden is None or row.guessing != "knowing":
         return None
-    return by_head(head, row.hidden, row, draws_ahead([(row, head.depths)], head))
+    return by_head(
+        head, row.hidden, row, draws_ahead([(row, head.depths)], len(head.inputs), head.places)
+    )
 
 
 def by_head(head: AppliedHead, hidden: Tensor, row: Row, draws: Draws | None = None) -> Chain:

@@ -12,13 +12,12 @@ from passlm.acceptance import NO_CHAIN, Acceptance, Observed, kind_of, levels
 from passlm.decode import Decoder
 from passlm.params import Judge, SamplingParams
 from passlm.plan import (
-    LIKELIEST,
     Adaptive,
     Chain,
     Choice,
     Chooser,
-    Drawn,
     FixedChooser,
+    Guessing,
     Limits,
     Strategy,
     autoregressive,
@@ -105,7 +104,7 @@ class Knowing:
     text: Sequence[int]
     heard: list[tuple[Sequence[int], Sequence[float]]] = field(default_factory=list)
 
-    def begin(self, drawn: Drawn = LIKELIEST) -> Chooser:
+    def begin(self, guessing: Guessing = "likeliest") -> Chooser:
         """See `Adaptive`."""
         knowing = self
 

@@ -18,14 +18,14 @@ from torch.nn.functional import silu
 from passlm import lookahead
 from passlm.curve import CostCurve
 from passlm.decode import Decoder
-from passlm.draft_head import AppliedHead, DraftHead, Draws, HeadSampler
+from passlm.draft_head import AppliedHead, DraftHead, HeadSampler
 from passlm.lookahead import LookAhead, LookAheadError
 from passlm.params import Draft, SamplingParams
 from passlm.plan import ByHead, Chain, Limits, autoregressive
 from passlm.planner import AutoPlan
 from passlm.products import preferred
 from passlm.row import Request
-from passlm.sampler import Embeddings
+from passlm.sampler import Draws, Embeddings
 from passlm.sampling import Noise, Purpose
 from passlm.target import Target
 

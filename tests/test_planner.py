@@ -13,11 +13,10 @@ from passlm.curve import CostCurve
 from passlm.decode import agreed_pass, closed_up
 from passlm.params import SamplingParams
 from passlm.plan import (
-    LIKELIEST,
     Adaptive,
     Chain,
     Choice,
-    Drawn,
+    Guessing,
     Limits,
     Plan,
     Shared,
@@ -236,7 +235,7 @@ def test_a_text_hears_of_the_batch_when_its_size_has_changed() -> None:
             heard.append(texts)
 
     class Plans(AutoPlan):
-        def begin(self, drawn: Drawn = LIKELIEST) -> AutoChooser:
+        def begin(self, guessing: Guessing = "likeliest") -> AutoChooser:
             return Hearing(self)
 
     request = Request.of([1, 2], SamplingParams(), 9, Plans(STEEP), frozenset())
@@ -405,19 +404,25 @@ def test_first_guesses_tell_more_of_a_head_than_later_ones() -> None:
 def test_candidates_that_are_drawn_cost_more() -> None:
     """Catches sampled text that is planned with the costs of greedy text, guesses of a draft head
     that are dearer where groups are, and a batch that shrinks to the costs of greedy text."""
-    curve = CostCurve((1, 41), (1.0, 1.01), (1, 4), (0.02, 0.08), 0.001, (0.01, 0.02), 0.5)
-    groups, both = curve.drawing(Drawn(groups=True)), curve.drawing(Drawn(True, True))
-    assert curve.drawing(LIKELIEST) == curve
-    assert groups.group_seconds == pytest.approx((0.52, 2.08))
-    assert groups.head_seconds == curve.head_seconds
-    assert both.head_seconds == pytest.approx((0.51, 1.02))
+    curve = CostCurve((1, 41), (1.0, 1.01), (1, 4), (0.02, 0.08), 0.001, (0.01, 0.02), 0.5, 0.001)
+    drawn, knowing = curve.drawing("drawn"), curve.drawing("knowing")
+    assert curve.drawing("likeliest") == curve
+    assert drawn.group_seconds == pytest.approx((0.52, 2.08))
+    assert drawn.head_seconds == pytest.approx((0.51, 1.02))
+    assert knowing.group_seconds == pytest.approx((0.021, 0.084))
+    assert knowing.head_seconds == pytest.approx((0.011, 0.022))
     plan = AutoPlan(curve, PRIOR, lookup=False, curves=lambda _: curve)
     row_of = partial(Row, room=90, full="length", noise=Noise(0), tokens=[1, 2])
-    hung = {}
-    for temperature, draft in ((0.0, "sampled"), (0.8, "greedy"), (0.8, "sampled")):
-        sampling = SamplingParams(temperature=temperature, draft=draft)  # type: ignore[arg-type]
-        row = row_of(Request.of([1, 2], sampling, 90, plan, frozenset()))
+    hung = []
+    for asked in (
+        SamplingParams(),
+        SamplingParams(temperature=0.8),
+        SamplingParams(temperature=0.8, draft="greedy"),
+        SamplingParams(temperature=0.8, judge="rejection"),
+        SamplingParams(temperature=0.8, repetition_penalty=1.2),
+    ):
+        row = row_of(Request.of([1, 2], asked, 90, plan, frozenset()))
         row.stand_among(3)
-        hung[temperature, draft] = max(row.choose_plan([], None, None).plan.groups)
-    assert hung[0.0, "sampled"] == hung[0.8, "greedy"] > 1
-    assert hung[0.8, "sampled"] < hung[0.0, "sampled"]
+        hung.append(max(row.choose_plan([], None, None).plan.groups))
+    assert hung[0] == hung[1] == hung[2] > 1
+    assert hung[3] == hung[4] < hung[0]

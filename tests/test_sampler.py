@@ -22,6 +22,7 @@ from passlm.products import preferred
 from passlm.row import Request, Row
 from passlm.sampler import (
     OUT_OF_REACH,
+    Draws,
     Embeddings,
     GroupSampler,
     SamplerHead,
@@ -262,6 +263,23 @@ def test_the_likeliest_tokens_are_those_of_the_shortlists(
             assert chosen == pytest.approx(float(logits.detach().max()), abs=1e-4)
             changed += token != int(groups[at][depth].argmax())
     assert changed > 3
+    race = noise(len(lengths), max(lengths), words, seed=5).abs()
+    weights = [0.7, 0.7, 0.5, 1.0, 0.7]
+    draws = Draws(race, [0.5, 80.0, 200.0, 900.0, 1000.0], weights)
+    known = GroupSampler(head, tables, groups, hidden).likeliest(texts, draws)
+    for at, (own, text) in enumerate(zip(known, texts, strict=True)):
+        sampler = GroupSampler(head, tables, groups[at : at + 1], hidden[at : at + 1])
+        for depth, token in enumerate(own):
+            (among,), logits = sampler.shortlists(depth, [0], [[*text, *own[:depth]]])
+            lost = draws.temperatures[at] * weights[at] * race[at, depth].log()
+            raced = logits.detach()[0] - lost[among.tokens]
+            chosen = float(raced[among.tokens == token])
+            assert chosen == pytest.approx(float(raced.max()), rel=1e-5, abs=1e-3)
+    assert known != found
+    with pytest.raises((RuntimeError, IndexError)):
+        GroupSampler(head, tables, groups, hidden).likeliest(
+            texts, replace(draws, noise=race[:, :2])
+        )
 
 
 @pytest.mark.skipif(not preferred(), reason="no operators of our own here")

@@ -6,6 +6,7 @@ failed with another seed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,13 @@ import pytest
 import torch
 from small_llama import counting_llama, small_llama
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from passlm.decode import Decoder
 from passlm.judge import draw
@@ -62,6 +69,27 @@ def test_noise_counts_for_less_where_less_is_left_to_draw() -> None:
     assert weight(top_k=10) == weight(top_p=0.9) == weight(min_p=0.05) == 0.5
     assert weight(min_p=1.0) == 0
     assert weight(top_p=0.01) == weight(top_p=0.01, top_k=9) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("spread", [0.3, 2.0, 9.0])
+def test_quick_processors_cut_off_what_transformers_does(spread: float, rows: int) -> None:
+    """Catches a token too many or too few, and rows that want the slow way."""
+    scores = spread * torch.randn(rows, 4096, generator=torch.Generator().manual_seed(1))
+    unread = torch.empty(rows, 0, dtype=torch.long)
+    cuts: list[LogitsProcessor] = [TopKLogitsWarper(k) for k in (1, 2, 3, 50, 5000)]
+    cuts += [TopPLogitsWarper(p) for p in (0.01, 0.3, 0.5, 0.9, 0.999)]
+    cuts += [TopPLogitsWarper(0.2, -50.0, 9), TopKLogitsWarper(4, -50.0, 20)]
+    for cut in cuts:
+        own = TokenDistribution(LogitsProcessorList([cut]), greedy=False).processors
+        assert torch.equal(own(unread, scores), cut(unread, scores)), vars(cut)
+    scores[:, 7] = scores[:, 9] = scores.amax() + 1
+    for k in (1, 2, 3):
+        own = TokenDistribution(LogitsProcessorList([TopKLogitsWarper(k)]), greedy=False).processors
+        assert (own(unread, scores)[0] > -math.inf).sum() == max(2, k)  # both of two equal ones
+    both = LogitsProcessorList([TopKLogitsWarper(20), TopPLogitsWarper(0.9)])
+    own = TokenDistribution(both, greedy=False).processors
+    assert torch.equal(own(unread, scores), both(unread, scores))
 
 
 # Transformers' own order

@@ -29,11 +29,10 @@ from passlm.lookahead import LookAhead, fingerprint
 from passlm.params import SamplingParams
 from passlm.passes import LookAheadRows
 from passlm.plan import (
-    LIKELIEST,
     Chain,
     Choice,
     Chooser,
-    Drawn,
+    Guessing,
     Limits,
     Plan,
     Shared,
@@ -54,7 +53,11 @@ _ENOUGH_SECONDS = 3.0  # of measuring one curve, once there are the least rounds
 _ROUNDS_A_SITTING = 3  # behind texts that are read anew
 CONTEXTS = (128, 512, 2048, 8192)  # a curve is measured behind so many tokens
 _MARGIN = 192  # tokens that one sitting may need behind them
-_GREEDY, _SAMPLED = SamplingParams(), SamplingParams(temperature=1.0, seed=0)
+_GREEDY = SamplingParams()
+_SAMPLED: dict[Guessing, SamplingParams] = {
+    "drawn": SamplingParams(temperature=1.0, seed=0, judge="rejection"),
+    "knowing": SamplingParams(temperature=1.0, seed=0),
+}
 _STAGGER = 3  # tokens by which the texts of a batch differ in length
 
 _log = logging.getLogger(__name__)
@@ -82,7 +85,7 @@ class _Script:
     def __init__(self) -> None:
         self.timed = _Timed(Plan(0, (0,)))
 
-    def begin(self, drawn: Drawn = LIKELIEST) -> Chooser:
+    def begin(self, guessing: Guessing = "likeliest") -> Chooser:
         return self
 
     def resize(self, texts: int) -> None:
@@ -133,7 +136,7 @@ def measure(
     timed = [*map(_Timed, plans), *guesses]
     drawn = [_Timed(verifying(0)), _Timed(Plan(0, (groups[-1],)))] if groups else []
     seconds: dict[_Timed, list[float]] = {step: [] for step in timed}
-    drawing: dict[_Timed, list[float]] = {step: [] for step in drawn}
+    drawing = {guessing: {step: list[float]() for step in drawn} for guessing in _SAMPLED}
     prompt = [1 + place % (target.vocabulary - 1) for place in range(context)]
     read = target.prefill(prompt[:-1])
     begun, done = time.perf_counter(), 0
@@ -142,9 +145,9 @@ def measure(
     ):
         for step, took in _sitting(target, rows, timed, batch, prompt, read, done, _GREEDY):
             seconds[step].append(took)
-        if drawn:
-            for step, took in _sitting(target, rows, drawn, batch, prompt, read, done, _SAMPLED):
-                drawing[step].append(took)
+        for guessing, sampling in _SAMPLED.items() if drawn else ():
+            for step, took in _sitting(target, rows, drawn, batch, prompt, read, done, sampling):
+                drawing[guessing][step].append(took)
         done += _ROUNDS_A_SITTING
     known = {step: median(took[1:]) for step, took in seconds.items() if len(took) > 1}
     medians = {step.plan: took for step, took in known.items() if not step.guessed}
@@ -158,12 +161,13 @@ def measure(
     risen = zip(hung, rising(list(hung.values())), strict=True)
     dearer = [max(0.0, took - curve.of(1 + n)) for n, took in risen]
     timed_guesses = list(takewhile(known.__contains__, guesses))
-    more = [max(0.0, known[step] - curve.of(1 + step.guessed)) for step in timed_guesses]
+    dearer_by = [max(0.0, known[step] - curve.of(1 + step.guessed)) for step in timed_guesses]
     curve = replace(
-        curve, groups=tuple(hung), group_seconds=tuple(dearer), head_seconds=rising(more)
+        curve, groups=tuple(hung), group_seconds=tuple(dearer), head_seconds=rising(dearer_by)
     )
     if groups:
-        curve = replace(curve, draw_seconds=_draw_seconds(drawing, known) / groups[-1])
+        more = {kind: _draw_seconds(own, known) / groups[-1] for kind, own in drawing.items()}
+        curve = replace(curve, draw_seconds=more["drawn"], know_seconds=more["knowing"])
     if wide is None or wide not in medians:
         return curve
     rest = medians[wide] - curve.of(1 + wide.candidates, sum(wide.groups), wide.groups[0])
@@ -350,7 +354,7 @@ class Costs:
             "dtype": str(self.target.dtype),
             "device": str(self.target.device),
             "environment": environment(),
-            "sittings": [_STAGGER, _ROUNDS_A_SITTING, _MARGIN, "drawn"],
+            "sittings": [_STAGGER, _ROUNDS_A_SITTING, _MARGIN, "drawn", "knowing"],
             "look_ahead": card and [card.look_ahead_tokens, card.lora, card.sampler, shape],
         }
 
@@ -367,9 +371,11 @@ def _read(path: Path, key: dict[str, Any]) -> CostCurve | None:
         if content["key"] != json.loads(json.dumps(key)):
             return None
         fields = content["curve"]
-        lists = {name: tuple(v) for name, v in fields.items() if isinstance(v, list)}
-        row, draw = float(fields["row_seconds"]), float(fields["draw_seconds"])
-        return CostCurve(**lists, row_seconds=row, draw_seconds=draw)
+        kept: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else float(value)
+            for name, value in fields.items()
+        }
+        return CostCurve(**kept)
     except OSError:
         return None
     except (ValueError, KeyError, TypeError):

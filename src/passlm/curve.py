@@ -9,7 +9,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from passlm.plan import Drawn
+from passlm.plan import Guessing
 
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # texts at a time that costs are measured for
 
@@ -27,7 +27,8 @@ class CostCurve:
             are computed and one is drafted from.
         head_seconds: what a draft head takes for 1, 2, ... tokens; none without one.
         draw_seconds: what a candidate of each text takes more if it is drawn, and not the likeliest
-            token, which the other times are of.
+            token, which the other times are of;
+        know_seconds: and if it is made knowing the noise of the draws.
     """
 
     rows: tuple[int, ...]
@@ -37,20 +38,19 @@ class CostCurve:
     row_seconds: float = 0.0
     head_seconds: tuple[float, ...] = ()
     draw_seconds: float = 0.0
+    know_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         pairs = (self.rows, self.seconds), (self.groups, self.group_seconds)
         if any(len(x) != len(y) or list(x) != sorted(set(x)) for x, y in pairs) or not self.rows:
             raise ValueError("a cost curve needs as many times as rows, and these in order")
 
-    def drawing(self, drawn: Drawn) -> CostCurve:
-        """The costs where some candidates are drawn."""
-        more = self.draw_seconds
-        groups, head = self.group_seconds, self.head_seconds
-        if drawn.groups:
-            groups = tuple(s + more * n for n, s in zip(self.groups, groups, strict=True))
-        if drawn.guesses:
-            head = tuple(s + more * n for n, s in enumerate(head, start=1))
+    def drawing(self, guessing: Guessing) -> CostCurve:
+        """The costs where candidates are made so."""
+        kinds = {"likeliest": 0.0, "drawn": self.draw_seconds, "knowing": self.know_seconds}
+        more = kinds[guessing]
+        groups = tuple(s + more * n for n, s in zip(self.groups, self.group_seconds, strict=True))
+        head = tuple(s + more * n for n, s in enumerate(self.head_seconds, start=1))
         return replace(self, group_seconds=groups, head_seconds=head)
 
     def of(self, real: int, look_ahead: int = 0, drafted: int = 0) -> float:

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from passlm.cache import RowCache
-from passlm.draft_head import AppliedHead, Draws, HeadSampler
+from passlm.draft_head import HeadSampler
 from passlm.errors import InputError
 from passlm.likeliest import likeliest
 from passlm.outputs import FinishReason, Step
 from passlm.passes import LookAheadRows, PassOutput
-from passlm.plan import Chain, Shared
-from passlm.row import Guessing, Request, Row
-from passlm.sampler import GroupSampler
+from passlm.plan import Chain, Guessing, Shared
+from passlm.row import Request, Row
+from passlm.sampler import Draws, GroupSampler
 from passlm.sampling import Noise
 from passlm.stopping import cut_block
 from passlm.target import PREFILL_CHUNK, Target
@@ -196,7 +196,8 @@ class Decoder:
             if guessing == "drawn":
                 draft_together(drafting, sampler)
                 continue
-            known = draws_ahead(some, head) if guessing == "knowing the noise" else None
+            knowing = guessing == "knowing"
+            known = draws_ahead(some, len(head.inputs), head.places) if knowing else None
             guesses = sampler.likeliest([row.tokens for row in drafting], known)
             for row, own in zip(drafting, guesses, strict=True):
                 row.take([token for token, _ in own], [sure for _, sure in own])
@@ -247,17 +248,19 @@ class Decoder:
         """Let texts draft by the sampler head from logits and hidden states of their groups."""
         assert self._sampler is not None, "there is a sampler head"
         assert self._tables is not None, "there is a sampler head"
-        for likeliest_do in (True, False):
-            some = [group for group in groups if group[0].drafts_likeliest == likeliest_do]
+        for guessing in get_args(Guessing):
+            some = [group for group in groups if group[0].guessing == guessing]
             if not some:
                 continue
             rows = [row for row, _, _ in some]
             logits, hidden = [own for _, own, _ in some], [own for _, _, own in some]
             sampler = GroupSampler(self._sampler, self._tables, logits, hidden)
-            if not likeliest_do:
+            if guessing == "drawn":
                 draft_together(rows, sampler)
                 continue
-            drafted = sampler.likeliest([row.tokens for row in rows])
+            asked = list(zip(rows, sampler.lengths, strict=True))
+            known = draws_ahead(asked, logits[0].shape[1]) if guessing == "knowing" else None
+            drafted = sampler.likeliest([row.tokens for row in rows], known)
             for row, tokens in zip(rows, drafted, strict=True):
                 row.take(tokens)
 
@@ -306,10 +309,18 @@ def draft_together(rows: Sequence[Row], sampler: GroupSampler | HeadSampler) -> 
             rows[at].draw(own, among)
 
 
-def draws_ahead(asked: Sequence[tuple[Row, int]], head: AppliedHead) -> Draws:
-    """What is known of the next draws of some texts, of so many of each."""
-    longest, vocabulary = max(length for _, length in asked), len(head.inputs)
-    noise = [row.noise_ahead(longest, vocabulary, head.places) for row, _ in asked]
+def draws_ahead(
+    asked: Sequence[tuple[Row, int]], vocabulary: int, listed: Tensor | None = None
+) -> Draws:
+    """What is known of the next draws of some texts, of so many of each.
+
+    Args:
+        asked: the texts, and how many tokens of each are to be guessed.
+        vocabulary: how many tokens noise is made for.
+        listed: those that may be guessed, on the CPU; None for all.
+    """
+    longest = max(length for _, length in asked)
+    noise = [row.noise_ahead(longest, vocabulary, listed) for row, _ in asked]
     distributions = [row.request.distribution for row, _ in asked]
     weights = [distribution.noise_weight for distribution in distributions]
     temperatures = [distribution.temperature for distribution in distributions]

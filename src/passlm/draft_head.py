@@ -24,6 +24,7 @@ from passlm.quantize import rounded
 from passlm.sampler import (
     EPSILON,
     SHORTLIST,
+    Draws,
     Embeddings,
     Shortlist,
     are_rows,
@@ -221,41 +222,6 @@ class AppliedHead:
         return [*weights[:4], self.depth_in, *weights[4:], self.listed, self.inputs]
 
 
-@dataclass(frozen=True)
-class Draws:
-    """What is known of the draws to come, where guesses share the noise that will settle them.
-
-    Attributes:
-        noise: standard exponential numbers of the next positions of each text, of the listed
-            tokens, `[N, depths, K]` float32, on the CPU.
-        temperatures: by which each text's logits are divided.
-        noise_weights: what the noise counts for then, from 0 to 1; see `judge.guess`.
-    """
-
-    noise: Tensor
-    temperatures: Sequence[float]
-    noise_weights: Sequence[float]
-
-    @cached_property
-    def scales(self) -> Tensor:
-        """By what logarithms of the noise are multiplied beside a text's own logits, `[N]`."""
-        return torch.tensor(self.temperatures) * torch.tensor(self.noise_weights)
-
-    @cached_property
-    def flattened(self) -> Tensor:
-        """By what sums are divided before they say how sure a guess is, `[N]`.
-
-        Of hot text noise is the larger part of a sum, and its largest number no sign of being sure.
-        """
-        return torch.tensor(self.temperatures).clamp(min=1.0)
-
-    def join(self, logits: Tensor, texts: Sequence[int], depth: int) -> Tensor:
-        """Logits of some texts with their tokens' shares in the race, `[n, K]`."""
-        at = list(texts)
-        scales, flattened = (t[at, None].to(logits) for t in (self.scales, self.flattened))
-        return (logits - scales * self.noise[at, depth].log().to(logits)) / flattened
-
-
 class _Linear(nn.Module):
     """A plain product with a copy of some weights."""
 
@@ -319,6 +285,7 @@ class HeadSampler:
             logits = self._logits(depth, going, [last[at] for at in going]).float()
             if draws is not None:
                 logits = draws.join(logits, going, depth)
+                logits = logits / draws.flattened[going, None].to(logits)
             places = likeliest(logits)
             best = logits.gather(1, places[:, None]) - logits.logsumexp(-1, keepdim=True)
             tokens = self._head.listed[places].tolist()

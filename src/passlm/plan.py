@@ -224,29 +224,16 @@ class Chooser(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """Which of a text's candidates are draws, made one by one, and not the likeliest tokens.
-
-    Attributes:
-        groups: those of look-ahead groups.
-        guesses: those of a draft head.
-        known: those are no draws, but made knowing the noise that will settle them.
-    """
-
-    groups: bool = False
-    guesses: bool = False
-    known: bool = False
-
-
-LIKELIEST = Drawn()
+Guessing = Literal["likeliest", "drawn", "knowing"]
+"""How candidates come from the logits of look-ahead rows or of a draft head: their likeliest
+tokens, draws from `q`, or what is most likely to be drawn, by who knows the noise of the draws."""
 
 
 @runtime_checkable
 class Adaptive(Protocol):
     """Plans that follow what a text accepts."""
 
-    def begin(self, drawn: Drawn = LIKELIEST) -> Chooser:
+    def begin(self, guessing: Guessing = "likeliest") -> Chooser:
         """A chooser for one text, whose candidates are made so."""
         ...
 
@@ -331,7 +318,7 @@ class ByHead:
 
     guesses: int
 
-    def begin(self, drawn: Drawn = LIKELIEST) -> Chooser:
+    def begin(self, guessing: Guessing = "likeliest") -> Chooser:
         """See `Adaptive`."""
         return FixedChooser(verifying, self.guesses)
 

@@ -18,7 +18,7 @@ from functools import cached_property, lru_cache
 
 from passlm.acceptance import NO_CHAIN, Key, Observed, expected_length, kind_of, levels
 from passlm.curve import CostCurve
-from passlm.plan import LIKELIEST, Chain, Choice, Drawn, Limits, Plan, Shared
+from passlm.plan import Chain, Choice, Guessing, Limits, Plan, Shared
 
 LONGEST_LOOKUP = 12  # candidates of a lookup chain
 _PASSES_A_LOOK = 8  # passes between two looks at the counts, for each text of the batch,
@@ -60,7 +60,7 @@ class AutoPlan:
     _resized: dict[CostCurve, AutoPlan] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
-    _drawing: dict[Drawn, AutoPlan] = field(
+    _drawing: dict[Guessing, AutoPlan] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -135,25 +135,25 @@ class AutoPlan:
             rates.append(self.curve.by_head(expected_length(self.head[:tokens]), tokens))
         return max(rates)
 
-    def begin(self, drawn: Drawn = LIKELIEST) -> AutoChooser:
+    def begin(self, guessing: Guessing = "likeliest") -> AutoChooser:
         """For one text."""
-        return AutoChooser(self.drawing(drawn), known=drawn.known)
+        return AutoChooser(self.drawing(guessing), known=guessing == "knowing")
 
-    def drawing(self, drawn: Drawn) -> AutoPlan:
-        """The same where some candidates are drawn, which takes longer."""
-        if drawn not in self._drawing:
+    def drawing(self, guessing: Guessing) -> AutoPlan:
+        """The same where candidates are made so, which may take longer."""
+        if guessing not in self._drawing:
             curves = self.curves
 
             def of(texts: int) -> CostCurve | None:
                 known = None if curves is None else curves(texts)
-                return None if known is None else known.drawing(drawn)
+                return None if known is None else known.drawing(guessing)
 
-            curve = self.curve.drawing(drawn)
+            curve = self.curve.drawing(guessing)
             other = (
                 self if curve == self.curve else replace(self, curve=curve, curves=curves and of)
             )
-            self._drawing[drawn] = other
-        return self._drawing[drawn]
+            self._drawing[guessing] = other
+        return self._drawing[guessing]
 
 
 class AutoChooser:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,8 +24,8 @@ from passlm.plan import (
     Chain,
     Choice,
     Chooser,
-    Drawn,
     FixedChooser,
+    Guessing,
     Limits,
     Plan,
     Shared,
@@ -36,10 +35,6 @@ from passlm.plan import (
 )
 from passlm.sampler import Shortlist
 from passlm.sampling import NOISE_WEIGHT, Noise, Purpose, TokenDistribution, processors
-
-Guessing = Literal["drawn", "likeliest", "knowing the noise"]
-"""A draft head's candidates are draws from `q`, its likeliest tokens, or those once the noise that
-settles them is known."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +119,7 @@ class Row:
     def __post_init__(self) -> None:
         asked = self.request.strategy
         self._chooser: Chooser = (
-            asked.begin(self._drawn) if isinstance(asked, Adaptive) else FixedChooser(asked)
+            asked.begin(self.guessing) if isinstance(asked, Adaptive) else FixedChooser(asked)
         )
         self._lookup = PromptLookup() if self._chooser.lookup else None
         self._texts = 0  # of the batch, as the chooser knows it
@@ -290,7 +285,7 @@ class Row:
 
     @property
     def guessing(self) -> Guessing:
-        """How a draft head makes its candidates.
+        """How its candidates are made.
 
         The coupled judge asks no more of a candidate than that it is the token to come, so that
         the likeliest will do, and better the one that is it once the noise of its place is known.
@@ -300,32 +295,18 @@ class Row:
         if self._draws_for_rejection or not request.distribution.treats_alike:
             return "drawn"
         shared = not request.distribution.greedy and request.draft == "sampled"
-        return "knowing the noise" if shared else "likeliest"
-
-    @property
-    def _drawn(self) -> Drawn:
-        guessing = self.guessing
-        return Drawn(
-            groups=not self.drafts_likeliest,
-            guesses=guessing == "drawn",
-            known=guessing == "knowing the noise",
-        )
+        return "knowing" if shared else "likeliest"
 
     @property
     def follows_noise(self) -> bool:
         """Whether what is verified has depended on the noise of the draws."""
         return self._follows_noise
 
-    def noise_ahead(self, count: int, vocabulary: int, listed: Tensor) -> Tensor:
-        """What will settle the next positions, of listed tokens, `[count, K]`."""
+    def noise_ahead(self, count: int, vocabulary: int, listed: Tensor | None = None) -> Tensor:
+        """What will settle the next positions, of listed tokens or all, `[count, K]`."""
         start = len(self.tokens)
-        return torch.stack([self._noise_known(start + i, vocabulary)[listed] for i in range(count)])
-
-    @property
-    def drafts_likeliest(self) -> bool:
-        """Whether the likeliest token of each look-ahead row is its candidate."""
-        greedy = self.request.distribution.greedy or self.request.draft == "greedy"
-        return greedy and self.request.distribution.treats_alike
+        noise = [self._noise_known(start + i, vocabulary) for i in range(count)]
+        return torch.stack(noise if listed is None else [own[listed] for own in noise])
 
     def take(self, tokens: Sequence[int], sureness: Sequence[float] = ()) -> None:
         """Make these tokens the candidates behind those drafted already.

@@ -24,8 +24,8 @@ from passlm.products import RowsProduct, preferred
 torch.library.define(
     "passlm::weighed_guesses",
     "(Tensor logits, Tensor hidden, Tensor lengths, Tensor last, Tensor hidden_in, "
-    "Tensor token_in, Tensor out, Tensor inputs, Tensor outputs, Tensor none, int listed, "
-    "int threads) -> Tensor",
+    "Tensor token_in, Tensor out, Tensor inputs, Tensor outputs, Tensor none, Tensor noise, "
+    "Tensor scales, int listed, int threads) -> Tensor",
 )
 
 SHORTLIST = 64
@@ -177,6 +177,51 @@ class Shortlist:
         return whole
 
 
+@dataclass(frozen=True)
+class Draws:
+    """What is known of the draws to come, where guesses share the noise that will settle them.
+
+    Attributes:
+        noise: standard exponential numbers of the next positions of each text, for the tokens that
+            a draft head lists or for all, `[N, depths, K]` float32, on the CPU.
+        temperatures: by which each text's logits are divided.
+        noise_weights: what the noise counts for then, from 0 to 1; see `judge.guess`.
+    """
+
+    noise: Tensor
+    temperatures: Sequence[float]
+    noise_weights: Sequence[float]
+
+    @cached_property
+    def scales(self) -> Tensor:
+        """By what logarithms of the noise are multiplied beside a text's own logits, `[N]`."""
+        return torch.tensor(self.temperatures) * torch.tensor(self.noise_weights)
+
+    @cached_property
+    def flattened(self) -> Tensor:
+        """By what sums are divided before they say how sure a guess is, `[N]`.
+
+        Of hot text noise is the larger part of a sum, and its largest number no sign of being sure.
+        """
+        return torch.tensor(self.temperatures).clamp(min=1.0)
+
+    def join(
+        self, logits: Tensor, texts: Sequence[int], depth: int, tokens: Tensor | None = None
+    ) -> Tensor:
+        """Logits of some texts with their tokens' shares in the race, `[n, k]`.
+
+        Args:
+            logits: `[n, k]`.
+            texts: numbers of the texts.
+            depth: of the position, from 0.
+            tokens: places of theirs in the noise, `[n, k]`; None for all of them in order.
+        """
+        at = list(texts)
+        noise = self.noise[at, depth]
+        race = noise if tokens is None else noise.gather(1, tokens.cpu())
+        return logits - self.scales[at, None].to(logits) * race.log().to(logits)
+
+
 class GroupSampler:
     """Look-ahead groups on their way from logits to drafts, row by row.
 
@@ -212,11 +257,15 @@ class GroupSampler:
         """The rows' part of the first layer, `[R, width]`."""
         return self._head.from_hidden(_joined(self._hidden))
 
-    def likeliest(self, texts: Sequence[Sequence[int]]) -> list[list[int]]:
+    def likeliest(
+        self, texts: Sequence[Sequence[int]], draws: Draws | None = None
+    ) -> list[list[int]]:
         """The likeliest token of each row, given those of the rows before it.
 
         Args:
             texts: the tokens before each group's first row.
+            draws: what is known of the noise to come, for all tokens; None for the likeliest
+                tokens without it.
         """
         inputs, outputs = self._tables.inputs, self._tables.outputs
         weights = self._head.packed
@@ -224,10 +273,12 @@ class GroupSampler:
             rows = _joined(self._logits).contiguous(), _joined(self._hidden).contiguous()
             if are_rows(*rows, inputs, outputs):
                 last = last_tokens(texts, self._head.tokens, inputs.device)
+                none = torch.empty(0)
+                known = (none, none) if draws is None else (draws.noise, draws.scales)
                 numbers = self._head.shortlist, torch.get_num_threads()
                 every = torch.ops.passlm.weighed_guesses(
                     *(*rows, torch.tensor(self.lengths), last),
-                    *(*weights, inputs, outputs, torch.empty(0), *numbers),
+                    *(*weights, inputs, outputs, none, *known, *numbers),
                 )
                 pairs = zip(every.tolist(), self.lengths, strict=True)
                 return [tokens[:length] for tokens, length in pairs]
@@ -236,6 +287,9 @@ class GroupSampler:
             going = [at for at, length in enumerate(self.lengths) if depth < length]
             histories = [[*texts[at], *made[at]] for at in going]
             lists, logits = self.shortlists(depth, going, histories)
+            if draws is not None:
+                tokens = torch.stack([own.tokens for own in lists])
+                logits = draws.join(logits, going, depth, tokens)
             for at, own, best in zip(going, lists, logits.argmax(-1).tolist(), strict=True):
                 made[at].append(int(own.tokens[best]))
         return made

@@ -35,8 +35,44 @@ from transformers import (
 )
 
 from passlm import philox
-from passlm.likeliest import likeliest
+from passlm.likeliest import likeliest, shortlist
 from passlm.params import SamplingParams
+
+_NUCLEI = 128, 2048  # tokens among which a nucleus is looked for, before all are sorted
+
+
+class TopK(TopKLogitsWarper):
+    """Transformers' own, without a search of the whole vocabulary for each of the best."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores `[R, V]`, those below the `k` best at `filter_value`."""
+        best, _ = shortlist(scores, min(self.top_k, scores.shape[-1]))
+        return scores.masked_fill(scores < best[:, -1:], self.filter_value)
+
+
+class TopP(TopPLogitsWarper):
+    """Transformers' own on rows that a few tokens nearly fill, without sorting the others.
+
+    A token is left if those above it have less than `top_p` together. (Transformers sums up from
+    below: where that differs by rounding, a token may fall on the other side.)
+    """
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores `[R, V]`, those outside the nucleus at `filter_value`."""
+        counts = [n for n in _NUCLEI if n < scores.shape[-1] and scores.device.type == "cpu"]
+        total = scores.logsumexp(-1, keepdim=True)
+        for count in counts:
+            best, places = shortlist(scores, count)
+            shares = (best - total).exp()
+            below = shares.cumsum(-1)
+            if bool((below[:, -1] > self.top_p).all()):
+                left = below - shares < self.top_p
+                left[:, : self.min_tokens_to_keep] = True
+                made = torch.full_like(scores, self.filter_value)
+                return made.scatter_(1, places, best.masked_fill(~left, self.filter_value))
+        processed: Tensor = super().__call__(input_ids, scores)
+        return processed
+
 
 # These look at the scores alone, so all rows of a pass can go through them at once. A user's
 # subclass may look at more.
@@ -49,12 +85,12 @@ _BLIND = (
     SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopHLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
+    TopK,
+    TopP,
     TypicalLogitsWarper,
 )
 # These look at scores and not at which token has which, so they may see some tokens alone.
-_CUTS = (MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
+_CUTS = (MinPLogitsWarper, TopK, TopP)
 _ALIKE = (TemperatureLogitsWarper, *_CUTS)
 NOISE_WEIGHT = 0.7  # what the noise of a draw counts for in a guess at it,
 _CUT_NOISE_WEIGHT = 0.5  # and from logits of which something is still to be cut off
@@ -145,13 +181,23 @@ def _noise_weight(processors: Sequence[object]) -> float:
     Right guesses with weights of 0, 0.35, 0.5 and 0.7 at top-p 0.5: 0.371, 0.378, 0.378, 0.367; of
     the best 3 tokens: 0.345, 0.369, 0.377, 0.365; of all: docs/log.md.
     """
-    if any(type(p) is TopKLogitsWarper and p.top_k == 1 for p in processors):
+    if any(type(p) is TopK and p.top_k == 1 for p in processors):
         return 0.0
     if not any(type(p) in _CUTS for p in processors):
         return NOISE_WEIGHT
-    left = [p.top_p for p in processors if type(p) is TopPLogitsWarper]
+    left = [p.top_p for p in processors if type(p) is TopP]
     left += [1 - p.min_p for p in processors if type(p) is MinPLogitsWarper]
     return min([_CUT_NOISE_WEIGHT, *left])
+
+
+def _quick(processor: LogitsProcessor) -> LogitsProcessor:
+    """The same, faster, where it is one of transformers' own that has such a form here."""
+    if type(processor) is TopKLogitsWarper:
+        return TopK(processor.top_k, processor.filter_value)
+    if type(processor) is TopPLogitsWarper:
+        kept = processor.min_tokens_to_keep
+        return TopP(processor.top_p, processor.filter_value, kept)
+    return processor
 
 
 class TokenDistribution:
@@ -171,7 +217,7 @@ class TokenDistribution:
     """
 
     def __init__(self, processors: LogitsProcessorList, greedy: bool) -> None:
-        self.processors = processors
+        self.processors = processors = LogitsProcessorList(map(_quick, processors))
         self.greedy = greedy
         self.reads_history = any(type(p) not in _BLIND for p in processors)
         self.treats_alike = all(type(p) in _ALIKE for p in processors)

@@ -27,44 +27,16 @@ std::pair<int64_t, float> likeliest(const float* logits, int64_t count, float di
     return {best, 1 / sum};
 }
 
-// What is known of the draws to come: the noise of their places, of the listed tokens,
-// [N, depths, K]; by what its logarithms are multiplied beside each text's logits, and by what the sums
-// are divided before they say how sure a guess is, [N]. All are empty where nothing is known.
-struct Draws {
-    View noise, scales, flattened;
-
-    bool fit(int64_t texts, const View& lengths, int64_t listed) const {
-        const auto* asked = reinterpret_cast<const int64_t*>(lengths.data);
-        const bool sized = noise.dimensions == 3 && noise.sizes[0] == texts &&
-                           noise.width() == listed && scales.numbers == texts &&
-                           flattened.numbers == texts;
-        const bool close = noise.strides[2] == 1 && noise.strides[1] == listed &&
-                           noise.strides[0] == noise.sizes[1] * listed;
-        return sized && close && noise.full() && scales.full() && flattened.full() &&
-               (!texts || noise.sizes[1] >= *std::max_element(asked, asked + texts));
-    }
-
-    // Each logit plus its token's share in the race.
-    void join(int64_t text, int64_t depth, float* logits) const {
-        const float scale = reinterpret_cast<const float*>(scales.data)[text];
-        const auto* own = reinterpret_cast<const float*>(noise.data) +
-                          (text * noise.sizes[1] + depth) * noise.width();
-        for (int64_t k = 0; k < noise.width(); k++) logits[k] -= scale * std::log(own[k]);
-    }
-
-    float divisor(int64_t text) const {
-        return noise.numbers ? reinterpret_cast<const float*>(flattened.data)[text] : 1;
-    }
-};
-
 // hidden: [N, d_model]. last: ids of each text's last tokens, the last one first, [N, tokens].
-// lengths: how many guesses each text is to have, [N]. inputs: the embeddings, [V, d_model].
+// lengths: how many guesses each text is to have, [N]. inputs: the embeddings, [V, d_model]. divisors:
+// of the sums with noise, before they say how sure a guess is, [N].
 //
 // Gives ids and how sure the head is of them, both [N, depths].
 std::tuple<Tensor, Tensor> guesses(const View& hidden, const View& last, const View& lengths,
                                    const Layer& hidden_in, const Layer& token_in,
                                    const View& depth_in, const Layer& out, const Layer& outputs,
-                                   const View& listed, const View& inputs, const Draws& draws) {
+                                   const View& listed, const View& inputs, const Race& race,
+                                   const View& divisors) {
     const int64_t texts = hidden.sizes[0], d_model = hidden.width();
     const int64_t width = depth_in.width(), depths = depth_in.sizes[0], count = listed.numbers;
     const auto* ids = reinterpret_cast<const int64_t*>(listed.data);
@@ -96,8 +68,10 @@ std::tuple<Tensor, Tensor> guesses(const View& hidden, const View& last, const V
         for (int64_t i = 0; i < number; i++) {
             const int64_t n = going[i];
             float* own = logits.data() + i * count;
-            if (draws.noise.numbers) draws.join(n, depth, own);
-            const auto [place, sure] = likeliest(own, count, draws.divisor(n));
+            const float* noise = race.at(n, depth);
+            for (int64_t k = 0; noise && k < count; k++) own[k] -= race.scale(n) * std::log(noise[k]);
+            const float divisor = noise ? reinterpret_cast<const float*>(divisors.data)[n] : 1;
+            const auto [place, sure] = likeliest(own, count, divisor);
             tokens[n * depths + depth] = ids[place];
             sureness[n * depths + depth] = sure;
             under_way.append(n, ids[place]);
@@ -130,11 +104,13 @@ std::tuple<Tensor, Tensor> boxed(Tensor hidden, Tensor last, Tensor lengths, Ten
                         told.weights.sizes[1] == before.width() * d_model &&
                         back.weights.sizes[1] == width && to_listed.weights.sizes[1] == d_model,
                     "the head's layers do not fit together");
-    const Draws draws{View(noise.get()), View(scales.get()), View(flattened.get())};
-    STD_TORCH_CHECK(!draws.noise.numbers || draws.fit(rows.sizes[0], asked, ids.numbers),
-                    "there is not as much noise as there are texts and tokens");
+    const Race race{View(noise.get()), View(scales.get())};
+    const View divisors(flattened.get());
+    race.check(asked, ids.numbers);
+    STD_TORCH_CHECK(divisors.full() && divisors.numbers == race.scales.numbers,
+                    "there are not as many divisors as texts");
     return guesses(rows, before, asked, from_hidden, told, depths, back, to_listed, ids, table,
-                   draws);
+                   race, divisors);
 }
 
 }  // namespace

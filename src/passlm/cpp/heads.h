@@ -86,6 +86,35 @@ struct Texts {
     }
 };
 
+// What is known of draws to come: the noise of their places, [texts, depths, width] float32, and by
+// what its logarithms are multiplied beside each text's logits, [texts]. Both are empty where nothing is.
+struct Race {
+    View noise, scales;
+
+    // Refuses too little of it for so many places of each text.
+    void check(const View& lengths, int64_t width) const {
+        if (!noise.numbers) return;
+        const int64_t texts = lengths.numbers;
+        const auto* asked = reinterpret_cast<const int64_t*>(lengths.data);
+        STD_TORCH_CHECK(noise.dimensions == 3 && noise.full() && scales.full() &&
+                            noise.sizes[0] == texts && scales.numbers == texts &&
+                            noise.width() == width && noise.strides[2] == 1 &&
+                            noise.strides[1] == width &&
+                            noise.strides[0] == noise.sizes[1] * width &&
+                            (!texts || noise.sizes[1] >= *std::max_element(asked, asked + texts)),
+                        "there is not as much noise as there are texts and tokens");
+    }
+
+    // The noise of a place; null where nothing is known.
+    const float* at(int64_t text, int64_t depth) const {
+        if (!noise.numbers) return nullptr;
+        const int64_t place = text * noise.sizes[1] + depth;
+        return reinterpret_cast<const float*>(noise.data) + place * noise.width();
+    }
+
+    float scale(int64_t text) const { return reinterpret_cast<const float*>(scales.data)[text]; }
+};
+
 // Rows of numbers, one behind the other.
 inline bool is_table(const View& tensor, int64_t width) {
     if (tensor.dimensions != 2 || tensor.width() != width) return false;

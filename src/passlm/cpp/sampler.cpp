@@ -108,7 +108,8 @@ float dot(const View& table, int64_t row, const float* numbers) {
 // Gives ids, [G, length of the longest group].
 Tensor guesses(const View& logits, const View& hidden, const View& lengths, const View& last,
                const Layer& hidden_in, const Layer& token_in, const Layer& out,
-               const View& inputs, const View& outputs, int64_t listed, int threads) {
+               const View& inputs, const View& outputs, const Race& race, int64_t listed,
+               int threads) {
     const int64_t rows = hidden.sizes[0], d_model = hidden.width();
     const int64_t groups = lengths.numbers, width = hidden_in.width;
     const auto* lengths_of = reinterpret_cast<const int64_t*>(lengths.data);
@@ -139,13 +140,16 @@ Tensor guesses(const View& logits, const View& hidden, const View& lengths, cons
         out.times(inner, number, correction);
         for (int64_t i = 0; i < number; i++) {
             const Shortlist& own = best[starts[going[i]] + depth];
+            const float* noise = race.at(going[i], depth);
+            const float scale = noise ? race.scale(going[i]) : 0;
             int64_t token = -1;
             float most = 0;
             for (size_t k = 0; k < own.tokens.size(); k++) {
                 const float* moved = &correction[i * d_model];
                 const float gained = outputs.half() ? dot<true>(outputs, own.tokens[k], moved)
                                                     : dot<false>(outputs, own.tokens[k], moved);
-                const float logit = own.logits[k] + gained;
+                const float lost = noise ? scale * std::log(noise[own.tokens[k]]) : 0;
+                const float logit = own.logits[k] + gained - lost;
                 if (token < 0 || logit > most) {
                     token = own.tokens[k];
                     most = logit;
@@ -160,7 +164,7 @@ Tensor guesses(const View& logits, const View& hidden, const View& lengths, cons
 
 Tensor boxed(Tensor logits, Tensor hidden, Tensor lengths, Tensor last, Tensor hidden_in,
              Tensor token_in, Tensor out, Tensor inputs, Tensor outputs, Tensor none,
-             int64_t listed, int64_t threads) {
+             Tensor noise, Tensor scales, int64_t listed, int64_t threads) {
     const View rows(hidden.get()), whole(logits.get()), asked(lengths.get()), before(last.get());
     const View table(inputs.get()), others(outputs.get());
     const int64_t d_model = table.width();
@@ -175,9 +179,11 @@ Tensor boxed(Tensor logits, Tensor hidden, Tensor lengths, Tensor last, Tensor h
     STD_TORCH_CHECK(first.sizes[1] == d_model && second.sizes[1] == before.width() * d_model &&
                         listed >= 1,
                     "the head's layers do not fit together");
+    const Race race{View(noise.get()), View(scales.get())};
+    race.check(asked, whole.width());
     return guesses(whole, rows, asked, before, {first, scale, width, int(threads)},
                    {second, scale, width, int(threads)}, {third, scale, d_model, int(threads)},
-                   table, others, listed, int(threads));
+                   table, others, race, listed, int(threads));
 }
 
 }  // namespace
