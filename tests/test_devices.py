@@ -32,6 +32,7 @@ SAMPLINGS = {
     "greedy": SamplingParams(),
     "penalized": SamplingParams(repetition_penalty=1.2, min_new_tokens=5, bad_words=((3,),)),
     "coupled": SamplingParams(temperature=0.9, seed=1, top_k=9, logit_bias={4: 2.0}),
+    "knowing": SamplingParams(temperature=0.9, seed=1, top_k=9),
     "rejection": SamplingParams(temperature=0.9, seed=1, top_p=0.9, judge="rejection"),
     "likeliest drafts": SamplingParams(
         temperature=0.9, seed=1, min_p=0.05, presence_penalty=0.5, judge="rejection", draft="greedy"
