@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import (
     DynamicCache,
     EosTokenCriteria,
+    LlamaForCausalLM,
     LogitsProcessor,
     LogitsProcessorList,
     MaxLengthCriteria,
@@ -40,6 +41,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from passlm import custom_generate, lookahead
 from passlm.card import LookAheadError
+from passlm.compat import cache_name
 from passlm.decode import Decoder, PromptError
 from passlm.errors import InputError
 from passlm.hook import CustomGenerate, GenerateError
@@ -50,6 +52,7 @@ from passlm.target import Target
 
 PAD = 0
 NEW = 24
+CACHE = str(cache_name(LlamaForCausalLM.forward))  # as transformers names it
 PROMPT = torch.tensor([[5, 9, 33, 12, 7, 41]])
 PROMPTS = {  # left-padded, three lengths
     "input_ids": torch.tensor(
@@ -470,7 +473,7 @@ def test_return_dict_with_scores_and_logits(
     got = llama.generate(**options, custom_generate=hook)
     assert type(got) is type(expected)
     assert got.sequences.tolist() == expected.sequences.tolist()
-    assert got.past_key_values is None
+    assert getattr(got, CACHE) is None
     assert len(got.scores) == len(got.logits) == len(expected.scores)
     live = torch.ones(len(got.sequences), dtype=torch.bool)
     for step, token in enumerate(got.sequences[:, PROMPT.shape[1] :].T):
@@ -586,7 +589,7 @@ def refusals() -> Iterator[Any]:
     yield {"synced_gpus": True}, "synced_gpus"
     yield {"cache_implementation": "static"}, "cache_implementation='static'"
     yield {"use_cache": False}, "use_cache=False"
-    yield {"past_key_values": DynamicCache()}, "past_key_values"
+    yield {CACHE: DynamicCache()}, CACHE
     yield {"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"
     yield {"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states"
     yield {"prefill_chunk_size": 2}, "prefill_chunk_size"
@@ -616,12 +619,12 @@ def test_a_filled_cache_is_refused(llama: PreTrainedModel) -> None:
     """Catches a continued cache whose text would be read as the whole prompt."""
     cache = DynamicCache(config=llama.config)
     with torch.no_grad():
-        llama(PROMPT[:, :3], past_key_values=cache)
-    with pytest.raises(GenerateError, match="past_key_values"):
+        llama(PROMPT[:, :3], **{CACHE: cache})
+    with pytest.raises(GenerateError, match=CACHE):
         llama.generate(
             PROMPT,
             max_new_tokens=4,
-            past_key_values=cache,
+            **{CACHE: cache},
             custom_generate=custom_generate(method="ar"),
         )
 

@@ -268,7 +268,7 @@ REFUSED = [
     ("llama4_text", EXPERTS, "Llama4ForCausalLM", "chunked_attention layers"),
     ("bloom", {}, "BloomForCausalLM", "position_ids"),
     ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2}, "MptForCausalLM", "position_ids"),
-    ("openai-gpt", {}, "OpenAIGPTLMHeadModel", "past_key_values"),
+    ("openai-gpt", {}, "OpenAIGPTLMHeadModel", "cache"),
     ("falcon", {"alibi": True}, "FalconForCausalLM", "ALiBi"),
     ("gpt_neo", {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
      "GPTNeoForCausalLM", "local attention"),

@@ -146,6 +146,11 @@ class RowCache(Cache):
             self.write_slots = (0, lengths[:, None] + torch.arange(rows, device=device))
 
     @property
+    def written(self) -> bool:
+        """Whether any layer holds keys and values."""
+        return any(layer.stored is not None for layer in self.row_layers)
+
+    @property
     def sizes(self) -> tuple[tuple[int, int], ...] | None:
         """Heads and `d_head` of each layer; None where one has none, or unlike keys and values."""
         found = []

@@ -40,6 +40,7 @@ import passlm.products
 import passlm.quantize
 from passlm import native, packages, products
 from passlm.attention import can_group, can_stand_in_line, grouped
+from passlm.compat import cache_name
 from passlm.joined import JoinedLinears, joinable
 from passlm.lora import AppliedLora, RowSplit
 from passlm.packing import PackedLinears
@@ -137,6 +138,7 @@ class _Body(nn.Module):
         self.joined = joined
         self.lora = lora  # of layers that are not joined
         self.in_line = in_line
+        self.cache_name = str(cache_name(self.body.forward))
         self._model = [model]  # no part of it
 
     def forward(
@@ -162,8 +164,8 @@ class _Body(nn.Module):
                 inputs_embeds=inputs,
                 position_ids=positions,
                 attention_mask=mask,
-                past_key_values=Cache(layers=list(layers)),
                 use_cache=True,
+                **{self.cache_name: Cache(layers=list(layers))},
             )
         hidden: Tensor = output.last_hidden_state
         return hidden

@@ -69,7 +69,7 @@ def custom_generate(
     - Processors must be functions of their arguments, and treat the batch's rows apart.
     - A text ends, with a warning, where the model's context does.
     - Of `output_scores` and `output_logits`, rows that hold padding give it with certainty.
-      `past_key_values` of the result is None.
+      The result holds no key-value cache.
 
     Args:
         lookahead: a folder, the name of shipped files, a hub id, or look-ahead rows in memory;

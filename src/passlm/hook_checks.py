@@ -16,6 +16,7 @@ from transformers import (
 )
 from transformers.generation.configuration_utils import GenerationMode
 
+from passlm.compat import CACHE_NAMES, given_cache
 from passlm.errors import InputError
 
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
@@ -29,7 +30,7 @@ _STATEFUL_PROCESSORS = (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
     SynthIDTextWatermarkLogitsProcessor,
 )
-_MODEL_INPUTS = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep")
+_MODEL_INPUTS = ("attention_mask", "position_ids", *CACHE_NAMES, "use_cache", "logits_to_keep")
 
 
 class GenerateError(InputError):
@@ -85,11 +86,11 @@ def _cache_complaints(config: GenerationConfig, model_kwargs: Mapping[str, Any])
         )
     if not model_kwargs.get("use_cache", True):
         yield "generate was given use_cache=False: PaSS needs its cache, so leave it out"
-    cache = model_kwargs.get("past_key_values")
+    name, cache = given_cache(model_kwargs)
     # An empty one is prepared by `generate` itself. A user's own would be expected to be filled.
     if cache is not None and (getattr(cache, "_is_user_defined", False) or cache.get_seq_length()):
         yield (
-            "generate was given past_key_values: PaSS can neither continue nor fill a cache that "
+            f"generate was given {name}: PaSS can neither continue nor fill a cache that "
             "is not its own, so give the whole text as input_ids and leave it out"
         )
 

@@ -10,9 +10,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from passlm.compat import cache_name, newer_than_tested
 from passlm.errors import InputError
 
-_FORWARD_ARGUMENTS = ("inputs_embeds", "position_ids", "attention_mask", "past_key_values")
+_FORWARD_ARGUMENTS = ("inputs_embeds", "position_ids", "attention_mask")
 _LAYER_KINDS = ("full_attention", "sliding_attention")
 
 
@@ -72,8 +73,10 @@ def _reason_by_layers(config: Any) -> str | None:
 def _reason_by_forward(model: PreTrainedModel) -> str | None:
     accepted = inspect.signature(model.forward).parameters
     missing = [name for name in _FORWARD_ARGUMENTS if name not in accepted]
+    if cache_name(model.forward) is None:
+        missing.append("key-value cache")
     if missing:
-        return f"its forward takes no {', '.join(missing)}"
+        return f"its forward takes no {', '.join(missing)}{newer_than_tested()}"
     if getattr(model.config.get_text_config(), "hidden_size_per_layer_input", 0):
         return "its layers look up token ids, which look-ahead rows do not have"
     return None

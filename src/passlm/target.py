@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from passlm.attention import can_group, grouped
 from passlm.cache import RowCache, as_prefix
+from passlm.compat import cache_name, newer_than_tested
 from passlm.compiled import CompiledPasses, CompileError, Given, Shapes
 from passlm.lora import PROBE_ROWS, RowSplit
 from passlm.masks import visibility, within_window
@@ -78,6 +79,7 @@ class Target:
         # What torch's kernel on a CPU would make of a boolean mask in every layer is made once.
         self._additive = attention(model) == "eager" or self._grouped
         self._quantized = is_quantized(model)
+        self._cache_name = str(cache_name(model.forward))  # `check_supported` found one
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._packed: PackedLinears | None = None
         self._compiled = None if compiled is None else self._compilable(compiled)
@@ -225,8 +227,8 @@ class Target:
                 inputs_embeds=look_ahead.inputs.to(self.dtype)[depth - 1],
                 position_ids=offset,
                 attention_mask=self._by_kind(seen, cache, offset),
-                past_key_values=as_prefix(cache),
                 use_cache=True,
+                **{self._cache_name: as_prefix(cache)},
             )
         texts = torch.arange(len(text), device=self.device)[:, None].expand_as(depth)
         return Hung(hidden[0], text_hidden, depth, offset, texts)
@@ -410,9 +412,14 @@ class Target:
                 inputs_embeds=self._inputs(rows, longest, look_ahead),
                 position_ids=positions,
                 attention_mask=self._masks(cache, layouts, longest, positions),
-                past_key_values=cache,
                 use_cache=True,
+                **{self._cache_name: cache},
                 **options,
+            )
+        if not cache.written:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} is not supported: it wrote no keys and values to the "
+                f"cache that its forward was given as {self._cache_name}{newer_than_tested()}"
             )
         return PassOutput(output.logits, list(hidden[0]) if hidden else None)
 
