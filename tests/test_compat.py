@@ -23,10 +23,7 @@ def old_name(self: Any, past_key_values: Cache | None = None) -> None: ...
 def new_name(self: Any, cache: Cache | None = None, use_cache: bool = True) -> None: ...
 
 
-def quoted(self: Any, kv: "Cache | None" = None) -> None: ...
-
-
-def subclass(self: Any, kv: DynamicCache | None = None, other: int | None = None) -> None: ...
+def other_name(self: Any, kv: DynamicCache | None = None, other: int | None = None) -> None: ...
 
 
 def none(self: Any, input_ids: torch.Tensor | None = None, **kwargs: Any) -> None: ...
@@ -40,8 +37,7 @@ def two(self: Any, one: Cache | None = None, other: Cache | None = None) -> None
     [
         (old_name, "past_key_values"),
         (new_name, "cache"),
-        (quoted, "kv"),
-        (subclass, "kv"),
+        (other_name, "kv"),
         (none, None),
         (two, None),
     ],
