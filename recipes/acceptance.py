@@ -17,20 +17,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from passlm.bench.methods import check_head
-from passlm.bench.tasks import SUITES, Task, TaskError, load_suite
+from passlm.bench.engines.methods import check_head
+from passlm.bench.suites.tasks import SUITES, Task, TaskError, load_suite
 from passlm.cli import Parser
 from passlm.cli.common import add_model_arguments
-from passlm.decode import Decoder
+from passlm.decoding.decoder import Decoder
+from passlm.decoding.text import Request, Row
 from passlm.errors import InputError
 from passlm.generate import Generator, load, set_threads
-from passlm.lookahead import CARD_FILE, LookAhead
-from passlm.lookahead import load as load_rows
+from passlm.lookahead.trained import CARD_FILE, LookAhead
+from passlm.lookahead.trained import load as load_rows
 from passlm.outputs import Stats
 from passlm.params import Draft, Judge, SamplingParams, StopParams
 from passlm.plan import ByHead, strategy
 from passlm.provenance import provenance, write_atomically
-from passlm.row import Request, Row
 from passlm.train.report import model_card
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "acceptance"

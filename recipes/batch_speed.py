@@ -15,16 +15,16 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from passlm.bench.tasks import SUITES, load_suite
+from passlm.bench.suites.tasks import SUITES, load_suite
 from passlm.cli import Parser
 from passlm.cli.common import add_decoding_arguments, add_model_arguments, loaded
-from passlm.decode import Decoder
+from passlm.decoding.decoder import Decoder
+from passlm.decoding.text import Request
 from passlm.errors import InputError
 from passlm.generate import Generator
 from passlm.params import SamplingParams
 from passlm.plan import autoregressive
 from passlm.provenance import provenance, write_atomically
-from passlm.row import Request
 
 METHODS = ("ar", "auto")
 BLOCK = 8  # passes of a turn

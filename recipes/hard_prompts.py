@@ -12,7 +12,7 @@ import random
 import sys
 from pathlib import Path
 
-from passlm.models import DEFAULT_MODEL, load_model
+from passlm.loading.models import DEFAULT_MODEL, load_model
 
 EACH = 4
 TOKENS, BYTES, LETTERS = 64, 120, 80

@@ -1,4 +1,4 @@
-r"""What `acceptance.py` believes of candidates before a text has shown anything.
+r"""What `planning/acceptance.py` believes of candidates before a text has shown anything.
 
     python recipes/make_prompts.py TEXT TRAINED.jsonl
     python recipes/make_prompts.py TEXT PROMPTS.jsonl --seed 1
@@ -29,21 +29,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from passlm.acceptance import Counted, Observed, kind_of
 from passlm.cli import Parser
 from passlm.cli.common import add_decoding_arguments, add_model_arguments, loaded
-from passlm.decode import Decoder, draws_ahead
-from passlm.draft_head import AppliedHead, HeadSampler
+from passlm.decoding.decoder import Decoder, draws_ahead
+from passlm.decoding.text import Request, Row
+from passlm.drafts.draft_head import AppliedHead, HeadSampler
+from passlm.drafts.prompt_lookup import PromptLookup
+from passlm.drafts.sampler_head import Draws
 from passlm.errors import InputError
 from passlm.generate import Generator
-from passlm.lookahead import CARD_FILE, load
-from passlm.lookup import PromptLookup
+from passlm.lookahead.trained import CARD_FILE, load
 from passlm.params import SamplingParams
 from passlm.plan import Chain, Plan
-from passlm.planner import LONGEST_LOOKUP
+from passlm.planning.acceptance import Counted, Observed, kind_of
+from passlm.planning.auto import LONGEST_LOOKUP
 from passlm.provenance import provenance, write_atomically
-from passlm.row import Request, Row
-from passlm.sampler import Draws
 
 LONGEST_PROMPT = 600  # tokens; longer ones are left out
 Source = Counted | Literal["knowing"]  # the draft head where it knows the noise, by how sure it is

@@ -21,8 +21,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from passlm import judge
-from passlm.bench.distribution import (
+from passlm.bench.measuring.distribution import (
     CHANCE,
     LEVEL,
     Question,
@@ -33,8 +32,8 @@ from passlm.bench.distribution import (
     p_values,
     questions,
 )
-from passlm.bench.judged import JudgedTokens
-from passlm.bench.tasks import load_prompts
+from passlm.bench.measuring.judged import JudgedTokens
+from passlm.bench.suites.tasks import load_prompts
 from passlm.cli import Parser
 from passlm.cli.common import (
     add_decoding_arguments,
@@ -43,12 +42,13 @@ from passlm.cli.common import (
     loaded,
     print_json,
 )
-from passlm.curve import CostCurve
+from passlm.decoding import judge
 from passlm.errors import InputError
 from passlm.generate import Generator, Prompt
 from passlm.params import METHODS, Judge, SamplingParams
 from passlm.plan import Adaptive, Strategy, autoregressive, strategy
-from passlm.planner import AutoPlan
+from passlm.planning.auto import AutoPlan
+from passlm.planning.cost_curve import CostCurve
 from passlm.provenance import provenance, write_together
 
 PROMPTS: tuple[Prompt, ...] = (

@@ -27,7 +27,7 @@ from typing import Any
 
 from served import HOST, RefusedError, Served, split, streaming
 
-from passlm.bench.tasks import SUITES, Task, load_suite
+from passlm.bench.suites.tasks import SUITES, Task, load_suite
 from passlm.cli import Parser
 from passlm.cli.common import add_decoding_arguments, add_model_arguments, loaded
 from passlm.errors import InputError

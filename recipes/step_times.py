@@ -11,12 +11,12 @@ from typing import Any
 
 from passlm.cli import Parser
 from passlm.cli.common import add_decoding_arguments, add_model_arguments, loaded
-from passlm.decode import Decoder
+from passlm.decoding.decoder import Decoder
+from passlm.decoding.text import Row
 from passlm.errors import InputError
+from passlm.model.pass_records import PassOutput
+from passlm.model.target import Target
 from passlm.params import METHODS
-from passlm.passes import PassOutput
-from passlm.row import Row
-from passlm.target import Target
 
 # Each part, and those of the list that it holds.
 PARTS: dict[str, tuple[type, str, tuple[str, ...]]] = {

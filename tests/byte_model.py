@@ -10,8 +10,8 @@ from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from passlm.generate import Generator
-from passlm.lookahead import LookAhead
-from passlm.target import Target
+from passlm.lookahead.trained import LookAhead
+from passlm.model.target import Target
 
 END = 256
 CONTEXT = 192

@@ -9,8 +9,8 @@ import pytest
 import torch
 from tiny import ARCHITECTURES, MORE_ARCHITECTURES
 
-from passlm import costs
-from passlm.target import Target
+from passlm.model.target import Target
+from passlm.planning import kept_costs
 
 torch.set_num_threads(1)  # the models are so small that a second thread only costs
 
@@ -20,7 +20,7 @@ def _costs_apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What passes of test models cost is no business of the user's cache."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(costs, "cache_folder", lambda: folder)
+        patch.setattr(kept_costs, "cache_folder", lambda: folder)
         yield
 
 

@@ -25,13 +25,13 @@ from transformers import (
     PreTrainedModel,
 )
 
-from passlm.decode import Decoder
-from passlm.draft_head import DraftHead
-from passlm.lookahead import LookAhead
+from passlm.decoding.decoder import Decoder
+from passlm.decoding.text import Request, Row
+from passlm.drafts.draft_head import DraftHead
+from passlm.lookahead.trained import LookAhead
+from passlm.model.pass_records import LookAheadRows
+from passlm.model.target import Target
 from passlm.outputs import Step
-from passlm.passes import LookAheadRows
-from passlm.row import Request, Row
-from passlm.target import Target
 from passlm.train.config import TrainConfig
 from passlm.train.data import Document, TokenWindows
 from passlm.train.head import HeadTrainer

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import pytest
 from torch import Tensor
 
-from passlm.acceptance import NO_CHAIN, Acceptance, Observed, kind_of, levels
-from passlm.decode import Decoder
+from passlm.decoding.decoder import Decoder
+from passlm.decoding.text import Request, Row
+from passlm.model.target import Target
 from passlm.params import Judge, SamplingParams
 from passlm.plan import (
     Adaptive,
@@ -23,8 +24,7 @@ from passlm.plan import (
     autoregressive,
     verifying,
 )
-from passlm.row import Request, Row
-from passlm.target import Target
+from passlm.planning.acceptance import NO_CHAIN, Acceptance, Observed, kind_of, levels
 
 HEAD = Chain((5, 6), "head", sureness=(0.95, 0.15))
 

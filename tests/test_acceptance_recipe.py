@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from byte_model import CONTEXT, ROWS, save_folders
 
-from passlm.bench.tasks import Task
+from passlm.bench.suites.tasks import Task
 from passlm.generate import Generator, load
-from passlm.lookahead import load as load_rows
+from passlm.lookahead.trained import load as load_rows
 from passlm.outputs import Stats
 
 SCRIPT = Path(__file__).parents[1] / "recipes" / "acceptance.py"

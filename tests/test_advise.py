@@ -31,17 +31,17 @@ from passlm.bench.advise import (
     relative_cost,
     widened,
 )
-from passlm.bench.decoding import PlanDecoding
-from passlm.bench.measure import Turn, speedup_interval
-from passlm.bench.methods import Asked, build
-from passlm.bench.tasks import Task
+from passlm.bench.engines.decoding import PlanDecoding
+from passlm.bench.engines.methods import Asked, build
+from passlm.bench.measuring.measure import Turn, speedup_interval
+from passlm.bench.suites.tasks import Task
 from passlm.cli import DONE, INTERRUPTED, USAGE, main
 from passlm.cli import advise as command
 from passlm.cli.advise import Advised, screen
-from passlm.curve import CostCurve
 from passlm.errors import InputError
 from passlm.params import SamplingParams, StopParams
 from passlm.plan import TwoPass
+from passlm.planning.cost_curve import CostCurve
 
 # Rows of little cost, as on a GPU, and of as much as a pass of their own.
 CHEAP = CostCurve((1, 2, 5, 9, 21), (1.0, 1.02, 1.05, 1.1, 1.3), (1, 4), (0.05, 0.05))

@@ -9,11 +9,12 @@ import torch
 from small_llama import small_llama
 from torch import nn
 
-from passlm import attention, native
-from passlm.attention import can_group, can_stand_in_line, grouped, grouped_attention
-from passlm.passes import PassRow
+from passlm.kernels import native
+from passlm.layers import attention
+from passlm.layers.attention import can_group, can_stand_in_line, grouped, grouped_attention
+from passlm.model.pass_records import PassRow
+from passlm.model.target import Target
 from passlm.plan import Plan
-from passlm.target import Target
 
 sdpa = attention.sdpa_attention_forward
 AVAILABLE = native.available()

@@ -18,10 +18,11 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from passlm.bench import methods as bench_methods
-from passlm.bench.decoding import PlanDecoding, Record, TimedTarget
-from passlm.bench.intervals import student_quantile
-from passlm.bench.measure import (
+from passlm.bench.engines import methods as bench_methods
+from passlm.bench.engines.decoding import PlanDecoding, Record, TimedTarget
+from passlm.bench.engines.methods import Asked, Method, MethodError, build
+from passlm.bench.measuring.intervals import student_quantile
+from passlm.bench.measuring.measure import (
     Prompt,
     Sample,
     converse,
@@ -30,17 +31,16 @@ from passlm.bench.measure import (
     speedup_interval,
     summarize,
 )
-from passlm.bench.methods import Asked, Method, MethodError, build
-from passlm.bench.report import markdown
-from passlm.bench.tasks import TaskError
+from passlm.bench.reports.markdown import markdown
+from passlm.bench.suites.tasks import TaskError
 from passlm.cli import main
 from passlm.generate import Generator
-from passlm.lookahead import LookAhead
+from passlm.lookahead.trained import LookAhead
+from passlm.model.pass_records import PassRow
+from passlm.model.target import Target
 from passlm.outputs import Stats, Step
 from passlm.params import SamplingParams, StopParams
-from passlm.passes import PassRow
 from passlm.plan import Plan
-from passlm.target import Target
 
 UNKNOWN, END = 0, 1
 NEW_TOKENS = 10
@@ -586,7 +586,7 @@ def test_a_missing_suite_is_named_and_the_rest_runs(
     def missing(name: str, *_: Any) -> list[Any]:
         raise TaskError(f"suite {name!r} needs some package: pip install it")
 
-    monkeypatch.setattr("passlm.bench.prompts.load_suite", missing)
+    monkeypatch.setattr("passlm.bench.suites.prompts.load_suite", missing)
     line = arguments(folder, "--suite", "text", "--methods", "ar", "--limit", "1", "--json")
     assert main(line) == 0
     results = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -695,8 +695,8 @@ def test_generated_code_is_scored_by_method(
 ) -> None:
     """Catches programs of one method scored as another's, cut at the wrong place, read without what
     stands before them, or run without being asked for."""
-    from passlm.bench import humaneval
     from passlm.bench.session import scored
+    from passlm.bench.suites import humaneval
 
     ran: list[tuple[str, str]] = []
 

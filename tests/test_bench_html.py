@@ -16,10 +16,10 @@ from xml.etree.ElementTree import Element
 
 import pytest
 
-from passlm.bench.charts import WIDTH, ticks
-from passlm.bench.html import page
-from passlm.bench.markup import NONE
-from passlm.curve import CostCurve
+from passlm.bench.reports.charts import WIDTH, ticks
+from passlm.bench.reports.html import page
+from passlm.bench.reports.markup import NONE
+from passlm.planning.cost_curve import CostCurve
 
 RESULTS = sorted((Path(__file__).parents[1] / "docs" / "results").glob("*/results.json"))
 CURVE = {

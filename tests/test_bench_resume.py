@@ -16,10 +16,16 @@ from typing import Any
 import pytest
 from test_bench import NEW_TOKENS, arguments, folder
 
-from passlm.bench.decoding import Record
-from passlm.bench.journal import Journal, JournalError, check_same, prompt_line, read_record
-from passlm.bench.measure import Prompt, Sample, Turn, interleave
-from passlm.bench.methods import Method
+from passlm.bench.engines.decoding import Record
+from passlm.bench.engines.methods import Method
+from passlm.bench.measuring.journal import (
+    Journal,
+    JournalError,
+    check_same,
+    prompt_line,
+    read_record,
+)
+from passlm.bench.measuring.measure import Prompt, Sample, Turn, interleave
 from passlm.cli import main
 from passlm.outputs import Stats, Step
 from passlm.params import SamplingParams
@@ -67,10 +73,10 @@ def lines_in(out: Path) -> list[bytes]:
 @pytest.fixture
 def two_suites(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A command line that runs two suites, of which one has categories and another length."""
-    from passlm.bench.tasks import Task
+    from passlm.bench.suites.tasks import Task
 
     given = [Task("text", f"t{n}", f"w{n + 5} w7 w8", category="ab"[n % 2]) for n in range(4)]
-    monkeypatch.setattr("passlm.bench.prompts.load_suite", lambda *_: given)
+    monkeypatch.setattr("passlm.bench.suites.prompts.load_suite", lambda *_: given)
     return arguments(folder, "--suite", "text", *METHODS, *LISTS)
 
 

@@ -12,14 +12,14 @@ import pytest
 from small_llama import small_llama
 from test_bench import NEW_TOKENS, arguments, folder, in_folder, lm, samples_of, stub
 
-from passlm.bench import notes
-from passlm.bench.decoding import PlanDecoding, Record, TimedTarget
-from passlm.bench.measure import Prompt, Sample, interleave, summarize, warm_up
-from passlm.bench.methods import Method
-from passlm.bench.prompts import Collector, _without_end
-from passlm.bench.report import markdown
-from passlm.bench.sweeps import BATCHES, LENGTHS, STEPS, SWEEPS, TEMPERATURES, Conditions
-from passlm.bench.tasks import Task
+from passlm.bench.engines.decoding import PlanDecoding, Record, TimedTarget
+from passlm.bench.engines.methods import Method
+from passlm.bench.measuring.measure import Prompt, Sample, interleave, summarize, warm_up
+from passlm.bench.reports import notes
+from passlm.bench.reports.markdown import markdown
+from passlm.bench.reports.sweeps import BATCHES, LENGTHS, STEPS, SWEEPS, TEMPERATURES, Conditions
+from passlm.bench.suites.prompts import Collector, _without_end
+from passlm.bench.suites.tasks import Task
 from passlm.cli import main
 from passlm.generate import Generator
 from passlm.outputs import Stats
@@ -125,7 +125,7 @@ def test_categories_are_parts_of_the_whole(lm: Generator) -> None:
 def test_first_runs_hold_what_comes_before_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches compiling and measuring, which happen before a run is timed, left out of it."""
     now = [0.0]
-    monkeypatch.setattr("passlm.bench.measure.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("passlm.bench.measuring.measure.time.perf_counter", lambda: now[0])
     longest = []
 
     def decode(prompt: Sequence[int], sampling: SamplingParams, most: int) -> Record:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from byte_model import save_folders
 
-from passlm.bench import tasks
-from passlm.bench.tasks import (
+from passlm.bench.suites import tasks
+from passlm.bench.suites.tasks import (
     CODE_TOKENS,
     SUITES,
     TEXT_TOKENS,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from passlm.bench.wiki import strip_wiki_markup
+from passlm.bench.suites.wiki import strip_wiki_markup
 
 
 @pytest.mark.parametrize(

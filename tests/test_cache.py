@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from passlm.cache import BLOCK, RowCache, as_prefix
+from passlm.model.cache import BLOCK, RowCache, as_prefix
 
 LAYERS, HEADS, D_HEAD = 2, 2, 3
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from passlm.bench.compare import ResultsError, compare, load_results, verdict
+from passlm.bench.reports.compare import ResultsError, compare, load_results, verdict
 from passlm.errors import InputError
 
 KEPT = sorted((Path(__file__).parents[1] / "docs" / "results").glob("*/results.json"))

@@ -9,10 +9,10 @@ import torch
 from tiny import ARCHITECTURES, MORE_ARCHITECTURES, prompt
 from transformers import Cache, DynamicCache, LlamaForCausalLM
 
-from passlm import compat
-from passlm.compat import cache_name, given_cache, newer_than_tested
-from passlm.supported import UnsupportedModelError, check_supported
-from passlm.target import Target
+from passlm.model import compat
+from passlm.model.compat import cache_name, given_cache, newer_than_tested
+from passlm.model.supported import UnsupportedModelError, check_supported
+from passlm.model.target import Target
 
 EVERY = {**ARCHITECTURES, **MORE_ARCHITECTURES}
 

@@ -15,17 +15,19 @@ from tiny import ARCHITECTURES, random_look_ahead
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from passlm import attention, compiled, native, products
-from passlm.curve import CostCurve
-from passlm.decode import Decoder
-from passlm.lookahead import LookAhead
+from passlm.decoding.decoder import Decoder
+from passlm.decoding.text import Request, Row
+from passlm.kernels import linear, native
+from passlm.layers import attention
+from passlm.layers.int8 import quantized
+from passlm.lookahead.trained import LookAhead
+from passlm.model import compiled
+from passlm.model.target import Target
 from passlm.params import SamplingParams
 from passlm.plan import Adaptive, ByHead, OnePass, Strategy, TwoPass, autoregressive
-from passlm.planner import AutoPlan
+from passlm.planning.auto import AutoPlan
+from passlm.planning.cost_curve import CostCurve
 from passlm.provenance import staging
-from passlm.quantize import quantized
-from passlm.row import Request, Row
-from passlm.target import Target
 
 PROMPTS = ([1, 2, 3, 4, 5], [7], [3] * 110)  # the last one crosses a block of the cache
 GREEDY, TEMPERED = SamplingParams(), SamplingParams(temperature=0.9, seed=1)
@@ -105,7 +107,7 @@ def test_one_package_serves_passes_with_and_without_look_ahead_rows(folder: Path
         assert texts(fast, look_ahead, plan, GREEDY) == texts(eager, look_ahead, plan, GREEDY)
     assert texts(fast, None, autoregressive, GREEDY) == texts(eager, None, autoregressive, GREEDY)
     assert fast.engine == "compiled"
-    if products.preferred():
+    if linear.preferred():
         assert fast._compiled is not None
         assert len(fast._compiled._packages) == 1
 

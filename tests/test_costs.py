@@ -14,14 +14,15 @@ import pytest
 from small_llama import small_llama
 from tiny import random_look_ahead
 
-from passlm import compiled, costs
-from passlm.card import HELD_OUT
-from passlm.costs import GROUPS, REAL_ROWS, Costs, measure, rising
-from passlm.curve import CostCurve
-from passlm.decode import Decoder
-from passlm.lookahead import LookAhead
-from passlm.row import Row
-from passlm.target import Target
+from passlm.decoding.decoder import Decoder
+from passlm.decoding.text import Row
+from passlm.lookahead.card import HELD_OUT
+from passlm.lookahead.trained import LookAhead
+from passlm.model import compiled
+from passlm.model.target import Target
+from passlm.planning import kept_costs
+from passlm.planning.cost_curve import CostCurve
+from passlm.planning.kept_costs import GROUPS, REAL_ROWS, Costs, measure, rising
 
 CURVE = CostCurve((1, 2), (1.0, 1.5), (1, 2), (0.25, 0.5), 0.125)
 Calls = list[tuple[int, int]]
@@ -35,7 +36,7 @@ def target() -> Target:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache folder of the test's own."""
-    monkeypatch.setattr(costs, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(kept_costs, "cache_folder", lambda: tmp_path)
     return tmp_path
 
 
@@ -48,7 +49,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Calls:
         calls.append((batch, context))
         return CURVE
 
-    monkeypatch.setattr(costs, "measure", instead)
+    monkeypatch.setattr(kept_costs, "measure", instead)
     return calls
 
 

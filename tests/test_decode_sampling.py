@@ -23,20 +23,20 @@ from small_llama import (
     small_llama,
 )
 
-from passlm import judge as judges
-from passlm.curve import CostCurve
-from passlm.decode import Decoder
-from passlm.draft_head import DraftHead
-from passlm.lookahead import LookAhead
-from passlm.lora import GatedLora, groups_of
+from passlm.decoding import judge as judges
+from passlm.decoding.decoder import Decoder
+from passlm.decoding.distribution import Noise, Purpose
+from passlm.decoding.text import Request, Row
+from passlm.drafts.draft_head import DraftHead
+from passlm.drafts.sampler_head import SamplerHead, Shortlist
+from passlm.layers.lora import GatedLora, groups_of
+from passlm.lookahead.trained import LookAhead
+from passlm.model.target import Target
 from passlm.outputs import Stats, Step
 from passlm.params import Draft, Judge, SamplingParams
 from passlm.plan import Adaptive, OnePass, Strategy, TwoPass, autoregressive
-from passlm.planner import AutoPlan
-from passlm.row import Request, Row
-from passlm.sampler import SamplerHead, Shortlist
-from passlm.sampling import Noise, Purpose
-from passlm.target import Target
+from passlm.planning.auto import AutoPlan
+from passlm.planning.cost_curve import CostCurve
 
 # The distribution
 

@@ -10,15 +10,15 @@ from pretend_gpu import GPU, moved, pretended_gpu
 from tiny import ARCHITECTURES, prompt, random_look_ahead
 from transformers import PreTrainedModel
 
-from passlm.costs import measure
-from passlm.curve import CostCurve
-from passlm.decode import Decoder
-from passlm.lookahead import LookAhead
+from passlm.decoding.decoder import Decoder
+from passlm.decoding.text import Request
+from passlm.lookahead.trained import LookAhead
+from passlm.model.target import Target
 from passlm.params import SamplingParams
 from passlm.plan import Adaptive, ByHead, OnePass, Strategy, TwoPass, autoregressive
-from passlm.planner import AutoPlan
-from passlm.row import Request
-from passlm.target import Target
+from passlm.planning.auto import AutoPlan
+from passlm.planning.cost_curve import CostCurve
+from passlm.planning.kept_costs import measure
 
 CHEAP = CostCurve((1, 41), (1.0, 1.2), (1, 6), (0.02, 0.02), head_seconds=(0.01, 0.01, 0.01))
 PLANS: dict[str, Strategy | Adaptive] = {

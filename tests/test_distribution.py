@@ -17,8 +17,7 @@ import torch
 from byte_model import save_folders
 from small_llama import BLANKS, counting_llama, counting_look_ahead
 
-from passlm import judge
-from passlm.bench.distribution import (
+from passlm.bench.measuring.distribution import (
     CHANCE,
     END,
     LEVEL,
@@ -34,14 +33,15 @@ from passlm.bench.distribution import (
     questions,
     text_lengths,
 )
-from passlm.bench.judged import JudgedTokens
-from passlm.curve import CostCurve
-from passlm.draft_head import DraftHead
+from passlm.bench.measuring.judged import JudgedTokens
+from passlm.decoding import judge
+from passlm.drafts.draft_head import DraftHead
 from passlm.generate import Generator
 from passlm.outputs import Output
 from passlm.params import Draft, Judge, SamplingParams
 from passlm.plan import Adaptive, ByHead, OnePass, Strategy, TwoPass, autoregressive
-from passlm.planner import AutoPlan
+from passlm.planning.auto import AutoPlan
+from passlm.planning.cost_curve import CostCurve
 
 SCRIPT = Path(__file__).parents[1] / "recipes" / "same_distribution.py"
 PROMPTS = ([1, 2, 3], [5, 8, 11])

@@ -15,19 +15,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import silu
 
-from passlm import lookahead
-from passlm.curve import CostCurve
-from passlm.decode import Decoder
-from passlm.draft_head import AppliedHead, DraftHead, HeadSampler
-from passlm.lookahead import LookAhead, LookAheadError
+from passlm.decoding.decoder import Decoder
+from passlm.decoding.distribution import Noise, Purpose
+from passlm.decoding.text import Request
+from passlm.drafts.draft_head import AppliedHead, DraftHead, HeadSampler
+from passlm.drafts.sampler_head import Draws, Embeddings
+from passlm.kernels.linear import preferred
+from passlm.lookahead import trained
+from passlm.lookahead.trained import LookAhead, LookAheadError
+from passlm.model.target import Target
 from passlm.params import Draft, SamplingParams
 from passlm.plan import ByHead, Chain, Limits, autoregressive
-from passlm.planner import AutoPlan
-from passlm.products import preferred
-from passlm.row import Request
-from passlm.sampler import Draws, Embeddings
-from passlm.sampling import Noise, Purpose
-from passlm.target import Target
+from passlm.planning.auto import AutoPlan
+from passlm.planning.cost_curve import CostCurve
 
 VOCABULARY, D, WIDTH, TOLD, DEPTHS, LISTED = 40, 16, 12, 2, 3, 30
 
@@ -209,7 +209,7 @@ def test_a_head_that_knows_the_model_knows_its_draws(
         def _logits(self, *_: Any) -> Tensor:
             return truth[:, listed]
 
-    monkeypatch.setattr("passlm.decode.HeadSampler", Knowing)
+    monkeypatch.setattr("passlm.decoding.decoder.HeadSampler", Knowing)
     met = dict.fromkeys(get_args(Draft), 0)
     for draft, seed in product(met, range(3)):
         sampling = SamplingParams(temperature=1.3, top_k=top_k, seed=seed, draft=draft)
@@ -261,7 +261,7 @@ def test_files_keep_it(llama: Target, tmp_path: Path) -> None:
     assert rows.head is not None
     rows.card.head.update(by_position=[0.5, 0.2, 0.15])  # type: ignore[union-attr]
     rows.save(tmp_path)
-    again = lookahead.load(tmp_path)
+    again = trained.load(tmp_path)
     assert again.head is not None
     assert torch.equal(again.head.listed, rows.head.listed)
     torch.testing.assert_close(again.head.out, rows.head.out, rtol=0.01, atol=0.01)
@@ -286,11 +286,11 @@ def test_damaged_files_are_refused(
 ) -> None:
     """Catches an index error in the middle of a text."""
     tiny.random_look_ahead(llama, 3, head_width=8).save(tmp_path)
-    path = tmp_path / lookahead.TENSORS_FILE
+    path = tmp_path / trained.TENSORS_FILE
     tensors = {k: v for k, v in load_file(path).items() if k != name}
     save_file(tensors if changed is None else {**tensors, name: changed}, path)
     with pytest.raises(LookAheadError, match=said):
-        lookahead.load(tmp_path)
+        trained.load(tmp_path)
 
 
 def test_without_figures_a_card_guesses(llama: Target) -> None:
@@ -367,7 +367,7 @@ def test_guesses_that_are_forbidden_end_no_text(llama: Target) -> None:
 
 def test_copies_are_copies(head: DraftHead, tables: Embeddings, monkeypatch: Any) -> None:
     """Catches later training that reaches a decoder where products are torch's."""
-    monkeypatch.setattr("passlm.draft_head.preferred", lambda: False)
+    monkeypatch.setattr("passlm.drafts.draft_head.preferred", lambda: False)
     applied = AppliedHead.of(head, tables, torch.float32)
     before = applied.out(torch.ones(1, WIDTH))
     head.out.data.zero_()

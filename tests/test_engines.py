@@ -19,8 +19,8 @@ import pytest
 import torch
 from byte_model import byte_generator, save_folders
 
-from passlm.bench import engines
-from passlm.bench.engines import (
+from passlm.bench.engines import external
+from passlm.bench.engines.external import (
     Engine,
     EngineDecoding,
     EngineError,
@@ -30,10 +30,10 @@ from passlm.bench.engines import (
     interpreters,
     start_engines,
 )
-from passlm.bench.methods import Asked, MethodError, Others, build
+from passlm.bench.engines.methods import Asked, MethodError, Others, build
 from passlm.cli import main
 from passlm.generate import Generator
-from passlm.models import DEFAULT_MODEL, resolve
+from passlm.loading.models import DEFAULT_MODEL, resolve
 from passlm.params import SamplingParams, StopParams
 
 NOTES, SPIN = "ENGINE_TEST_NOTES", "ENGINE_TEST_SPIN"  # variables that the stand-ins read
@@ -335,7 +335,7 @@ def test_an_engine_at_rest_takes_no_processor_time(llama: EngineDecoding) -> Non
         time.sleep(0.3)
         llama([5], GREEDY, 2)
     assert llama.engine.idle_cores is not None
-    assert llama.engine.idle_cores < engines.BUSY_CORES
+    assert llama.engine.idle_cores < external.BUSY_CORES
 
 
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="there is no such signal")
@@ -352,7 +352,7 @@ def test_loops_that_wait_for_work_are_stopped(
         decode([5], GREEDY, 2)
         time.sleep(0.5)
     assert engine.idle_cores is not None
-    assert engine.idle_cores < engines.BUSY_CORES
+    assert engine.idle_cores < external.BUSY_CORES
     workers = psutil.Process(engine._process.pid).children(recursive=True)
     assert len(workers) == (3 if how == "process" else 0)
     engine.close()
@@ -363,9 +363,9 @@ def test_loops_that_are_not_stopped_are_found_out(
     packages: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Catches a busy engine that nobody hears of, where it cannot be stopped."""
-    signalled = engines._signal
+    signalled = external._signal
     monkeypatch.setattr(
-        engines, "_signal", lambda process, name: name == "SIGKILL" and signalled(process, name)
+        external, "_signal", lambda process, name: name == "SIGKILL" and signalled(process, name)
     )
     monkeypatch.setenv(SPIN, "process")
     (packages / "llama_cpp.py").write_text(LLAMA)
@@ -375,7 +375,7 @@ def test_loops_that_are_not_stopped_are_found_out(
         decode([5], GREEDY, 2)
         time.sleep(0.5)
     assert engine.idle_cores is not None
-    assert engine.idle_cores > engines.BUSY_CORES
+    assert engine.idle_cores > external.BUSY_CORES
     end_engines([engine])
     assert "cores busy while other methods ran" in caplog.text
     assert not running(engine._process.pid)
@@ -396,8 +396,8 @@ def test_the_process_ends_with_the_one_that_started_it(packages: Path, ids: list
     (packages / "llama_cpp.py").write_text(LLAMA)
     code = (
         "import sys\n"
-        f"sys.path[:0] = {[str(Path(engines.__file__).parents[2])]!r}\n"
-        "from passlm.bench.engines import Engine\n"
+        f"sys.path[:0] = {[str(Path(external.__file__).parents[3])]!r}\n"
+        "from passlm.bench.engines.external import Engine\n"
         f"engine = Engine('llama-cpp', sys.executable, {SETTINGS!r})\n"
         "print(engine._process.pid, flush=True)\n"
         f"print(engine.decode(dict(ids={ids!r}, max_new_tokens=2, temperature=0, eos=[])))\n"
@@ -451,8 +451,8 @@ def test_an_engine_that_does_not_start_in_time(
 ) -> None:
     """Catches a bench that waits for ever for a model to be loaded."""
     (packages / "llama_cpp.py").write_text(LLAMA)
-    kind = replace(engines.ENGINES["llama-cpp"], start_seconds=1.5)
-    monkeypatch.setitem(engines.ENGINES, "llama-cpp", kind)
+    kind = replace(external.ENGINES["llama-cpp"], start_seconds=1.5)
+    monkeypatch.setitem(external.ENGINES, "llama-cpp", kind)
     with pytest.raises(EngineError, match=r"within 1\.5 s"):
         Engine("llama-cpp", sys.executable, {**SETTINGS, "model": "slow.gguf"})
 
@@ -478,9 +478,9 @@ def test_what_is_not_installed_is_named_and_the_rest_runs(
     """Catches one missing engine costing the whole run, or being left unsaid."""
     (packages / "vllm.py").write_text(VLLM)
     monkeypatch.setattr(
-        engines, "_settings", lambda *_: dict(SETTINGS, dtype="bfloat16", context=9)
+        external, "_settings", lambda *_: dict(SETTINGS, dtype="bfloat16", context=9)
     )
-    found, missing = start_engines(dict.fromkeys(engines.ENGINES, sys.executable), lm, "org/model")
+    found, missing = start_engines(dict.fromkeys(external.ENGINES, sys.executable), lm, "org/model")
     assert list(found) == ["vllm"]
     assert "pip install llama-cpp-python" in missing["llama-cpp"]
     assert "--engine-python llama-cpp=PYTHON" in missing["llama-cpp"]
@@ -502,17 +502,17 @@ def test_engines_get_the_files_that_ours_was_loaded_from(
 ) -> None:
     """Catches another model under the same name, above all for a GGUF file under vLLM."""
     source = replace(resolve("org/model"), gguf_file=Path("/models/some.gguf"))
-    monkeypatch.setattr(engines, "whole_copy", lambda gguf: Path("/cache/copy"))
-    llama = engines._settings("llama-cpp", lm, source)
+    monkeypatch.setattr(external, "whole_copy", lambda gguf: Path("/cache/copy"))
+    llama = external._settings("llama-cpp", lm, source)
     assert llama == {
         "model": "/models/some.gguf",
         "threads": torch.get_num_threads(),
         "gpu": False,
     }
-    vllm = engines._settings("vllm", lm, source)
+    vllm = external._settings("vllm", lm, source)
     assert vllm["model"] == "/cache/copy"
     assert (vllm["dtype"], vllm["context"]) == ("float32", lm.target.context)
-    assert engines._settings("vllm", lm, resolve("org/model"))["model"] == "org/model"
+    assert external._settings("vllm", lm, resolve("org/model"))["model"] == "org/model"
 
 
 def test_another_engines_text_is_not_held_to_ours(llama: EngineDecoding, lm: Generator) -> None:
@@ -593,7 +593,7 @@ def test_entries_of_another_engine_are_marked(
     assert "predictability" not in runs["two-pass"]
     assert results["missing_methods"] == {}
     (engine,) = results["engines"].values()
-    assert engine["idle_cores"] < engines.BUSY_CORES
+    assert engine["idle_cores"] < external.BUSY_CORES
     assert "vllm is vLLM 0.99, float32: another engine" in text
     assert "vllm is another engine" in (out / "report.html").read_text()
     (out / "results.json").unlink()

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders
 
-from passlm.decode import Decoder, PromptError
-from passlm.detokenize import Decode, Detokenizer, text_behind
+from passlm.decoding.decoder import Decoder, PromptError
 from passlm.errors import InputError
 from passlm.generate import Generator, load
+from passlm.loading.detokenize import Decode, Detokenizer, text_behind
 from passlm.params import ParameterError
 
 METHODS = ("ar", "two-pass", "one-pass")

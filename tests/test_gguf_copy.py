@@ -27,8 +27,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
 import passlm
-from passlm import gguf_copy, models
-from passlm.models import DEFAULT_MODEL, ModelSource, cache_folder, load_config, load_model
+from passlm.loading import gguf as loading_gguf
+from passlm.loading import models
+from passlm.loading.models import DEFAULT_MODEL, ModelSource, cache_folder, load_config, load_model
 
 
 @pytest.fixture(autouse=True)
@@ -185,7 +186,7 @@ def test_damaged_copy_is_made_anew(gguf: Path, damage: Callable[[Path], object])
     again = load_model(str(gguf), dtype="float32")
     assert torch.equal(logits(again.model, [3, 4]), expected)
     assert again.tokenizer(TEXT)["input_ids"] == tiny_tokenizer()(TEXT)["input_ids"]
-    assert gguf_copy._is_whole(the_copy())
+    assert loading_gguf._is_whole(the_copy())
 
 
 def test_copy_that_stays_damaged_is_an_error_not_a_loop(
@@ -208,10 +209,10 @@ def test_failed_conversion_leaves_nothing_behind(
     gguf: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches half a copy taken for a whole one, and a disk that fills up with them."""
-    dead = own_cache / "gguf" / f".{gguf_copy._copy_folder(gguf).name}-dead"
+    dead = own_cache / "gguf" / f".{loading_gguf._copy_folder(gguf).name}-dead"
     dead.mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr(gguf_copy, "_seal", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(loading_gguf, "_seal", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             load_model(str(gguf))
     left = [path for path in (own_cache / "gguf").iterdir() if path.is_dir()]
@@ -261,7 +262,7 @@ def test_cache_that_cannot_be_written_names_the_variable(
 LOAD = """
 import logging, sys
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-from passlm.models import load_model
+from passlm.loading.models import load_model
 loaded = load_model(sys.argv[1], dtype="float32")
 print(float(loaded.model.lm_head.weight.double().sum()))
 """
@@ -290,7 +291,7 @@ def read_until(process: subprocess.Popen[str], words: str) -> None:
 
 def test_two_processes_convert_once(gguf: Path) -> None:
     """Both are made to wait at the lock: catches a second conversion on top of the first."""
-    with gguf_copy._locked(gguf_copy._copy_folder(gguf)):
+    with loading_gguf._locked(loading_gguf._copy_folder(gguf)):
         processes = [start_load(gguf), start_load(gguf)]
         try:
             for process in processes:

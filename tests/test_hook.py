@@ -39,16 +39,17 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from passlm import custom_generate, lookahead
-from passlm.card import LookAheadError
-from passlm.compat import cache_name
-from passlm.decode import Decoder, PromptError
+from passlm import custom_generate
+from passlm.decoding.decoder import Decoder, PromptError
+from passlm.decoding.text import Row
 from passlm.errors import InputError
-from passlm.hook import CustomGenerate, GenerateError
-from passlm.lookahead import LookAhead
-from passlm.row import Row
-from passlm.supported import UnsupportedModelError
-from passlm.target import Target
+from passlm.integrations.custom_generate import CustomGenerate, GenerateError
+from passlm.lookahead import trained
+from passlm.lookahead.card import LookAheadError
+from passlm.lookahead.trained import LookAhead
+from passlm.model.compat import cache_name
+from passlm.model.supported import UnsupportedModelError
+from passlm.model.target import Target
 
 PAD = 0
 NEW = 24
@@ -380,7 +381,7 @@ def test_auto_is_the_default_and_needs_no_files(
 ) -> None:
     """Catches a default that fails for models that nothing ships for, or that nobody is told of."""
     plain = llama.generate(PROMPT, do_sample=False, max_new_tokens=40)
-    with caplog.at_level(logging.WARNING, logger="passlm.hook"):
+    with caplog.at_level(logging.WARNING, logger="passlm.integrations.custom_generate"):
         written = llama.generate(
             PROMPT, do_sample=False, max_new_tokens=40, custom_generate=custom_generate()
         )
@@ -393,7 +394,7 @@ def test_the_models_context_ends_the_text(
 ) -> None:
     """Catches an endless wait for a row that the decoder has ended for want of positions."""
     prompt = torch.arange(CONTEXT - 4)[None] % VOCABULARY
-    with caplog.at_level(logging.WARNING, logger="passlm.hook"):
+    with caplog.at_level(logging.WARNING, logger="passlm.integrations.custom_generate"):
         ids = llama.generate(
             prompt, max_new_tokens=9, do_sample=False, custom_generate=custom_generate(method="ar")
         )
@@ -708,8 +709,8 @@ def test_a_folder_is_read_once_and_the_model_let_go(
     """Catches files read at every call, and a callable that keeps a model alive."""
     rows.save(tmp_path)
     read: list[Path] = []
-    load = lookahead.load
-    monkeypatch.setattr(lookahead, "load", lambda folder: (read.append(folder), load(folder))[1])
+    load = trained.load
+    monkeypatch.setattr(trained, "load", lambda folder: (read.append(folder), load(folder))[1])
     model = ARCHITECTURES["llama"].build()
     hook = custom_generate(lookahead=str(tmp_path))
     options = {"max_new_tokens": 6, "do_sample": False}

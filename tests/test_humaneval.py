@@ -16,8 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from passlm.bench import sandbox
-from passlm.bench.humaneval import (
+from passlm.bench.suites import sandbox
+from passlm.bench.suites.humaneval import (
     HumanEvalError,
     Limits,
     Problem,
@@ -32,7 +32,7 @@ from passlm.bench.humaneval import (
     run_program,
     score,
 )
-from passlm.bench.tasks import TaskError, load_suite
+from passlm.bench.suites.tasks import TaskError, load_suite
 
 SHORT = Limits(seconds=1)  # for what must time out; all else gets more, for slow machines
 SMALL = Limits(seconds=20, memory_bytes=2**28)

@@ -20,10 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from passlm import judge
-from passlm.judge import Verdict
+from passlm.decoding import judge
+from passlm.decoding.distribution import TokenDistribution, processors
+from passlm.decoding.judge import Verdict
 from passlm.params import SamplingParams
-from passlm.sampling import TokenDistribution, processors
 
 V = 4
 MARGIN = 1e-5  # by how much noise is moved to either side of a tie

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from passlm.likeliest import likeliest, shortlist
+from passlm.kernels.topk import likeliest, shortlist
 
 SIZES = [(1, 64), (3, 8_192), (2, 49_152), (4, 8_191), (2, 100)]
 

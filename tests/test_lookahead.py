@@ -26,23 +26,22 @@ from small_llama import (
 )
 from torch import Tensor
 
-from passlm import lookahead
-from passlm.lookahead import (
+from passlm.drafts.sampler_head import SamplerHead
+from passlm.layers.fingerprint import Fingerprint
+from passlm.layers.lora import GatedLora
+from passlm.lookahead import trained
+from passlm.lookahead.trained import (
     CARD_FILE,
     TENSORS_FILE,
     Card,
-    Fingerprint,
     LookAhead,
     LookAheadError,
-    fingerprint,
     load,
     load_for,
     locate,
     push_to_hub,
 )
-from passlm.lora import GatedLora
-from passlm.sampler import SamplerHead
-from passlm.target import Target
+from passlm.model.target import Target
 
 TOKENS, WIDTH = 3, 8
 SMALL = Card("some/base", Fingerprint("llama", WIDTH, 16, 2, (0.5, -0.25)), TOKENS)
@@ -81,7 +80,7 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
     training = {"steps": 5, "data": ["a", "b"], "nested": {"loss": 1.25}}
     card = Card(
         "é/model",
-        fingerprint(counting_llama()),
+        counting_llama().fingerprint,
         2,
         training=training,
         accepted_length={"code": 0.5},
@@ -611,7 +610,7 @@ def test_another_shape_is_refused_naming_both() -> None:
 )
 def test_each_part_of_the_shape_counts(layers: int, width: int, model_type: str) -> None:
     """Catches a check of the width alone."""
-    mine = fingerprint(counting_llama())
+    mine = counting_llama().fingerprint
     foreign = Fingerprint(model_type, width, VOCABULARY, layers, mine.sample)
     with pytest.raises(LookAheadError):
         LookAhead(torch.zeros(2, width), Card("x", foreign, 2)).check(counting_llama())
@@ -661,7 +660,7 @@ def test_a_shipped_name_is_found_for_its_own_target_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches shipped rows of one model that are handed to another."""
-    monkeypatch.setattr(lookahead, "SHIPPED", tmp_path)
+    monkeypatch.setattr(trained, "SHIPPED", tmp_path)
     LookAhead.mean(counting_llama(), 2, "x").save(tmp_path / "some-model" / "best")
     assert locate("best", counting_llama()) == tmp_path / "some-model" / "best"
     with pytest.raises(LookAheadError):

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from passlm.lookup import LONGEST_MATCH, PromptLookup
+from passlm.drafts.prompt_lookup import LONGEST_MATCH, PromptLookup
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,11 @@ import torch
 from tiny import ARCHITECTURES, MORE_ARCHITECTURES
 from torch import Tensor, nn
 
-from passlm.lora import PROBE_ROWS, GatedLora, LoraError, RowSplit, groups_of
-from passlm.packing import can_pack
-from passlm.passes import LookAheadRows, PassRow
+from passlm.layers.lora import PROBE_ROWS, GatedLora, LoraError, RowSplit, groups_of
+from passlm.layers.packed import can_pack
+from passlm.model.pass_records import LookAheadRows, PassRow
+from passlm.model.target import Target
 from passlm.plan import Plan
-from passlm.target import Target
 
 EVERY = ARCHITECTURES | MORE_ARCHITECTURES
 ROWS = 4

@@ -27,14 +27,14 @@ from tiny import (
     run,
 )
 
-from passlm.curve import CostCurve
-from passlm.decode import Decoder, PromptError
+from passlm.decoding.decoder import Decoder, PromptError
+from passlm.decoding.text import Request, Row
+from passlm.model.pass_records import LookAheadRows, PassRow
+from passlm.model.target import Target
 from passlm.params import Draft, Judge, SamplingParams
-from passlm.passes import LookAheadRows, PassRow
 from passlm.plan import OnePass, Plan, Strategy, TwoPass, strategy
-from passlm.planner import AutoPlan
-from passlm.row import Request, Row
-from passlm.target import Target
+from passlm.planning.auto import AutoPlan
+from passlm.planning.cost_curve import CostCurve
 
 LONGEST = 6
 DRAFTING = ("two-pass", "one-pass")
@@ -496,8 +496,8 @@ def test_prompt_in_chunks_and_capacity_in_blocks(
     target = tiny_target(name)
     prompts = [tiny.prompt(100), tiny.prompt(9)]
     truth = [tiny.generate(target.model, tokens, 40)[0] for tokens in prompts]
-    monkeypatch.setattr("passlm.target.PREFILL_CHUNK", 7)
-    monkeypatch.setattr("passlm.cache.BLOCK", 16)
+    monkeypatch.setattr("passlm.model.target.PREFILL_CHUNK", 7)
+    monkeypatch.setattr("passlm.model.cache.BLOCK", 16)
     look_ahead = tiny.look_ahead_rows(target, 3)
     asked = requests_for(prompts, OnePass(3), new=40)
     rig = Rig(prompts, truth)

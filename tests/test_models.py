@@ -23,8 +23,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from passlm import models
-from passlm.models import DEFAULT_MODEL, ModelSource, load_config, load_model, resolve
+from passlm.loading import models
+from passlm.loading.models import DEFAULT_MODEL, ModelSource, load_config, load_model, resolve
 
 UNKNOWN_ID = "nobody-at-all/no-such-model"
 

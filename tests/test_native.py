@@ -11,9 +11,10 @@ import pytest
 import torch
 from small_llama import small_llama
 
-from passlm import native, quantize
-from passlm.packing import can_pack
-from passlm.quantize import QuantizeError, quantized
+from passlm.kernels import native
+from passlm.layers import int8
+from passlm.layers.int8 import QuantizeError, quantized
+from passlm.layers.packed import can_pack
 
 
 @pytest.fixture
@@ -110,5 +111,5 @@ def test_other_processors_do_without(monkeypatch: pytest.MonkeyPatch, fresh: Pat
     monkeypatch.setattr(native, "compiler", lambda: pytest.fail("asked for a compiler"))
     assert not native.available()
     assert not can_pack(small_llama())
-    assert quantize.QUANTIZED == ("int8",)
+    assert int8.QUANTIZED == ("int8",)
     assert torch.get_num_threads() >= 1

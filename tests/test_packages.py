@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from passlm import native, packages
+from passlm.kernels import aot_package, native
 
 
 class _Body(nn.Module):
@@ -63,7 +63,7 @@ def test_what_a_package_gives(package: Path, own: bool, monkeypatch: pytest.Monk
     elif not native.available():
         pytest.skip("this machine has not our own operators")
     rows, *others = INPUTS
-    run = packages.opened(package)
+    run = aot_package.opened(package)
     for _ in range(2):
         assert torch.allclose(run(list(INPUTS)), _Body()(rows, others), atol=1e-4)
 
@@ -72,7 +72,7 @@ def test_other_threads_work_during_a_pass(
     package: Path, own_operators: None, asked_for: None
 ) -> None:
     """Catches a server that cannot read a request while a pass is computed."""
-    run, turns, ended = packages.opened(package), 0, threading.Event()
+    run, turns, ended = aot_package.opened(package), 0, threading.Event()
 
     def work() -> None:
         nonlocal turns
@@ -98,7 +98,7 @@ def test_other_threads_work_during_a_pass(
 
 def test_threads_share_a_package(package: Path, own_operators: None) -> None:
     """Catches texts of two threads that get each other's numbers, with no lock to part them."""
-    run, (_, *others) = packages.opened(package), INPUTS
+    run, (_, *others) = aot_package.opened(package), INPUTS
     every = [torch.randn(512, 1024) / 32 for _ in range(16)]
     with ThreadPoolExecutor(4) as pool:
         made = list(pool.map(lambda rows: run([rows, *others]), every))
@@ -111,7 +111,7 @@ def test_a_package_is_closed(
 ) -> None:
     """Catches files and weights that stay when the last one who used them is gone."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    runs = [packages.opened(package) for _ in range(2)]
+    runs = [aot_package.opened(package) for _ in range(2)]
     assert len(list(tmp_path.iterdir())) == 2
     del runs[0]
     gc.collect()

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from passlm import products
-from passlm.packing import PackedLinears, can_pack
+from passlm.kernels import linear
+from passlm.layers.packed import PackedLinears, can_pack
 
 
 def small_model() -> nn.Sequential:
@@ -17,10 +17,10 @@ def small_model() -> nn.Sequential:
 @pytest.fixture(params=["own", "oneDNN"])
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Whose products are used."""
-    if request.param == "own" and not products.preferred():
+    if request.param == "own" and not linear.preferred():
         pytest.skip("this machine has products of its own, or none")
     if request.param == "oneDNN":
-        monkeypatch.setattr(products, "preferred", lambda: False)
+        monkeypatch.setattr(linear, "preferred", lambda: False)
         if not can_pack(small_model()):
             pytest.skip("this CPU's oneDNN does not compute in bfloat16")
     return str(request.param)
@@ -77,5 +77,5 @@ def test_a_layer_whose_forward_somebody_replaced_is_left_alone() -> None:
 def test_types_without_fast_products_are_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches packing where it does not pay, and layers lost to it."""
     assert not can_pack(small_model().to(torch.float16))
-    monkeypatch.setattr(products, "preferred", lambda: False)
+    monkeypatch.setattr(linear, "preferred", lambda: False)
     assert not can_pack(small_model().to(torch.float32))

@@ -24,7 +24,7 @@ from small_llama import counting_llama, counting_look_ahead
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from passlm.decode import Decoder
+from passlm.decoding.decoder import Decoder
 from passlm.generate import Generator
 from passlm.serve.jobs import WorkerSettings
 

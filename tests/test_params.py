@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from passlm.decoding.distribution import TokenDistribution, processors
 from passlm.params import ParameterError, SamplingParams, StopParams
-from passlm.sampling import TokenDistribution, processors
 
 NAN, INFINITE = float("nan"), float("inf")
 

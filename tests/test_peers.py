@@ -10,13 +10,13 @@ import torch
 from byte_model import byte_llama, byte_tokenizer
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from passlm.bench.decoding import MethodError
-from passlm.bench.methods import Asked, Others, build
-from passlm.bench.peers import check_assistant, load_assistant
+from passlm.bench.engines.decoding import MethodError
+from passlm.bench.engines.hugging_face import check_assistant, load_assistant
+from passlm.bench.engines.methods import Asked, Others, build
 from passlm.generate import Generator
-from passlm.models import ModelError
+from passlm.loading.models import ModelError
+from passlm.model.target import Target
 from passlm.params import SamplingParams, StopParams
-from passlm.target import Target
 
 NEW_TOKENS = 24
 IDS = [100, 101, 102, 32]

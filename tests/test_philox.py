@@ -7,9 +7,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from passlm import native, philox
-from passlm.judge import draw
-from passlm.sampling import Noise, Purpose
+from passlm.decoding.distribution import Noise, Purpose
+from passlm.decoding.judge import draw
+from passlm.kernels import native, philox
 
 FULL = 2**32 - 1
 # Counter, key and block of the known-answer tests that come with the authors' Random123.

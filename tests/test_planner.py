@@ -7,10 +7,9 @@ from itertools import pairwise, product
 
 import pytest
 
-from passlm import planner
-from passlm.acceptance import expected_length
-from passlm.curve import CostCurve
-from passlm.decode import agreed_pass, closed_up
+from passlm.decoding.decoder import agreed_pass, closed_up
+from passlm.decoding.distribution import Noise
+from passlm.decoding.text import Request, Row
 from passlm.params import SamplingParams
 from passlm.plan import (
     Adaptive,
@@ -23,9 +22,10 @@ from passlm.plan import (
     Strategy,
     autoregressive,
 )
-from passlm.planner import AutoChooser, AutoPlan
-from passlm.row import Request, Row
-from passlm.sampling import Noise
+from passlm.planning import auto
+from passlm.planning.acceptance import expected_length
+from passlm.planning.auto import AutoChooser, AutoPlan
+from passlm.planning.cost_curve import CostCurve
 
 WIDE = Limits(1000)
 # Costs of two machines: where rows are all but free, and where each costs as much as the first.
@@ -148,7 +148,7 @@ def _value(
     worth = sum(end * chooser._worth[rows] for end, rows in zip(ends, groups, strict=True))
     cost = curve.of(len(groups), sum(groups), max(groups))
     if len(groups) + sum(groups) > 1:
-        cost *= planner._CAUTION
+        cost *= auto._CAUTION
     return sum(reached) + worth - chooser.rate * cost
 
 
@@ -194,7 +194,7 @@ def test_look_ahead_rows_of_one_text_are_paid_for_by_all() -> None:
     assert max(chooser.choose([], Limits(1000, shared=plain)).plan.groups) == 0
     assert max(chooser.choose([], Limits(1000, shared=dear)).plan.groups) == 4
     cost = chooser._settings.cost
-    assert cost(5, 0, 0, dear) == pytest.approx(cost(5, 0, 0, plain) + 0.5 * planner._CAUTION)
+    assert cost(5, 0, 0, dear) == pytest.approx(cost(5, 0, 0, plain) + 0.5 * auto._CAUTION)
     unsure = AutoPlan(curve, (0.0,) * 4).begin()
     assert unsure.worth([], plain) > unsure.worth([], dear)
 

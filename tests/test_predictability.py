@@ -15,17 +15,17 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from passlm.bench import predictability as module
-from passlm.bench.methods import Asked, Method, build
-from passlm.bench.predictability import Watch, predictability
-from passlm.bench.report import markdown
-from passlm.decode import Decoder
+from passlm.bench.engines.methods import Asked, Method, build
+from passlm.bench.measuring import predictability as module
+from passlm.bench.measuring.predictability import Watch, predictability
+from passlm.bench.reports.markdown import markdown
+from passlm.decoding.decoder import Decoder
+from passlm.decoding.text import Request
 from passlm.generate import Generator
-from passlm.lookahead import LookAhead
+from passlm.lookahead.trained import LookAhead
+from passlm.model.target import Target
 from passlm.params import SamplingParams, StopParams
 from passlm.plan import Chain, Choice, OnePass, Plan, Source
-from passlm.row import Request
-from passlm.target import Target
 
 PROMPTS = ([5, 6, 7], [9, 9, 10, 11, 12], [40, 3])
 NEW_TOKENS = 16

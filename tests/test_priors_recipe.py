@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from byte_model import byte_generator, save_folders
 
-from passlm.card import read_card
-from passlm.lookahead import CARD_FILE
+from passlm.decoding.text import Row
+from passlm.lookahead.card import read_card
+from passlm.lookahead.trained import CARD_FILE
 from passlm.plan import Chain
-from passlm.row import Row
 
 SCRIPT = Path(__file__).parents[1] / "recipes" / "priors.py"
 

@@ -20,9 +20,9 @@ from small_llama import randomised
 from train_runs import environment, steps_kept, texts, train
 
 from passlm.cli import DONE, USAGE, main
-from passlm.lookahead import LookAhead, load
-from passlm.sampler import SHORTLIST
-from passlm.target import Target
+from passlm.drafts.sampler_head import SHORTLIST
+from passlm.lookahead.trained import LookAhead, load
+from passlm.model.target import Target
 from passlm.train.loop import CHECKPOINT, HISTORY
 from passlm.train.processes import ProcessesError, launched, shard_layers
 

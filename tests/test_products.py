@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from passlm import native
-from passlm.products import RowsProduct, Update
+from passlm.kernels import native
+from passlm.kernels.linear import RowsProduct, Update
 
 pytestmark = pytest.mark.skipif(
     not native.available(), reason="this machine has no AVX2, or no C++ compiler"

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from byte_model import byte_llama, save_folders
 
-from passlm import costs
 from passlm.cli import DONE, USAGE, main
 from passlm.cli.profile import cost_table, predicted, rate_table
-from passlm.costs import read_bandwidth, weight_bytes
-from passlm.curve import CostCurve
-from passlm.target import Target
+from passlm.model.target import Target
+from passlm.planning import kept_costs
+from passlm.planning.cost_curve import CostCurve
+from passlm.planning.kept_costs import read_bandwidth, weight_bytes
 
 CURVE = CostCurve((1, 9), (1.0, 2.0), (1, 4), (0.5, 0.5), 0.1)
 
@@ -36,7 +36,7 @@ def test_costs_are_measured_kept_and_told(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches figures that are not those kept for `auto`, and a plot or table left out."""
-    monkeypatch.setattr(costs, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(kept_costs, "cache_folder", lambda: tmp_path / "cache")
     assert main(profile(place, "--out", str(tmp_path / "out"), "--json")) == DONE
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("ceiling: ")
@@ -67,7 +67,7 @@ def test_the_sizes_told_are_those_measured(
         measured.append((batch, context))
         return CURVE
 
-    monkeypatch.setattr(costs, "measure", measure)
+    monkeypatch.setattr(kept_costs, "measure", measure)
     assert main(profile(place, "--batch", "5", "--context", "3000", "--json")) == DONE
     said = capsys.readouterr().out
     content = json.loads(said.splitlines()[-1])

@@ -13,14 +13,15 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from passlm import native, quantize
-from passlm.costs import Costs, weight_bytes
-from passlm.decode import Decoder
-from passlm.lookahead import LookAhead, fingerprint, load_for
+from passlm.decoding.decoder import Decoder
+from passlm.decoding.text import Request
+from passlm.kernels import native
+from passlm.layers import int8
+from passlm.layers.int8 import Int8Linear, QuantizeError, is_quantized, quantized
+from passlm.lookahead.trained import LookAhead, load_for
+from passlm.model.target import Target
 from passlm.plan import OnePass, Strategy, TwoPass, autoregressive
-from passlm.quantize import Int8Linear, QuantizeError, is_quantized, quantized
-from passlm.row import Request
-from passlm.target import Target
+from passlm.planning.kept_costs import Costs, weight_bytes
 
 needs_operators = pytest.mark.skipif(
     not native.available(), reason="this machine has no AVX2, or no C++ compiler"
@@ -112,10 +113,10 @@ def test_look_ahead_files_know_the_rounded_model(tied: bool, tmp_path: Path) -> 
         model.tie_weights()
     files = randomised(LookAhead.mean(Target(model), 3, "small"), 0.2)
     files.save(tmp_path / "files")
-    assert fingerprint(Target(quantized(model))) == fingerprint(Target(model))
+    assert Target(quantized(model)).fingerprint == Target(model).fingerprint
     assert load_for(Target(quantized(model)), tmp_path / "files") is not None
     other = quantized(small_llama(seed=1))
-    assert not fingerprint(Target(other)).same_weights(fingerprint(Target(model)))
+    assert not Target(other).fingerprint.same_weights(Target(model).fingerprint)
 
 
 @needs_operators
@@ -162,6 +163,6 @@ def test_what_cannot_be_rounded_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(QuantizeError, match="AVX2 or AVX-512, and a C\\+\\+ compiler"):
         quantized(small_llama())
     monkeypatch.setattr(native, "available", lambda: True)
-    monkeypatch.setattr(quantize, "_is_linear", lambda _: False)
+    monkeypatch.setattr(int8, "_is_linear", lambda _: False)
     with pytest.raises(QuantizeError, match="no linear layers"):
         quantized(small_llama())

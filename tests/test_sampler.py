@@ -13,14 +13,11 @@ from tiny import VOCABULARY, requests_for
 from torch import Tensor
 from torch.nn.functional import silu
 
-from passlm import judge as judges
-from passlm.decode import Decoder, draft_together
-from passlm.outputs import Step
-from passlm.params import Draft, Judge, SamplingParams
-from passlm.plan import OnePass, TwoPass
-from passlm.products import preferred
-from passlm.row import Request, Row
-from passlm.sampler import (
+from passlm.decoding import judge as judges
+from passlm.decoding.decoder import Decoder, draft_together
+from passlm.decoding.distribution import Noise, Purpose
+from passlm.decoding.text import Request, Row
+from passlm.drafts.sampler_head import (
     OUT_OF_REACH,
     Draws,
     Embeddings,
@@ -29,9 +26,12 @@ from passlm.sampler import (
     Shortlist,
     weighed,
 )
-from passlm.sampling import Noise, Purpose
-from passlm.supported import UnsupportedModelError
-from passlm.target import Target
+from passlm.kernels.linear import preferred
+from passlm.model.supported import UnsupportedModelError
+from passlm.model.target import Target
+from passlm.outputs import Step
+from passlm.params import Draft, Judge, SamplingParams
+from passlm.plan import OnePass, TwoPass
 from passlm.train.loss import Part
 
 D, WIDTH, WORDS, SHORT, ROWS = 8, 5, 40, 6, 3
@@ -233,7 +233,7 @@ def test_the_likeliest_tokens_are_those_of_the_shortlists(
     another order, and rows that depend on the groups beside; no size is a multiple of anything."""
     if ours and not preferred():
         pytest.skip("no operators of our own here")
-    monkeypatch.setattr("passlm.sampler.preferred", lambda: ours)
+    monkeypatch.setattr("passlm.drafts.sampler_head.preferred", lambda: ours)
     d_model, width, lengths = 20, 13, [3, 1, 4, 2, 2]
     head = SamplerHead(
         noise(width, d_model),

@@ -23,13 +23,13 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from passlm.decode import Decoder
-from passlm.judge import draw
+from passlm.decoding.decoder import Decoder
+from passlm.decoding.distribution import Noise, Purpose, TokenDistribution, processors
+from passlm.decoding.judge import draw
+from passlm.decoding.text import Request
+from passlm.model.pass_records import LookAheadRows
 from passlm.params import Judge, SamplingParams
-from passlm.passes import LookAheadRows
 from passlm.plan import OnePass, Strategy, TwoPass
-from passlm.row import Request
-from passlm.sampling import Noise, Purpose, TokenDistribution, processors
 
 V = 50
 EOS = (7, 11)

@@ -26,7 +26,7 @@ from byte_model import save_folders
 from passlm.cli import INTERRUPTED, USAGE, main
 from passlm.cli.serve import KEY_VARIABLE, model_name, read_keys
 from passlm.errors import InputError
-from passlm.gguf_copy import CACHE_VARIABLE
+from passlm.loading.gguf import CACHE_VARIABLE
 from passlm.serve.run import address_of, bound_socket, is_loopback
 
 TESTS = Path(__file__).parent

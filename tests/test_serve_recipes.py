@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from byte_model import save_folders
 
-from passlm.bench.tasks import Task
+from passlm.bench.suites.tasks import Task
 
 pytest.importorskip("uvicorn", reason="the recipes need the server: the extra 'serve'")
 

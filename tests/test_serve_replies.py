@@ -230,7 +230,7 @@ def test_the_real_tokens_of_a_text_are_spelt() -> None:
 @pytest.mark.model
 def test_smollm2_is_spelt() -> None:
     """Catches a real vocabulary with pieces that nobody thought of."""
-    from passlm.models import load_model
+    from passlm.loading.models import load_model
 
     tokenizer = load_model("smollm2-135m").tokenizer
     spelling = Spelling(tokenizer)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from byte_model import CONTEXT, byte_generator
 
-from passlm.decode import PromptError
+from passlm.decoding.decoder import PromptError
 from passlm.generate import Generator, Options
 from passlm.outputs import Output
 from passlm.serve.jobs import (

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from passlm.decoding.stopping import StopStrings, cut_block
 from passlm.outputs import FinishReason
-from passlm.stopping import StopStrings, cut_block
 
 # Ids
 

@@ -17,15 +17,15 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from passlm.cache import BLOCK
-from passlm.decode import Decoder, PromptError
+from passlm.decoding.decoder import Decoder, PromptError
+from passlm.decoding.text import Request
 from passlm.masks import visibility, within_window
+from passlm.model.cache import BLOCK
+from passlm.model.pass_records import LookAheadRows, PassRow
+from passlm.model.supported import UnsupportedModelError, check_supported
+from passlm.model.target import Target
 from passlm.params import SamplingParams
-from passlm.passes import LookAheadRows, PassRow
 from passlm.plan import OnePass, Plan
-from passlm.row import Request
-from passlm.supported import UnsupportedModelError, check_supported
-from passlm.target import Target
 
 CPU = torch.device("cpu")
 SOME = ("llama", "llama-eager", "mistral", "gemma2", "gemma3", "gpt2")
@@ -173,7 +173,7 @@ def test_prefill_in_chunks(target: Target, monkeypatch: pytest.MonkeyPatch) -> N
     """Catches a chunk that misses the chunks before it, or the last one left unsettled."""
     text = tiny.prompt(33)
     whole = target.prefill(text)
-    monkeypatch.setattr("passlm.target.PREFILL_CHUNK", 8)
+    monkeypatch.setattr("passlm.model.target.PREFILL_CHUNK", 8)
     chunked = target.prefill(text)
     assert chunked.lengths == whole.lengths == [33]
     for one, other in zip(whole.row_layers, chunked.row_layers, strict=True):

@@ -34,13 +34,13 @@ from small_llama import (
 )
 from torch import Tensor
 
-from passlm.decode import Decoder
+from passlm.decoding.decoder import Decoder
+from passlm.decoding.text import Request
+from passlm.model.pass_records import Hung, LookAheadRows
+from passlm.model.target import Target
 from passlm.outputs import Stats
 from passlm.params import SamplingParams
-from passlm.passes import Hung, LookAheadRows
 from passlm.plan import OnePass, Plan, Strategy, TwoPass
-from passlm.row import Request
-from passlm.target import Target
 from passlm.train import head, loop
 from passlm.train.config import ConfigError, Loss, TrainConfig
 from passlm.train.loop import (

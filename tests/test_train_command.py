@@ -19,10 +19,10 @@ from byte_model import save_folders
 from safetensors.torch import load_file
 from train_runs import environment, steps_kept, texts, train
 
-import passlm.models
+import passlm.loading.models
 from passlm.cli import DONE, INTERRUPTED, USAGE, main
 from passlm.cli.common import stop_flag
-from passlm.lookahead import CARD_FILE, TENSORS_FILE, LookAheadError, load
+from passlm.lookahead.trained import CARD_FILE, TENSORS_FILE, LookAheadError, load
 from passlm.train import memory
 from passlm.train.data import read_documents
 from passlm.train.loop import CHECKPOINT, HISTORY, Progress, Trainer, read_history
@@ -59,7 +59,7 @@ def never_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def loaded(*_: object, **__: object) -> None:
         pytest.fail("the model was loaded")
 
-    monkeypatch.setattr(passlm.models, "load_model", loaded)
+    monkeypatch.setattr(passlm.loading.models, "load_model", loaded)
 
 
 def complaint(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:

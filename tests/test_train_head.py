@@ -14,14 +14,14 @@ import torch
 from small_llama import counting, counting_llama, small_llama, trainer
 from torch import Tensor
 
-from passlm.curve import CostCurve
-from passlm.decode import Decoder
-from passlm.lookahead import LookAhead
+from passlm.decoding.decoder import Decoder
+from passlm.decoding.text import Request
+from passlm.lookahead.trained import LookAhead
+from passlm.model.target import Target
 from passlm.params import SamplingParams
 from passlm.plan import ByHead, Plan, make_layout
-from passlm.planner import AutoPlan
-from passlm.row import Request
-from passlm.target import Target
+from passlm.planning.auto import AutoPlan
+from passlm.planning.cost_curve import CostCurve
 from passlm.train.config import Loss, TrainConfig
 from passlm.train.head import HeadTrainer
 from passlm.train.loss import accepted_lengths, parts

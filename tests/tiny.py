@@ -17,16 +17,16 @@ from torch.nn.functional import one_hot
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from passlm.decode import Decoder
-from passlm.draft_head import DraftHead
-from passlm.lookahead import Card, LookAhead, fingerprint
+from passlm.decoding.decoder import Decoder
+from passlm.decoding.text import Request, Row
+from passlm.drafts.draft_head import DraftHead
+from passlm.drafts.sampler_head import SamplerHead
+from passlm.lookahead.trained import Card, LookAhead
+from passlm.model.pass_records import LookAheadRows
+from passlm.model.target import Target
 from passlm.outputs import Step
 from passlm.params import SamplingParams
-from passlm.passes import LookAheadRows
 from passlm.plan import Strategy, autoregressive
-from passlm.row import Request, Row
-from passlm.sampler import SamplerHead
-from passlm.target import Target
 
 VOCABULARY = 64
 CONTEXT = 256
@@ -171,7 +171,7 @@ def random_look_ahead(
 
     The draft head guesses up to `count` tokens, among three in four of them.
     """
-    card = Card("tiny", fingerprint(target), count)
+    card = Card("tiny", target.fingerprint, count)
     start = LookAhead(look_ahead_inputs(target, count, seed), card)
     lora = start.extended(target, rank, (), 0).lora
     generator = torch.Generator().manual_seed(seed)

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from passlm.models import ModelError
+from passlm.loading.models import ModelError
 
 SPECIAL = ["<unk>", "<start>", "<end>"]
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -11,26 +11,26 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from passlm.generate import Generator, load
-    from passlm.hook import custom_generate
-    from passlm.lookahead import LookAhead, push_to_hub
+    from passlm.integrations.custom_generate import custom_generate
+    from passlm.layers.int8 import quantized
+    from passlm.lookahead.trained import LookAhead, push_to_hub
     from passlm.outputs import Chunk, Output, Stats
     from passlm.params import SamplingParams, StopParams
-    from passlm.quantize import quantized
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Chunk": "passlm.outputs",
     "Generator": "passlm.generate",
-    "LookAhead": "passlm.lookahead",
+    "LookAhead": "passlm.lookahead.trained",
     "Output": "passlm.outputs",
     "SamplingParams": "passlm.params",
     "Stats": "passlm.outputs",
     "StopParams": "passlm.params",
-    "custom_generate": "passlm.hook",
+    "custom_generate": "passlm.integrations.custom_generate",
     "load": "passlm.generate",
-    "push_to_hub": "passlm.lookahead",
-    "quantized": "passlm.quantize",
+    "push_to_hub": "passlm.lookahead.trained",
+    "quantized": "passlm.layers.int8",
 }
 
 __all__ = [

@@ -1,7 +1,7 @@
 """Text in, text out: load a model with its look-ahead files, stream or generate.
 
 The one place where ids and text meet; `generate` is `stream`, joined. The step itself is left to
-`decode.py`.
+`decoding/decoder.py`.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from passlm.costs import Costs
-from passlm.decode import Decoder, PromptError
-from passlm.detokenize import Detokenizer
-from passlm.lookahead import LookAhead, load_for
-from passlm.models import DEFAULT_MODEL, load_model
+from passlm.decoding.decoder import Decoder, PromptError
+from passlm.decoding.stopping import StopStrings
+from passlm.decoding.text import Request, Row
+from passlm.layers.int8 import quantized
+from passlm.loading.detokenize import Detokenizer
+from passlm.loading.models import DEFAULT_MODEL, load_model
+from passlm.lookahead.trained import LookAhead, load_for
+from passlm.model.target import Target
 from passlm.outputs import Chunk, FinishReason, Output, Stats, Step
 from passlm.params import METHODS, ParameterError, SamplingParams, StopParams
 from passlm.plan import Adaptive, Strategy, strategy
+from passlm.planning.kept_costs import Costs
 from passlm.provenance import cache_folder
-from passlm.quantize import quantized
-from passlm.row import Request, Row
-from passlm.stopping import StopStrings
-from passlm.target import Target
 
 Message: TypeAlias = Mapping[str, str]
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]

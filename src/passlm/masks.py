@@ -1,6 +1,7 @@
 """Which cache slots the rows of a pass may see, for full and for sliding attention.
 
-Pure functions of lengths and layouts; the form a model takes a mask in is left to `target.py`.
+Pure functions of lengths and layouts; the form a model takes a mask in is left to
+`model/target.py`.
 """
 
 from __future__ import annotations

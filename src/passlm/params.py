@@ -1,7 +1,8 @@
 """What a user asks of one generation: how tokens are drawn and when to stop.
 
 Values are checked here, once, so that nothing below has to check them again. Turning them into
-transformers' processors is left to `sampling.py`, acting on the stops to `stopping.py`.
+transformers' processors is left to `decoding/distribution.py`, acting on the stops to
+`decoding/stopping.py`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Whether PaSS pays for somebody's own prompts: the verdict on what a pilot measured, and why.
 
-Pure functions of the measured figures. Measuring is left to `measure.py`, what is printed to
-`cli/advise.py`.
+Pure functions of the measured figures. Measuring is left to `measuring/measure.py`, what is printed
+to `cli/advise.py`.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any, Literal
 
-from passlm.acceptance import expected_length
-from passlm.bench.decoding import PlanDecoding
-from passlm.bench.intervals import COVERAGE
-from passlm.bench.methods import BASELINE, Method
-from passlm.curve import CostCurve
+from passlm.bench.engines.decoding import PlanDecoding
+from passlm.bench.engines.methods import BASELINE, Method
+from passlm.bench.measuring.intervals import COVERAGE
 from passlm.plan import strategy
+from passlm.planning.acceptance import expected_length
+from passlm.planning.cost_curve import CostCurve
 
 Verdict = Literal["yes", "no", "undecided"]
 Cause = Literal["few prompts", "reading", "short texts", "costs", "acceptance", "curve"]

@@ -1,6 +1,7 @@
 """One run of `bench`: every suite measured turn by turn, and its results written as they come.
 
-Which methods and prompts there are is decided before; what they gave is kept by `journal.py`.
+Which methods and prompts there are is decided before; what they gave is kept by
+`measuring/journal.py`.
 """
 
 from __future__ import annotations
@@ -12,11 +13,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from passlm.bench import humaneval
-from passlm.bench.folder import PAGE, REPORT, RESULTS
-from passlm.bench.html import page
-from passlm.bench.journal import Journal
-from passlm.bench.measure import (
+from passlm.bench.engines.methods import Method, baseline_target, cost_curve, engine_facts
+from passlm.bench.measuring.folder import PAGE, REPORT, RESULTS
+from passlm.bench.measuring.journal import Journal
+from passlm.bench.measuring.measure import (
     FirstRun,
     Prompt,
     Sample,
@@ -25,13 +25,14 @@ from passlm.bench.measure import (
     summarize,
     warm_up,
 )
-from passlm.bench.methods import Method, baseline_target, cost_curve, engine_facts
-from passlm.bench.predictability import predictability
-from passlm.bench.prompts import Found
-from passlm.bench.report import markdown
-from passlm.detokenize import Detokenizer, text_behind
+from passlm.bench.measuring.predictability import predictability
+from passlm.bench.reports.html import page
+from passlm.bench.reports.markdown import markdown
+from passlm.bench.suites import humaneval
+from passlm.bench.suites.prompts import Found
 from passlm.errors import InputError
 from passlm.generate import Generator
+from passlm.loading.detokenize import Detokenizer, text_behind
 from passlm.provenance import write_atomically
 
 SCORED = "humaneval"
@@ -49,7 +50,8 @@ class Course:
         seed: of the order and of all draws.
         repeats: how often each prompt is run.
         run_generated_code: whether the programs written for HumanEval are run.
-        predictability: whether our methods are watched in further runs; see `predictability.py`.
+        predictability: whether our methods are watched in further runs; see
+            `measuring/predictability.py`.
     """
 
     new_tokens: int

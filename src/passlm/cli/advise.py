@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from passlm.bench.tasks import Task, load_prompts
+from passlm.bench.suites.tasks import Task, load_prompts
 from passlm.cli.common import (
     add_decoding_arguments,
     add_fields,
@@ -29,11 +29,11 @@ from passlm.params import SamplingParams, StopParams
 
 if TYPE_CHECKING:
     from passlm.bench.advise import Advice, Pilot
-    from passlm.bench.measure import Prompt, Sample
-    from passlm.bench.methods import Method
-    from passlm.costs import Costs
-    from passlm.curve import CostCurve
+    from passlm.bench.engines.methods import Method
+    from passlm.bench.measuring.measure import Prompt, Sample
     from passlm.generate import Generator
+    from passlm.planning.cost_curve import CostCurve
+    from passlm.planning.kept_costs import Costs
 
 # Given as one seed for all, or as token ids and objects.
 SAMPLING_ELSEWHERE = ("seed", "logit_bias", "bad_words", "processors")
@@ -118,7 +118,7 @@ def _check(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value < 1:
             raise InputError(f"--{name.replace('_', '-')} is {value}: it must be 1 or more")
-    from passlm.curve import BATCHES
+    from passlm.planning.cost_curve import BATCHES
 
     if arguments.batch_size > BATCHES[-1]:
         raise InputError(
@@ -138,7 +138,7 @@ def prompts_of(lm: Generator, tasks: Sequence[Task], limit: int, new_tokens: int
     Raises:
         InputError: none does.
     """
-    from passlm.bench.prompts import Collector
+    from passlm.bench.suites.prompts import Collector
 
     collector = Collector(lm, new_tokens)
     prompts: list[Prompt] = []
@@ -197,8 +197,8 @@ class _Trial:
     def _methods(self) -> tuple[list[Method], Costs]:
         """Plain decoding, plans chosen pass by pass, and the best fixed ones by the cost curve."""
         from passlm.bench.advise import fixed_plans
-        from passlm.bench.decoding import PlanDecoding
-        from passlm.bench.methods import BASELINE, Asked, build
+        from passlm.bench.engines.decoding import PlanDecoding
+        from passlm.bench.engines.methods import BASELINE, Asked, build
         from passlm.generate import compiled_folder
 
         arguments, files = self.arguments, self.lm.look_ahead
@@ -222,7 +222,7 @@ class _Trial:
         Raises:
             InputError: there was not even time for one prompt.
         """
-        from passlm.bench.measure import interleave, warm_up
+        from passlm.bench.measuring.measure import interleave, warm_up
 
         arguments = self.arguments
         total = len(self.prompts) * len(self.methods)
@@ -254,8 +254,8 @@ class _Trial:
     def advised(self, of_prompts: int) -> Advised:
         """The verdict on what was measured."""
         from passlm.bench.advise import Pilot, advise, batched
-        from passlm.bench.measure import summarize
-        from passlm.bench.methods import baseline_target
+        from passlm.bench.engines.methods import baseline_target
+        from passlm.bench.measuring.measure import summarize
 
         arguments = self.arguments
         runs = summarize(

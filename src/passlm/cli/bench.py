@@ -12,9 +12,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from passlm.bench.compare import compare, load_results
-from passlm.bench.folder import PAGE, PROMPTS, REPORT, RESULTS, check_unused
-from passlm.bench.tasks import SUITES, load_prompts
+from passlm.bench.measuring.folder import PAGE, PROMPTS, REPORT, RESULTS, check_unused
+from passlm.bench.reports.compare import compare, load_results
+from passlm.bench.suites.tasks import SUITES, load_prompts
 from passlm.cli.common import (
     add_decoding_arguments,
     add_fields,
@@ -30,9 +30,9 @@ from passlm.errors import InputError
 from passlm.params import SamplingParams, StopParams
 
 if TYPE_CHECKING:
-    from passlm.bench.methods import Asked
-    from passlm.bench.prompts import Found
+    from passlm.bench.engines.methods import Asked
     from passlm.bench.session import Session
+    from passlm.bench.suites.prompts import Found
     from passlm.generate import Generator
 
 DEFAULT_METHODS = "ar,fixed-token,two-pass,one-pass,auto,lookup,hf,hf-prompt-lookup"
@@ -214,7 +214,7 @@ def run(arguments: argparse.Namespace) -> None:
     results = _finished(arguments) if arguments.resume else None
     if results is None:
         results = _measured(arguments)
-    from passlm.bench.report import markdown
+    from passlm.bench.reports.markdown import markdown
 
     sys.stdout.write(markdown(results))
     if arguments.json:
@@ -223,7 +223,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _finished(arguments: argparse.Namespace) -> dict[str, Any] | None:
     """The results of the run in the folder, if it is complete."""
-    from passlm.bench.journal import check_same, read_run
+    from passlm.bench.measuring.journal import check_same, read_run
 
     out: Path = arguments.out
     check_same(out, read_run(out)["about"], _asked_for(arguments))
@@ -240,11 +240,11 @@ def _measured(arguments: argparse.Namespace) -> dict[str, Any]:
     """Load, then run what is to be run."""
     given = [] if arguments.prompts is None else load_prompts(arguments.prompts, arguments.limit)
     asked = _asked(arguments)
-    from passlm.bench.engines import end_engines, interpreters, start_engines
-    from passlm.bench.methods import Others, build
-    from passlm.bench.peers import load_assistant
-    from passlm.bench.prompts import Collector
+    from passlm.bench.engines.external import end_engines, interpreters, start_engines
+    from passlm.bench.engines.hugging_face import load_assistant
+    from passlm.bench.engines.methods import Others, build
     from passlm.bench.session import Course, Session
+    from passlm.bench.suites.prompts import Collector
     from passlm.generate import compiled_folder
 
     pythons = interpreters(asked.names, arguments.engine_python)
@@ -282,7 +282,7 @@ def _measured(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _go(arguments: argparse.Namespace, session: Session, about: dict[str, Any]) -> None:
     """Run the session, with a bar; what was done when it is interrupted is kept."""
-    from passlm.bench.journal import Journal
+    from passlm.bench.measuring.journal import Journal
 
     try:
         with (
@@ -317,12 +317,11 @@ def _asked_for(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _found(lm: Generator, found: Found) -> dict[str, Any]:
     """The same of what was loaded for it."""
-    from passlm.lookahead import fingerprint
     from passlm.provenance import environment
 
     return {
         "environment": environment(),
-        "model": asdict(fingerprint(lm.target)),
+        "model": asdict(lm.target.fingerprint),
         "look-ahead files": None if lm.look_ahead is None else lm.look_ahead.digest(),
         "prompts": found.digests,
     }
@@ -363,7 +362,7 @@ def _check(arguments: argparse.Namespace) -> None:
             raise InputError("--run-generated-code is for the suite humaneval: name it")
         if arguments.prompt_tokens:
             raise InputError("--run-generated-code needs whole prompts: leave --prompt-tokens out")
-        from passlm.bench.humaneval import check_sandbox
+        from passlm.bench.suites.humaneval import check_sandbox
 
         check_sandbox()  # before anything is measured
     if not 0 <= arguments.seed < 2**64:
@@ -378,9 +377,9 @@ def _asked(arguments: argparse.Namespace) -> Asked:
     stopping = taken(StopParams, arguments, STOPPING_ELSEWHERE)
     for temperature in arguments.temperature:
         SamplingParams(temperature=temperature)
-    from passlm.bench.engines import check_sampling
-    from passlm.bench.methods import BASELINE, Asked, check_names
-    from passlm.bench.peers import check_assistant
+    from passlm.bench.engines.external import check_sampling
+    from passlm.bench.engines.hugging_face import check_assistant
+    from passlm.bench.engines.methods import BASELINE, Asked, check_names
 
     names = arguments.methods
     check_names(names, arguments.batch_size)
@@ -395,7 +394,7 @@ def _asked(arguments: argparse.Namespace) -> Asked:
 
 def _settings(arguments: argparse.Namespace, lm: Generator) -> dict[str, Any]:
     """What was asked for and loaded, beyond what each run's entry says."""
-    from passlm.packing import can_pack
+    from passlm.layers.packed import can_pack
 
     shared = {
         **asdict(taken(SamplingParams, arguments, SAMPLING_ELSEWHERE)),

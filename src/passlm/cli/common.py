@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import MISSING, Field, fields
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from passlm.models import DEFAULT_MODEL, DTYPES
+from passlm.loading.models import DEFAULT_MODEL, DTYPES
 from passlm.params import QUANTIZED
 
 if TYPE_CHECKING:

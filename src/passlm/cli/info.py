@@ -23,7 +23,7 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         InputError: it is neither.
     """
-    from passlm.lookahead import CARD_FILE
+    from passlm.lookahead.trained import CARD_FILE
 
     folder = Path(arguments.name)
     content = _lookahead(folder) if os.path.isfile(folder / CARD_FILE) else _model(arguments.name)
@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _lookahead(folder: Path) -> dict[str, Any]:
-    from passlm.lookahead import load
+    from passlm.lookahead.trained import load
 
     rows = load(folder)
     card = rows.card
@@ -59,8 +59,8 @@ def _lookahead(folder: Path) -> dict[str, Any]:
 
 
 def _model(name: str) -> dict[str, Any]:
-    from passlm.lookahead import shipped_for_shape
-    from passlm.models import load_config, resolve
+    from passlm.loading.models import load_config, resolve
+    from passlm.lookahead.trained import shipped_for_shape
 
     source = resolve(name)
     config: Any = load_config(name).get_text_config()

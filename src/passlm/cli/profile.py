@@ -18,7 +18,7 @@ from passlm.cli.common import (
 from passlm.errors import InputError
 
 if TYPE_CHECKING:
-    from passlm.curve import CostCurve
+    from passlm.planning.cost_curve import CostCurve
 
 PLOT = "profile.png"
 GIGABYTE = 1e9
@@ -46,8 +46,8 @@ def run(arguments: argparse.Namespace) -> None:
     for name in ("batch", "context"):
         if getattr(arguments, name) < 1:
             raise InputError(f"--{name} is {getattr(arguments, name)}: it must be 1 or more")
-    from passlm.costs import read_bandwidth, weight_bytes
-    from passlm.curve import BATCHES
+    from passlm.planning.cost_curve import BATCHES
+    from passlm.planning.kept_costs import read_bandwidth, weight_bytes
 
     if arguments.batch > BATCHES[-1]:
         raise InputError(f"--batch is {arguments.batch}: costs are measured up to {BATCHES[-1]}")
@@ -98,7 +98,7 @@ def predicted(
         prior: chance of each look-ahead candidate, once those before it are accepted.
         head: likewise of the draft head's.
     """
-    from passlm.acceptance import expected_length
+    from passlm.planning.acceptance import expected_length
 
     rates = [{"method": "ar", "lookahead_tokens": 0, "tokens_per_second": curve.plain()}]
     for rows in range(1, 1 + len(prior)):

@@ -24,10 +24,10 @@ from passlm.errors import InputError
 from passlm.train.config import Kind, TrainConfig
 
 if TYPE_CHECKING:
-    from passlm.card import Card
-    from passlm.lookahead import LookAhead
-    from passlm.models import LoadedModel
-    from passlm.target import Target
+    from passlm.loading.models import LoadedModel
+    from passlm.lookahead.card import Card
+    from passlm.lookahead.trained import LookAhead
+    from passlm.model.target import Target
     from passlm.train.data import Document, TokenWindows
     from passlm.train.loop import Progress, Trainer
     from passlm.train.processes import AcceleratedProcesses
@@ -153,8 +153,8 @@ def _target(
 ) -> tuple[LoadedModel, Target]:
     import torch
 
-    from passlm.models import load_config, load_model
-    from passlm.target import Target
+    from passlm.loading.models import load_config, load_model
+    from passlm.model.target import Target
     from passlm.train.loop import group_lengths
     from passlm.train.memory import Place, check
 
@@ -246,8 +246,8 @@ def _trainer(
     held_out: TokenWindows,
     processes: AcceleratedProcesses | None,
 ) -> Trainer:
-    from passlm.lookahead import LookAhead
-    from passlm.models import DEFAULT_HUB_ID, DEFAULT_MODEL
+    from passlm.loading.models import DEFAULT_HUB_ID, DEFAULT_MODEL
+    from passlm.lookahead.trained import LookAhead
     from passlm.train.head import HeadTrainer
     from passlm.train.loop import CHECKPOINT, HISTORY, Trainer
 
@@ -269,8 +269,8 @@ def _trainer(
 
 
 def _started_from(name: str, target: Target, config: TrainConfig) -> LookAhead:
-    from passlm.card import LookAheadError
-    from passlm.lookahead import load, locate
+    from passlm.lookahead.card import LookAheadError
+    from passlm.lookahead.trained import load, locate
 
     rows = load(locate(name, target))
     rows.check(target)
@@ -284,7 +284,7 @@ def _started_from(name: str, target: Target, config: TrainConfig) -> LookAhead:
 
 def _with_parts(rows: LookAhead, target: Target, config: TrainConfig) -> LookAhead:
     """The rows with what `--kind` trains; parts that they have already go on from there."""
-    from passlm.lookahead import LookAhead
+    from passlm.lookahead.trained import LookAhead
 
     if rows.head is not None:
         _log.warning("the draft head of --start-from is left out: train one again afterwards")
@@ -304,9 +304,9 @@ def _with_parts(rows: LookAhead, target: Target, config: TrainConfig) -> LookAhe
 
 def _with_head(rows: LookAhead, windows: TokenWindows, config: TrainConfig) -> LookAhead:
     """The rows with a draft head; one that they have already goes on from there."""
-    from passlm.card import LookAheadError
-    from passlm.draft_head import DraftHead
-    from passlm.lookahead import LookAhead
+    from passlm.drafts.draft_head import DraftHead
+    from passlm.lookahead.card import LookAheadError
+    from passlm.lookahead.trained import LookAhead
 
     kept = rows.head
     if kept is None:
@@ -327,7 +327,7 @@ def _with_head(rows: LookAhead, windows: TokenWindows, config: TrainConfig) -> L
 
 def _check_parts(rows: LookAhead, new: LookAhead, config: TrainConfig) -> None:
     """Make sure that what goes on from `--start-from` is what the flags describe."""
-    from passlm.card import LookAheadError
+    from passlm.lookahead.card import LookAheadError
 
     found: list[tuple[str, object, object]] = []
     if rows.lora is not None and new.lora is not None:
@@ -401,7 +401,7 @@ def _board(
 
 
 def _finish(arguments: argparse.Namespace, trainer: Trainer) -> dict[str, Any]:
-    from passlm.lookahead import CARD_FILE
+    from passlm.lookahead.trained import CARD_FILE
     from passlm.provenance import write_atomically
     from passlm.train.loop import read_history
     from passlm.train.report import curves, model_card
@@ -424,7 +424,7 @@ def _finish(arguments: argparse.Namespace, trainer: Trainer) -> dict[str, Any]:
 
 def _card(arguments: argparse.Namespace, trainer: Trainer, shares: Sequence[float]) -> Card:
     """The files' card with what was trained, and the held-out shares accepted to each row."""
-    from passlm.card import HELD_OUT
+    from passlm.lookahead.card import HELD_OUT
     from passlm.provenance import provenance
 
     card = trainer.look_ahead.card

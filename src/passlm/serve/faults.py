@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from passlm.decode import PromptError
+from passlm.decoding.decoder import PromptError
 from passlm.errors import InputError
 from passlm.params import ParameterError
 from passlm.serve.jobs import ClosedError, QueueFullError

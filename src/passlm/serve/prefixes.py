@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from passlm.cache import RowCache
+from passlm.model.cache import RowCache
 
 SHORTEST = 16  # tokens below which a copy saves nothing worth its trouble
 

@@ -14,12 +14,12 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from passlm.cache import RowCache
-from passlm.decode import Decoder, Reading
+from passlm.decoding.decoder import Decoder, Reading
+from passlm.decoding.text import Row
 from passlm.generate import Generator
+from passlm.model.cache import RowCache
 from passlm.outputs import Step
-from passlm.planner import AutoPlan
-from passlm.row import Row
+from passlm.planning.auto import AutoPlan
 from passlm.serve.jobs import FAULT, EndReason, Failed, Job, WorkerSettings
 from passlm.serve.prefixes import SHORTEST, Prefixes, shared
 from passlm.serve.texts import ServedText

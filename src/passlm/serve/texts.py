@@ -13,14 +13,14 @@ from typing import cast
 
 from torch import Tensor
 
-from passlm.detokenize import Detokenizer
+from passlm.decoding.stopping import StopStrings
+from passlm.decoding.text import Request, Row
 from passlm.generate import Generator, StreamedText
+from passlm.loading.detokenize import Detokenizer
 from passlm.outputs import Step
 from passlm.plan import Adaptive, Strategy, strategy
-from passlm.planner import AutoPlan
-from passlm.row import Request, Row
+from passlm.planning.auto import AutoPlan
 from passlm.serve.jobs import FAULT, EndReason, Failed, Job, Piece, Token
-from passlm.stopping import StopStrings
 
 Logprobs = list[tuple[float, tuple[tuple[int, float], ...]]]
 

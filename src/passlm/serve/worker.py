@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
-from passlm.decode import PromptError
+from passlm.decoding.decoder import PromptError
 from passlm.generate import Generator
 from passlm.serve.jobs import Ask, ClosedError, Deliver, Job, QueueFullError, State, WorkerSettings
 from passlm.serve.memory import give_back

@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from passlm.decode import Decoder, PromptError
-from passlm.detokenize import text_behind
+from passlm.decoding.decoder import Decoder, PromptError
+from passlm.decoding.text import Request, Row
 from passlm.errors import InputError
 from passlm.generate import Generator
+from passlm.loading.detokenize import text_behind
 from passlm.outputs import FinishReason
 from passlm.params import SamplingParams, StopParams
-from passlm.row import Request, Row
 
 Record = dict[str, Any]
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passlm.draft_head import DraftHead
-from passlm.lookahead import LookAhead
-from passlm.passes import Hung
+from passlm.drafts.draft_head import DraftHead
+from passlm.lookahead.trained import LookAhead
+from passlm.model.pass_records import Hung
 from passlm.plan import Layout
 from passlm.train.loop import Trainer, group_lengths
 from passlm.train.loss import PART_NUMBERS, Guess, KnownRows, Part, row_losses, spans

@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from passlm.errors import InputError
-from passlm.lookahead import LookAhead
-from passlm.passes import Hung, LookAheadRows
+from passlm.lookahead.trained import LookAhead
+from passlm.model.pass_records import Hung, LookAheadRows
+from passlm.model.supported import UnsupportedModelError
+from passlm.model.target import Target
 from passlm.plan import Layout, Plan, make_layout
 from passlm.provenance import write_atomically
-from passlm.supported import UnsupportedModelError
-from passlm.target import Target
 from passlm.train.config import TrainConfig
 from passlm.train.data import TokenWindows
 from passlm.train.loss import Guess, Part, accepted_lengths, parts, row_losses

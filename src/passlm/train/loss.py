@@ -14,9 +14,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from passlm.passes import Hung
-from passlm.sampler import Embeddings, SamplerHead, weighed
-from passlm.target import Target
+from passlm.drafts.sampler_head import Embeddings, SamplerHead, weighed
+from passlm.model.pass_records import Hung
+from passlm.model.target import Target
 from passlm.train.config import Loss
 
 PART_NUMBERS = 2**23  # logits held at once: 32 MiB in float32

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from passlm.errors import InputError
-from passlm.models import LoadedModel
+from passlm.loading.models import LoadedModel
 
 _log = logging.getLogger(__name__)
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from passlm.card import Card
+from passlm.lookahead.card import Card
 from passlm.train.loop import Progress
 
 

@@ -1,0 +1,4 @@
+"""Running methods side by side, and the figures that result.
+
+Imports `bench.engines` and what lies below `bench`.
+"""

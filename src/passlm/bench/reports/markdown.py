@@ -1,0 +1,304 @@
+"""The results of `bench` as Markdown; every number comes from the results' own entries."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+from passlm.bench.reports.notes import (
+    FIRST_RUNS,
+    Kinds,
+    by_category,
+    first_run_label,
+    first_runs,
+    left_out,
+    loading,
+    rules,
+    slow_runs,
+)
+from passlm.bench.reports.sweeps import BASELINE, SWEEPS, Sweep, best_choices, fastest, grouped
+
+_HEAD = (
+    "method",
+    "L",
+    "tokens/s",
+    "speed-up (95 %)",
+    "tokens/pass",
+    "accepted length",
+    "accepted by position",
+    "identical to ar",
+)
+_NONE = "\N{EN DASH}"
+_KINDS = ("accepted", "refused", "drawn")  # of tokens, see `bench/measuring/predictability.py`
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """A table for each suite and temperature, what was varied, then where the numbers come from.
+
+    Args:
+        results: the content of `results.json`.
+    """
+    parts = ["# passlm bench"]
+    kinds = by_category(results["runs"])
+    for conditions, runs in grouped(results["runs"]).items():
+        parts += [f"## {conditions.place}, {_temperature(runs[0]['temperature'])}"]
+        parts += [_table(runs), *_notes(runs)]
+        if conditions in kinds:
+            parts += _categories(kinds[conditions])
+        parts += _predictability(runs)
+    for sweep in SWEEPS:
+        parts += _sweep(sweep, results["runs"])
+    parts += _start(results)
+    parts += ["## How the figures are made", _listed([*rules(results), *left_out(results)])]
+    parts += ["## Where this comes from", _source(results)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _temperature(temperature: float) -> str:
+    return f"temperature {temperature:g}" + (" (greedy)" if temperature == 0 else "")
+
+
+def _table(runs: Sequence[Mapping[str, Any]]) -> str:
+    return _lined(_HEAD, [_row(run) for run in runs])
+
+
+def _lined(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ("---", *["---:"] * (len(head) - 1)), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _listed(lines: Sequence[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _row(run: Mapping[str, Any]) -> tuple[str, ...]:
+    shares = run["accepted_by_position"]
+    same = run["identical_to_ar"]
+    return (
+        run["method"],
+        str(run["lookahead_tokens"] or _NONE),
+        _number(run["tokens_per_second"], 1),
+        _speedup(run),
+        _number(run["tokens_per_pass"], 2),
+        _number(run["accepted_length"] if shares else None, 2),
+        ", ".join(_number(share, 2) for share in shares) if shares else _NONE,
+        _NONE if same is None else f"{100 * same:.1f} %",
+    )
+
+
+def _number(value: float | None, digits: int) -> str:
+    return _NONE if value is None else f"{value:.{digits}f}"
+
+
+def _speedup(run: Mapping[str, Any]) -> str:
+    interval = run["speedup_interval"]
+    shown = interval and run["method"] != "ar"
+    spread = f" ({interval[0]:.2f} to {interval[1]:.2f})" if shown else ""
+    return f"{run['speedup_vs_ar']:.2f}{spread}"
+
+
+def _notes(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How many prompts were run, and how near to a tie differing texts part."""
+    first = runs[0]
+    lines = [f"{first['prompts']} prompts, {first['tokens']} new tokens by {first['method']}"]
+    if first["temperature"] > 0:
+        judges = {f"judge {r['judge']}, draft {r['draft']}" for r in runs if r["judge"]}
+        lines += sorted(judges)
+    lines += [_quality(run) for run in runs if run.get("quality")]
+    lines += [slow_runs(runs)] if any(run.get("slow_runs") for run in runs) else []
+    for run in runs:
+        margins = [difference["margin"] for difference in run["differences"] or ()]
+        if margins and run["temperature"] == 0:  # sampled, noise decides beside the logits
+            steps = f", L {run['lookahead_tokens']}" if run["lookahead_tokens"] else ""
+            lines.append(
+                f"{run['method']}{steps}: texts that differ from ar: {len(margins)}; where they "
+                f"first do, the two best logits lie {median(margins):.3g} apart (median) and "
+                f"{max(margins):.3g} at most"
+            )
+    return ["\n".join(f"- {line}" for line in lines)]
+
+
+def _predictability(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What sort of tokens were accepted, refused and drawn; nothing where nobody looked."""
+    rows: list[tuple[str, ...]] = []
+    watched = [run for run in runs if run.get("predictability")]
+    for run in watched:
+        seen = run["predictability"]
+        steps = str(run["lookahead_tokens"] or _NONE)
+        rows.append((run["method"], steps, *_by_kind(seen)))
+        if len(seen["by_source"]) > 1:
+            parts = seen["by_source"].items()
+            rows += [(f"{run['method']}: {source}", steps, *_by_kind(own)) for source, own in parts]
+    if not rows:
+        return []
+    head = ("method", "L", *(f"{kind}: log p, entropy, count" for kind in _KINDS))
+    lines = [head, ("---", *["---:"] * (len(head) - 1)), *rows]
+    prompts = ", ".join(map(str, sorted({run["predictability"]["prompts"] for run in watched})))
+    return [
+        "\n".join(f"| {' | '.join(line)} |" for line in lines),
+        f"How predictable the tokens were to the model, on {prompts} prompts: means, in nats, of "
+        "log-probability and entropy under the distribution they were judged by, at temperature 0 "
+        "under the model's own. Of a pass's refused candidates the first is counted. Tokens that "
+        "top-k and the like leave no chance, with a count of their own behind the plus, are not in "
+        "the mean of the log-probability.",
+    ]
+
+
+def _by_kind(seen: Mapping[str, Any]) -> list[str]:
+    cells = []
+    for kind in _KINDS:
+        own = seen.get(kind)
+        if not own or not own["count"]:
+            cells.append(_NONE)
+            continue
+        count = f"{own['count'] - own['excluded']}"
+        count += f" + {own['excluded']}" if own["excluded"] else ""
+        cells.append(f"{_number(own['logprob'], 2)}, {_number(own['entropy'], 2)}, {count}")
+    return cells
+
+
+def _categories(kinds: Kinds) -> list[str]:
+    """Speed-ups by kind of question."""
+    labels = list(dict.fromkeys(label for entries in kinds.values() for label in entries))
+    others = [label for label in labels if label != BASELINE]
+    rows = []
+    for category, entries in kinds.items():
+        plain = entries.get(BASELINE, {})
+        cells = [_kind(entries.get(label)) for label in others]
+        count = str(max(entry["prompts"] for entry in entries.values()))
+        rows.append((category, count, _number(plain.get("tokens_per_second"), 1), *cells))
+    return [
+        _lined(("category", "prompts", f"{BASELINE}, tokens/s", *others), rows),
+        "By category: speed-up over plain decoding on the same prompts, accepted length in "
+        "parentheses.",
+    ]
+
+
+def _kind(entry: Mapping[str, Any] | None) -> str:
+    if entry is None:
+        return _NONE
+    length = entry["accepted_length"]
+    return _number(entry["speedup_vs_ar"], 2) + ("" if length is None else f" ({length:.2f})")
+
+
+def _sweep(sweep: Sweep, runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Tokens a second by a setting, under conditions that were otherwise the same."""
+    swept = sweep.curves(runs)
+    if not swept:
+        return []
+    met = {value for curves in swept.values() for points in curves.values() for value, _ in points}
+    values = sorted(met)
+    rows, best = [], []
+    for conditions, curves in swept.items():
+        for label, points in curves.items():
+            top = fastest(points)[1] if sweep.choice else None
+            cells = {value: _pace(run, bold=run is top) for value, run in points}
+            place = (conditions.name, label)
+            rows.append((*place, *(cells.get(value, _NONE) for value in values)))
+        if sweep.choice:
+            best.append(f"{conditions.name}: {best_choices(sweep, curves)}")
+    told = "Tokens a second, in parentheses the speed-up over plain decoding under like conditions"
+    chosen = "; the fastest is bold, and picked after measuring" if sweep.choice else ""
+    head = ("suite", "method", *(f"{value:g}" for value in values))
+    parts = [f"## Tokens a second by {sweep.values}"]
+    parts += ["Fastest, in tokens a second:", _listed(best)] if best else []
+    return [*parts, _lined(head, rows), f"{told}{chosen}."]
+
+
+def _pace(run: Mapping[str, Any], bold: bool) -> str:
+    """Tokens a second and the speed-up."""
+    ratio = f" ({run['speedup_vs_ar']:.2f})" if run["method"] != BASELINE else ""
+    told = f"{run['tokens_per_second']:.1f}{ratio}"
+    return f"**{told}**" if bold else told
+
+
+def _start(results: Mapping[str, Any]) -> list[str]:
+    """How long it takes until the first token."""
+    told = loading(results)
+    if told is None:
+        return []
+    rows = [
+        (
+            first_run_label(run),
+            _number(run["first_run_first_token_seconds"], 2),
+            _number(run["first_run_seconds"], 2),
+        )
+        for run in first_runs(results["runs"])
+    ]
+    if not rows:
+        return ["## Start", told]
+    head = ("method's first run", "seconds to the first token", "to the last")
+    return ["## Start", told, _lined(head, rows), FIRST_RUNS]
+
+
+def _quality(run: Mapping[str, Any]) -> str:
+    """pass@k, with how many problems it comes from."""
+    quality = run["quality"]
+    steps = f", L {run['lookahead_tokens']}" if run["lookahead_tokens"] else ""
+    figures = []
+    for k, found in quality["pass_at_k"].items():
+        interval = found["interval"]
+        spread = f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
+        figures.append(f"pass@{k} {found['value']:.3f}{spread}")
+    return (
+        f"{run['method']}{steps}: {', '.join(figures)}; {quality['samples']} programs for "
+        f"{quality['problems']} problems"
+    )
+
+
+def _engine(settings: Mapping[str, Any]) -> str:
+    ours = []
+    if settings.get("compiled"):
+        ours.append("run compiled passes")
+    elif settings["packed_weights"]:
+        ours.append("compute with packed weights")
+    if settings.get("quantize"):
+        ours.append(f"compute with weights rounded to {settings['quantize']}, so another model")
+    if ours:
+        return f"our methods {' and '.join(ours)}; those of hf are transformers as it is"
+    return "all methods compute with the model's plain weights"
+
+
+def _source(results: Mapping[str, Any]) -> str:
+    stamp, settings = results["provenance"], results["settings"]
+    machine, packages = stamp["machine"], stamp["packages"]
+    commit = stamp["commit"] or "unknown"
+    lines = [
+        f"passlm {stamp['passlm']}, commit {commit}; {stamp['time']}",
+        f"model {settings['model']}, {settings['dtype']} on {settings['device']}; "
+        f"look-ahead files: {_lookahead(settings['lookahead'])}",
+        _engine(settings),
+        f"{machine['gpu'] or machine['processor']}, {machine['cores']} cores, "
+        f"{machine['threads']} threads; {machine['system']}",
+        f"Python {stamp['python']}, torch {packages['torch']}, "
+        f"transformers {packages['transformers']}",
+        f"`passlm {shlex.join(stamp['arguments'])}`",
+    ]
+    if results["peak_memory_bytes"] is not None:
+        lines.append(f"peak memory of the process: {results['peak_memory_bytes'] / 2**20:.0f} MiB")
+    lines += [f"suite {name} left out: {why}" for name, why in results["missing_suites"].items()]
+    lines += (results.get("missing_methods") or {}).values()
+    lines += [_other_engine(name, own) for name, own in (results.get("engines") or {}).items()]
+    if results.get("resumed"):
+        times = ", ".join(one["time"] for one in results["resumed"])
+        lines.append(f"cut off and gone on with at {times}")
+    if not results["complete"]:
+        lines.append("not complete: suites were still to come")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _other_engine(name: str, facts: Mapping[str, Any]) -> str:
+    idle = facts["idle_cores"]
+    busy = "" if idle is None else f", {idle:.3f} cores busy while others ran"
+    return (
+        f"{name} is {facts['engine']}: another engine in a process of its own{busy}; timed by "
+        "its own clock, and its texts are not held to ar's"
+    )
+
+
+def _lookahead(files: Mapping[str, Any] | None) -> str:
+    if files is None:
+        return "none"
+    return f"{files['name']} (for {files['base_model']}, {files['look_ahead_tokens']} rows)"

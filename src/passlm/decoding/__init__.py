@@ -1,0 +1,4 @@
+"""The decoding step over a batch of sequences: propose, run, judge, settle.
+
+Tokens are ids here; text exists only in `generate`. Imports `model`, `drafts` and what lies below.
+"""

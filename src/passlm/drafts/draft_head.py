@@ -1,0 +1,319 @@
+"""The draft head: candidates from the last settled row's hidden state, without look-ahead rows.
+
+Every pass has already made the hidden state of the last row it accepted. From that and from the
+embeddings of the last few tokens, settled or drafted since, this head guesses the next token among
+those that texts are mostly made of, and then the ones behind it. A guess costs a small part of a
+pass, so that a draft can be had where no look-ahead group was hung.
+
+Heads that are told the tokens before theirs: Hydra (Ankner et al., arXiv 2402.05109). Drafting from
+a part of the vocabulary: FR-Spec (Zhao et al., arXiv 2502.14856).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from passlm.drafts.sampler_head import (
+    EPSILON,
+    SHORTLIST,
+    Draws,
+    Embeddings,
+    Shortlist,
+    are_rows,
+    last_tokens,
+    normed,
+)
+from passlm.kernels.linear import RowsProduct, preferred
+from passlm.kernels.topk import likeliest, shortlist
+from passlm.layers.int8 import rounded
+
+torch.library.define(
+    "passlm::guesses",
+    "(Tensor hidden, Tensor last, Tensor lengths, Tensor hidden_in, Tensor hidden_scale, "
+    "Tensor token_in, Tensor token_scale, Tensor depth_in, Tensor out, Tensor out_scale, "
+    "Tensor outputs, Tensor outputs_scale, Tensor listed, Tensor inputs, Tensor noise, "
+    "Tensor scales, Tensor flattened, int threads) -> (Tensor, Tensor)",
+)
+
+
+class DraftHead(nn.Module):
+    """Two layers from a hidden state and embeddings to logits of the listed tokens.
+
+    A guess `j` tokens behind the row has the logits
+    `E out(silu(hidden_in(h) + token_in(e) + depth_in_j))`, where `E` are the listed tokens' rows of
+    the target's output layer.
+
+    Args:
+        hidden_in: `[width, d_model]`, for the row's hidden state.
+        token_in: `[width, tokens * d_model]`, for the embeddings of so many tokens before the
+            guessed one, the last one first.
+        depth_in: `[depths, width]`, one for each token that may be guessed behind a row.
+        out: `[d_model, width]`.
+        listed: ids of the tokens that may be guessed, `[K]`.
+    """
+
+    NAMES = ("hidden_in", "token_in", "depth_in", "out", "listed")
+    listed: Tensor
+
+    def __init__(
+        self, hidden_in: Tensor, token_in: Tensor, depth_in: Tensor, out: Tensor, listed: Tensor
+    ) -> None:
+        super().__init__()
+        self.hidden_in = nn.Parameter(hidden_in)
+        self.token_in = nn.Parameter(token_in)
+        self.depth_in = nn.Parameter(depth_in)
+        self.out = nn.Parameter(out)
+        self.register_buffer("listed", listed.long())
+
+    @classmethod
+    def start(
+        cls, d_model: int, width: int, tokens: int, depths: int, listed: Tensor, seed: int = 0
+    ) -> DraftHead:
+        """A head that knows nothing yet: `out` is zero."""
+        generator = torch.Generator().manual_seed(seed)
+        hidden_in = torch.randn(width, d_model, generator=generator) / d_model**0.5
+        token_in = torch.randn(width, tokens * d_model, generator=generator)
+        return cls(
+            hidden_in,
+            token_in / (tokens * d_model) ** 0.5,
+            torch.zeros(depths, width),
+            torch.zeros(d_model, width),
+            listed,
+        )
+
+    @property
+    def width(self) -> int:
+        """Numbers between the two layers."""
+        return int(self.out.shape[1])
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens before the guessed one it is told."""
+        return int(self.token_in.shape[1]) // int(self.hidden_in.shape[1])
+
+    @property
+    def depths(self) -> int:
+        """How many tokens it can guess behind a row."""
+        return len(self.depth_in)
+
+    def description(self) -> dict[str, int]:
+        """What a look-ahead card says of its shape."""
+        return {
+            "width": self.width,
+            "tokens": self.tokens,
+            "depths": self.depths,
+            "listed": len(self.listed),
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that is stored, by its name."""
+        return {f"head.{name}": getattr(self, name) for name in self.NAMES}
+
+    def logits(self, hidden: Tensor, before: Tensor, depth: Tensor, outputs: Tensor) -> Tensor:
+        """Logits of the listed tokens, `[R, K]`, for training.
+
+        Args:
+            hidden: hidden states of real rows, as the target's output layer takes them, `[R, d]`.
+            before: input embeddings of the tokens before the guessed ones, the last one first,
+                `[R, tokens, d]`.
+            depth: how many tokens behind its row each guess is, from 1, `[R]`.
+            outputs: rows of the target's output layer for the listed tokens, `[K, d]`.
+        """
+        hidden, before, outputs = (rows.to(self.out.dtype) for rows in (hidden, before, outputs))
+        from_hidden = nn.functional.linear(normed(hidden), self.hidden_in)
+        told = nn.functional.linear(normed(before).flatten(-2), self.token_in)
+        inner = nn.functional.silu(from_hidden + told + self.depth_in[depth - 1])
+        return nn.functional.linear(nn.functional.linear(inner, self.out), outputs)
+
+
+@dataclass(frozen=True)
+class AppliedHead:
+    """A draft head in the form decoding takes: copies without gradients, for one target.
+
+    Attributes:
+        hidden_in: product with `hidden_in`; the others likewise.
+        token_in: of the embeddings of the tokens before.
+        out: back to a hidden state.
+        outputs: the listed tokens' rows of the target's output layer.
+        depth_in: `[depths, width]`.
+        listed: ids of the listed tokens, `[K]`.
+        inputs: input embeddings of the target, `[V, d_model]`.
+        scales: what makes each of them one of root mean square 1, `[V]` float32.
+        tokens: how many tokens before the guessed one are told.
+    """
+
+    hidden_in: nn.Module
+    token_in: nn.Module
+    out: nn.Module
+    outputs: nn.Module
+    depth_in: Tensor
+    listed: Tensor
+    inputs: Tensor
+    scales: Tensor
+    tokens: int
+
+    @classmethod
+    def of(cls, head: DraftHead, tables: Embeddings, dtype: torch.dtype) -> AppliedHead:
+        """A head for a target with these tables.
+
+        On a CPU rows are float32. Where our own products are the fastest, weights are int8, since
+        reading them is most of a guess, and what a row gives does not depend on the rows beside it.
+        """
+        device = tables.inputs.device
+        rows = torch.float32 if device.type == "cpu" else dtype
+        ours = device.type == "cpu" and dtype in (torch.bfloat16, torch.float32) and preferred()
+
+        def product(weight: Tensor) -> nn.Module:
+            weight = weight.detach().to(device, rows, copy=True)
+            return RowsProduct(*rounded(weight)) if ours else _Linear(weight)
+
+        listed = head.listed.to(device)
+        return cls(
+            product(head.hidden_in),
+            product(head.token_in),
+            product(head.out),
+            product(tables.outputs[listed]),
+            head.depth_in.detach().to(device, rows, copy=True),
+            listed,
+            tables.inputs,
+            scales(tables.inputs),
+            head.tokens,
+        )
+
+    @property
+    def depths(self) -> int:
+        """How many tokens it can guess behind a row."""
+        return len(self.depth_in)
+
+    def logits(self, from_hidden: Tensor, last: Tensor, depth: int) -> Tensor:
+        """Logits of the listed tokens, `[N, K]`.
+
+        Args:
+            from_hidden: the hidden states' part of the first layer, `[N, width]`.
+            last: ids of the last tokens of each text, the last one first, `[N, tokens]`.
+            depth: of the guess, from 0.
+        """
+        told = self.inputs[last].to(from_hidden) * self.scales[last, None].to(from_hidden)
+        inner = from_hidden + self.token_in(told.flatten(-2)) + self.depth_in[depth]
+        made: Tensor = self.outputs(self.out(nn.functional.silu(inner)))
+        return made
+
+    @cached_property
+    def places(self) -> Tensor:
+        """`listed` on the CPU, where noise is made."""
+        return self.listed.cpu()
+
+    @cached_property
+    def joint(self) -> list[Tensor] | None:
+        """What the operator that makes guesses in one call is given of it.
+
+        None where there is no such operator, or it does not take the target's embeddings.
+        """
+        layers = [self.hidden_in, self.token_in, self.out, self.outputs]
+        ours = [layer for layer in layers if isinstance(layer, RowsProduct)]
+        if len(ours) < len(layers) or not are_rows(self.inputs):
+            return None
+        weights = [part for layer in ours for part in (layer.packed, layer.scale)]
+        return [*weights[:4], self.depth_in, *weights[4:], self.listed, self.inputs]
+
+
+class _Linear(nn.Module):
+    """A plain product with a copy of some weights."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return nn.functional.linear(rows, self.get_buffer("weight"))
+
+
+class HeadSampler:
+    """Drafts behind the last rows of some texts, token by token; can stand in for a `GroupSampler`.
+
+    Args:
+        head: the head.
+        hidden: the rows' hidden states, `[d_model]` each.
+        lengths: how many tokens each text is to have, up to the head's depths.
+    """
+
+    def __init__(self, head: AppliedHead, hidden: Sequence[Tensor], lengths: Sequence[int]) -> None:
+        self._head = head
+        self.lengths = list(lengths)
+        self._hidden = torch.stack(list(hidden))
+
+    @cached_property
+    def _from_hidden(self) -> Tensor:
+        """The hidden states' part of the first layer, `[N, width]`."""
+        made: Tensor = self._head.hidden_in(normed(self._hidden.to(self._head.depth_in.dtype)))
+        return made
+
+    def shortlists(
+        self, depth: int, groups: Sequence[int], histories: Sequence[Sequence[int]]
+    ) -> tuple[list[Shortlist], Tensor]:
+        """What some texts may guess at one depth; see `GroupSampler.shortlists`."""
+        head = self._head
+        logits = self._logits(depth, groups, histories)
+        best, places = shortlist(logits, min(SHORTLIST, len(head.listed)))
+        vocabulary = len(head.inputs)
+        return [Shortlist(own, vocabulary) for own in head.listed[places]], best
+
+    def likeliest(
+        self, texts: Sequence[Sequence[int]], draws: Draws | None = None
+    ) -> list[list[tuple[int, float]]]:
+        """Each text's likeliest tokens, one behind the other, and how sure the head is of each.
+
+        A draw is the token of the largest `l - T log e`, with noise `e` (the Gumbel-max trick):
+        who knows the noise guesses better.
+
+        Args:
+            texts: the tokens so far.
+            draws: what is known of the noise to come; None for the likeliest tokens without it,
+                with the head's probability of each.
+        """
+        if self._head.joint is not None and are_rows(self._hidden):
+            return self._together(texts, self._head.joint, draws)
+        made: list[list[tuple[int, float]]] = [[] for _ in texts]
+        last = [list(text[-self._head.tokens :]) for text in texts]
+        for depth in range(max(self.lengths)):
+            going = [at for at, length in enumerate(self.lengths) if depth < length]
+            logits = self._logits(depth, going, [last[at] for at in going]).float()
+            if draws is not None:
+                logits = draws.join(logits, going, depth)
+                logits = logits / draws.flattened[going, None].to(logits)
+            places = likeliest(logits)
+            best = logits.gather(1, places[:, None]) - logits.logsumexp(-1, keepdim=True)
+            tokens = self._head.listed[places].tolist()
+            for at, token, sure in zip(going, tokens, best[:, 0].exp().tolist(), strict=True):
+                made[at].append((token, sure))
+                last[at].append(token)
+        return made
+
+    def _together(
+        self, texts: Sequence[Sequence[int]], parts: Sequence[Tensor], draws: Draws | None
+    ) -> list[list[tuple[int, float]]]:
+        last = last_tokens(texts, self._head.tokens, self._hidden.device)
+        asked, threads = torch.tensor(self.lengths), torch.get_num_threads()
+        none = torch.empty(0)
+        known = (none,) * 3 if draws is None else (draws.noise, draws.scales, draws.flattened)
+        tokens, sure = torch.ops.passlm.guesses(self._hidden, last, asked, *parts, *known, threads)
+        found = zip(tokens.tolist(), sure.tolist(), self.lengths, strict=True)
+        return [list(zip(ids[:n], chances[:n], strict=True)) for ids, chances, n in found]
+
+    def _logits(self, depth: int, groups: Sequence[int], texts: Sequence[Sequence[int]]) -> Tensor:
+        head, hidden = self._head, self._from_hidden
+        if list(groups) != list(range(len(hidden))):
+            hidden = hidden[list(groups)]
+        last = last_tokens(texts, head.tokens, head.listed.device)
+        return head.logits(hidden, last, depth)
+
+
+def scales(embeddings: Tensor) -> Tensor:
+    """What `normed` multiplies each embedding by, `[V]` float32, without a copy of the table."""
+    lengths: Tensor = torch.linalg.vector_norm(embeddings, dim=-1, dtype=torch.float32)
+    return (lengths.square() / embeddings.shape[1] + EPSILON).rsqrt()

@@ -1,0 +1,59 @@
+"""Prompt lookup: draft tokens copied from where the last few tokens stood before in the text.
+
+Costs no pass and no weights. Saxena, "Prompt Lookup Decoding" (2023); Yang et al., "Inference with
+reference" (arXiv 2304.04487). Whether a match is worth verifying is left to `planning/auto.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+_INDEXED = (4, 3, 2, 1)  # lengths of the token sequences looked up, longest first
+LONGEST_MATCH = 16  # a longer one is hardly better evidence
+
+
+class PromptLookup:
+    """An index over one text that grows at its end."""
+
+    def __init__(self) -> None:
+        self._known = 0
+        self._after: dict[tuple[int, ...], int] = {}  # token sequence -> place behind its last use
+
+    def find(self, text: Sequence[int], count: int) -> tuple[list[int], int]:
+        """What followed the text's last tokens the last time they occurred.
+
+        Args:
+            text: all token ids so far: those given before, and any behind them.
+            count: at most so many tokens. Where the text ends before, it is taken to go on
+                repeating what lies between the two occurrences.
+
+        Returns:
+            The tokens, and how many of the last tokens agreed (up to `LONGEST_MATCH`); nothing
+            and 0 where even the last one is new.
+        """
+        self._extend(text)
+        end = len(text)
+        for length in _INDEXED:
+            place = self._after.get(tuple(text[end - length :])) if length <= end else None
+            if place is not None:
+                period = end - place
+                found = [text[place + step % period] for step in range(count)]
+                return found, _agreeing(text, place)
+        return [], 0
+
+    def _extend(self, text: Sequence[int]) -> None:
+        """Index the sequences that some token follows."""
+        for place in range(max(1, self._known), len(text)):
+            for length in _INDEXED:
+                if length <= place:
+                    self._after[tuple(text[place - length : place])] = place
+        self._known = len(text)
+
+
+def _agreeing(text: Sequence[int], place: int) -> int:
+    """How many tokens before `place` and at the end of the text are the same."""
+    longest = min(LONGEST_MATCH, place)
+    for length in range(longest):
+        if text[place - 1 - length] != text[-1 - length]:
+            return length
+    return longest

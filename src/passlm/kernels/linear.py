@@ -1,0 +1,179 @@
+"""Products of a few rows with a matrix of weights, on a CPU (`cpp/products.cpp`).
+
+A pass of decoding reads every weight for some one to twenty rows. torch's libraries lay bfloat16
+weights out for many rows and multiply few of them at the price of twice reading the weights; here
+a pass costs little more than reading them once, and rows cost little beside each other. An output
+is summed up in one order whatever the number of rows, so that a row's result does not depend on
+the rows beside it.
+
+CPUs with matrix instructions (AMX) multiply bfloat16 faster in torch's libraries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from passlm.kernels import native
+
+_WORD = 4  # bytes
+_TYPES = (torch.bfloat16, torch.float32, torch.int8)  # of weights
+_OPERATOR = "passlm::rows_product"
+
+torch.library.define(
+    _OPERATOR,
+    "(Tensor rows, Tensor gate, Tensor packed, Tensor scale, Tensor bias, Tensor down, Tensor up, "
+    "Tensor parts, int width, int threads) -> Tensor",
+)
+
+
+@torch.library.register_fake(_OPERATOR)  # type: ignore[untyped-decorator]
+def _shape(
+    rows: Tensor,
+    gate: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    down: Tensor,
+    up: Tensor,
+    parts: Tensor,
+    width: int,
+    threads: int,
+) -> Tensor:
+    return rows.new_empty(*rows.shape[:-1], width)
+
+
+@dataclass(frozen=True)
+class Update:
+    """Low-rank updates of the layers of a product, `B A x` (LoRA), for some of its rows.
+
+    Attributes:
+        down: `A` of each layer, `[rank, in]`.
+        up: `B` of each layer, `[out, rank]`; of all but the last, a multiple of `block` outputs.
+    """
+
+    down: Sequence[Tensor]
+    up: Sequence[Tensor]
+
+    def packed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """`A` and `B` in bfloat16, and for each register of outputs its layer's first `A x`."""
+        down, up = torch.cat(list(self.down)), torch.cat(list(self.up))
+        sizes = [-(-len(up) // native.lanes()) for up in self.up]
+        starts = torch.arange(len(self.up)) * up.shape[1]
+        parts = starts.repeat_interleave(torch.tensor(sizes))
+        return _packed(down.detach().bfloat16()), _packed(up.detach().bfloat16()), parts
+
+
+class RowsProduct(nn.Module):
+    """A linear layer with a copy of its weights, laid out for few rows.
+
+    Args:
+        weight: `[out, in]` on the CPU, bfloat16, float32 or int8.
+        scale: what one of an output's weights is worth, `[out]`, float32; 1 if not given.
+        bias: `[out]`, of the type of the rows.
+        update: what is added for rows that are gated.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    bias: Tensor
+    down: Tensor
+    up: Tensor
+    parts: Tensor
+
+    def __init__(
+        self,
+        weight: Tensor,
+        scale: Tensor | None = None,
+        bias: Tensor | None = None,
+        update: Update | None = None,
+    ) -> None:
+        super().__init__()
+        self.width = len(weight)
+        none = torch.empty(0)
+        down, up, parts = (none, none, none) if update is None else update.packed()
+        self.register_buffer("packed", _packed(weight.detach()))
+        whole = -(-self.width // block()) * block() - self.width
+        scale = none if scale is None else nn.functional.pad(scale.detach(), (0, whole))
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", none if bias is None else bias.detach().contiguous())
+        self.register_buffer("down", down)
+        self.register_buffer("up", up)
+        self.register_buffer("parts", parts)
+        self.register_buffer("none", none)
+
+    @classmethod
+    def joined(cls, layers: Sequence[RowsProduct], update: Update | None = None) -> RowsProduct:
+        """Layers that take the same rows as one, their outputs side by side.
+
+        Args:
+            layers: with weights of one type; all have scales, or none.
+            update: of all of them.
+        """
+        weight = torch.cat([layer.weight for layer in layers])
+        scales = [layer.scale[: layer.width] for layer in layers if layer.scale.numel()]
+        biases = [layer.bias for layer in layers if layer.bias.numel()]
+        bias = None
+        if biases:
+            zeros = biases[0].new_zeros
+            parts = [one.bias if one.bias.numel() else zeros(one.width) for one in layers]
+            bias = torch.cat(parts)
+        return cls(weight, torch.cat(scales) if scales else None, bias, update)
+
+    @property
+    def weight(self) -> Tensor:
+        """A copy of the weights as they were given, `[out, in]`."""
+        inputs = self.packed.shape[1]
+        return self.packed.permute(0, 3, 2, 1).reshape(-1, inputs)[: self.width]
+
+    def forward(self, rows: Tensor, gate: Tensor | None = None) -> Tensor:
+        """`[..., in]` to `[..., out]` in the same type, float16 by way of float32.
+
+        Args:
+            rows: the rows.
+            gate: what each row's update is multiplied by, `[N]`, 0 for rows that have none;
+                without it no row has one.
+        """
+        taken = rows.float() if rows.dtype == torch.float16 else rows
+        made: Tensor = torch.ops.passlm.rows_product(
+            taken,
+            self.none if gate is None else gate.to(taken.dtype),
+            self.packed,
+            self.scale,
+            self.bias,
+            self.down,
+            self.up,
+            self.parts,
+            self.width,
+            torch.get_num_threads(),
+        )
+        return made.to(rows.dtype)
+
+
+def block() -> int:
+    """Outputs that weights of any type lie together in whole blocks of."""
+    return native.lanes() * _WORD
+
+
+def preferred() -> bool:
+    """Whether they are the fastest products of floating-point weights on this machine."""
+    return not torch.cpu._is_amx_tile_supported() and native.available()
+
+
+def described() -> str:
+    """Which products floating-point weights are multiplied by: what passes are told apart by."""
+    return f"of few rows, {native.capability()}" if preferred() else "torch"
+
+
+def _packed(weight: Tensor) -> Tensor:
+    """Blocks of weights as the source says: `[blocks, in, lanes, weights in a word]`."""
+    assert weight.dtype in _TYPES, f"no products with weights of {weight.dtype}"
+    lanes, together = native.lanes(), _WORD // weight.itemsize
+    outputs, inputs = weight.shape
+    missing = -outputs % (lanes * together)
+    padded = torch.cat([weight, weight.new_zeros(missing, inputs)]) if missing else weight
+    blocks = padded.reshape(-1, together, lanes, inputs)
+    return blocks.permute(0, 3, 2, 1).contiguous()

@@ -1,0 +1,139 @@
+"""Linear layers that take one input, multiplied in one call, their LoRA included: for a compiler.
+
+A pass of few rows has some hundred products of a few microseconds each, so that every call costs.
+The look-ahead rows' updates are added where an output's sum ends (`kernels/linear.py`); which
+layers take one input is found by running the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from passlm.kernels.linear import RowsProduct, Update, block
+from passlm.layers.int8 import Int8Linear
+from passlm.layers.lora import AppliedLora, groups_of
+from passlm.layers.packed import has_product, packed_product
+
+
+class JoinedLinears:
+    """Joined copies of a model's linear layers.
+
+    Args:
+        model: its layers that `kernels/linear.py` has products for are joined; others stay as they
+            are.
+        probe: runs the model on a short text; see `lora.groups_of`.
+        lora: what acts on look-ahead rows; None for none.
+
+    Attributes:
+        layers: those that are joined.
+    """
+
+    def __init__(
+        self, model: nn.Module, probe: Callable[[], object], lora: AppliedLora | None
+    ) -> None:
+        updates = {} if lora is None else lora.of_layers()
+        self._joined: list[_Joined] = []
+        for group in groups_of(model, probe):
+            together: list[tuple[nn.Module, RowsProduct]] = []
+            for name in group:
+                layer = model.get_submodule(name)
+                if not joinable(layer):
+                    continue
+                product = _product(layer)
+                if together and not _fit([one for _, one in together], product):
+                    self._joined.append(_joined(together, updates))
+                    together = []
+                together.append((layer, product))
+            if together:
+                self._joined.append(_joined(together, updates))
+        self.layers = [layer for joined in self._joined for layer in joined.layers]
+
+    @contextmanager
+    def applied(self, gate: Tensor) -> Iterator[None]:
+        """The layers compute together until the block is left.
+
+        Args:
+            gate: what the update of each row is multiplied by, 0 for real rows, `[B, Q]`.
+        """
+        try:
+            for joined in self._joined:
+                joined.begin(gate.reshape(-1))
+            yield
+        finally:
+            for joined in self._joined:
+                joined.end()
+
+
+@dataclass
+class _Joined:
+    """Layers of one input, in the order in which they are called.
+
+    Attributes:
+        layers: the layers.
+        product: all of them.
+        sizes: numbers that each gives.
+    """
+
+    layers: list[nn.Module]
+    product: RowsProduct
+    sizes: list[int]
+    _seen: Tensor | None = field(default=None, init=False)
+    _made: Sequence[Tensor] = field(default=(), init=False)
+
+    def begin(self, gate: Tensor) -> None:
+        for at, layer in enumerate(self.layers):
+            vars(layer)["forward"] = self._forward(at, gate)
+
+    def end(self) -> None:
+        self._seen, self._made = None, ()
+        for layer in self.layers:
+            vars(layer).pop("forward", None)
+
+    def _forward(self, at: int, gate: Tensor) -> Callable[[Tensor], Tensor]:
+        def forward(rows: Tensor) -> Tensor:
+            if self._seen is not rows:
+                made = self.product.forward(rows, gate)
+                self._seen, self._made = rows, torch.split(made, self.sizes, -1)
+            return self._made[at]
+
+        return forward
+
+
+def joinable(layer: nn.Module) -> bool:
+    """Whether the layer has a product of ours."""
+    return isinstance(layer, Int8Linear) or has_product(layer)
+
+
+def _product(layer: nn.Module) -> RowsProduct:
+    if isinstance(layer, Int8Linear):
+        return layer.product
+    assert has_product(layer), "a layer that is joinable"
+    return packed_product(layer)
+
+
+def _fit(products: Sequence[RowsProduct], another: RowsProduct) -> bool:
+    """Whether another layer's outputs can stand behind theirs: in blocks of its own."""
+    alike = products[0].packed.dtype == another.packed.dtype
+    return alike and all(product.width % block() == 0 for product in products)
+
+
+def _joined(
+    together: Sequence[tuple[nn.Module, RowsProduct]],
+    updates: dict[nn.Module, tuple[Tensor, Tensor]],
+) -> _Joined:
+    layers = [layer for layer, _ in together]
+    products = [product for _, product in together]
+    update = None
+    if any(layer in updates for layer in layers):
+        rank = next(updates[layer] for layer in layers if layer in updates)[0].shape[0]
+        inputs = products[0].packed.shape[1]
+        none = [(torch.zeros(rank, inputs), torch.zeros(p.width, rank)) for p in products]
+        pairs = [updates.get(layer, zeros) for layer, zeros in zip(layers, none, strict=True)]
+        update = Update([down.float() for down, _ in pairs], [up.float() for _, up in pairs])
+    product = RowsProduct.joined(products, update)
+    return _Joined(layers, product, [one.width for one in products])
