@@ -24,16 +24,18 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from passlm.cli import Parser
 from passlm.cli.common import add_decoding_arguments, add_model_arguments, loaded
-from passlm.decoding.decoder import Decoder, draws_ahead
+from passlm.decoding.decoder import Decoder
 from passlm.decoding.text import Request, Row
-from passlm.drafts.draft_head import AppliedHead, HeadSampler
+from passlm.drafts.draft_head import AppliedHead, DraftHeadDrafter, HeadSampler
+from passlm.drafts.drawing import known_noise
+from passlm.drafts.look_ahead import LookAheadDrafter
 from passlm.drafts.prompt_lookup import PromptLookup
 from passlm.drafts.sampler_head import Draws
 from passlm.errors import InputError
@@ -41,13 +43,13 @@ from passlm.generate import Generator
 from passlm.lookahead.trained import CARD_FILE, load
 from passlm.params import SamplingParams
 from passlm.plan import Chain, Plan
-from passlm.planning.acceptance import Counted, Observed, kind_of
+from passlm.planning.acceptance import Observed, kind_of
 from passlm.planning.auto import LONGEST_LOOKUP
 from passlm.provenance import provenance, write_atomically
 
 LONGEST_PROMPT = 600  # tokens; longer ones are left out
-Source = Counted | Literal["knowing"]  # the draft head where it knows the noise, by how sure it is
-SOURCES: tuple[Source, ...] = ("look-ahead", "head", "sureness", "knowing", "lookup")
+# "sureness": the draft head by its own probabilities; "knowing": the same given the noise.
+SOURCES = ("look-ahead", "head", "sureness", "knowing", "lookup")
 _ROUNDS = 1000  # of Newton's method, at most; constants and power take turns
 _ENOUGH = 1e-5  # a step of log-odds, or of the power, that is as good as none
 _STEP = 1.0  # the longest one
@@ -64,7 +66,7 @@ class Guesses:
         left_out: how many were not, since their prompts are too long.
     """
 
-    met: dict[tuple[Source, int], list[tuple[float, bool]]] = field(
+    met: dict[tuple[str, int], list[tuple[float, bool]]] = field(
         default_factory=lambda: defaultdict(list)
     )
     texts: int = 0
@@ -85,7 +87,7 @@ class Guesses:
             text: what came.
             knowing: what the draft head guesses once it knows the noise.
         """
-        told: list[tuple[Source, Chain]] = [(kind_of(chain)[0], chain) for chain in chains]
+        told: list[tuple[str, Chain]] = [(kind_of(chain)[0], chain) for chain in chains]
         told += [("head", Chain(c.tokens, c.source)) for c in chains if c.sureness]
         told += [] if knowing is None else [("knowing", knowing)]
         for source, chain in told:
@@ -215,7 +217,7 @@ def listen(
     while decoder.rows:
         decoder.step()
         if decoder.rows:
-            places.append((len(row.tokens), list(drafted(lm, row)), knowing(lm, row)))
+            places.append((len(row.tokens), list(drafted(decoder, row)), knowing(decoder, row)))
     guesses.texts += 1
     observed, lookup = Observed((), ()), PromptLookup()
     for (place, chains, best), probability in zip(places, highest, strict=False):
@@ -225,23 +227,26 @@ def listen(
         guesses.note(observed, [*chains, *copied], row.tokens[place:], best)
 
 
-def drafted(lm: Generator, row: Row) -> Iterator[Chain]:
-    """What the look-ahead rows and the draft head guess behind a text."""
-    if row.drafted:
-        yield Chain(tuple(row.drafted))
-    head = None if lm.rows is None else lm.rows.head
-    if head is not None and row.hidden is not None:
-        yield by_head(head, row.hidden, row)
+def drafted(decoder: Decoder, row: Row) -> Iterator[Chain]:
+    """Yield the candidates of the look-ahead rows and of the draft head for the next pass."""
+    for drafter in decoder.drafters:
+        if isinstance(drafter, LookAheadDrafter):
+            yield from filter(None, drafter.propose([row]))
+        elif isinstance(drafter, DraftHeadDrafter):
+            hidden = drafter.hidden(row)
+            if hidden is not None:
+                yield by_head(drafter.head, hidden, row)
 
 
-def knowing(lm: Generator, row: Row) -> Chain | None:
-    """What the draft head guesses behind a text that is drawn, once it knows the noise."""
-    head = None if lm.rows is None else lm.rows.head
-    if head is None or row.hidden is None or row.guessing != "knowing":
+def knowing(decoder: Decoder, row: Row) -> Chain | None:
+    """Return the draft head's candidates given the sampling noise; None for greedy decoding."""
+    drafter = next((own for own in decoder.drafters if isinstance(own, DraftHeadDrafter)), None)
+    hidden = None if drafter is None else drafter.hidden(row)
+    if drafter is None or hidden is None or row.guessing != "knowing":
         return None
-    return by_head(
-        head, row.hidden, row, draws_ahead([(row, head.depths)], len(head.inputs), head.places)
-    )
+    head = drafter.head
+    draws = known_noise([row], [head.depths], len(head.inputs), head.places, sureness=True)
+    return by_head(head, hidden, row, draws)
 
 
 def by_head(head: AppliedHead, hidden: Tensor, row: Row, draws: Draws | None = None) -> Chain:
@@ -251,7 +256,7 @@ def by_head(head: AppliedHead, hidden: Tensor, row: Row, draws: Draws | None = N
     return Chain(tokens, "head", sureness=sureness)
 
 
-def fitted(guesses: Guesses, source: Source) -> dict[str, Any]:
+def fitted(guesses: Guesses, source: str) -> dict[str, Any]:
     """Chances by level, the guesses they rest on, and the power of the confidence that fits best.
 
     Logistic regression by Newton's method: a constant for each level, and the logarithm of the

@@ -20,13 +20,17 @@ from passlm.params import METHODS
 
 # Each part, and those of the list that it holds.
 PARTS: dict[str, tuple[type, str, tuple[str, ...]]] = {
-    "step": (Decoder, "step", ("pass", "judge", "draft", "find", "choose plan", "output layer")),
-    "find": (Row, "chains", ()),
+    "step": (
+        Decoder,
+        "step",
+        ("pass", "judge", "propose", "remember", "choose plan", "output layer"),
+    ),
+    "propose": (Decoder, "_propose", ()),
     "choose plan": (Row, "choose_plan", ()),
     "pass": (Target, "run", ("model",)),
     "output layer": (PassOutput, "of", ()),
     "judge": (Row, "judge", ()),
-    "draft": (Row, "draft", ()),
+    "remember": (Decoder, "_remember", ()),
 }
 PROMPT = "def quicksort(items: list[int]) -> list[int]:\n"
 
@@ -72,7 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"| ms a step ({lm.target.engine}) | {' | '.join(arguments.method)} |")
     print("| --- |" + " ---: |" * len(columns))
     labels = {
-        "find": "find chains in the text",
+        "propose": "propose candidates",
         "step": "rest of the step",
         "pass": "rest of the pass: rows, masks, cache",
     }

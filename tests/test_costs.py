@@ -14,12 +14,13 @@ import pytest
 from small_llama import small_llama
 from tiny import random_look_ahead
 
-from passlm.decoding.decoder import Decoder
 from passlm.decoding.text import Row
+from passlm.drafts.draft_head import DraftHeadDrafter
 from passlm.lookahead.card import HELD_OUT
 from passlm.lookahead.trained import LookAhead
 from passlm.model import compiled
 from passlm.model.target import Target
+from passlm.plan import Chain
 from passlm.planning import kept_costs
 from passlm.planning.cost_curve import CostCurve
 from passlm.planning.kept_costs import GROUPS, REAL_ROWS, Costs, measure, rising
@@ -90,13 +91,14 @@ def test_real_passes_are_measured(
         )
     assert drawn.draw_seconds > 0.004 * batch > drawn.know_seconds
     assert max(drawn.group_seconds) < 0.01
-    guess = Decoder._draft_by_head
+    propose = DraftHeadDrafter.propose
 
-    def counted(self: Decoder, rows: Sequence[Row]) -> None:
-        guess(self, rows)
-        asked.append(sum(len(row.drafted) for row in rows if row.drafted_by == "head"))
+    def counted(self: DraftHeadDrafter, rows: Sequence[Row]) -> list[Chain | None]:
+        chains = propose(self, rows)
+        asked.append(sum(len(chain.tokens) for chain in chains if chain is not None))
+        return chains
 
-    monkeypatch.setattr(Decoder, "_draft_by_head", counted)
+    monkeypatch.setattr(DraftHeadDrafter, "propose", counted)
     guesses = measure(target, head, batch, context=20, rounds=2).head_seconds
     assert len(guesses) == 3
     assert [asked.count(batch * count) for count in (1, 2, 3)] == [asked.count(batch)] * 3

@@ -28,6 +28,7 @@ from passlm.decoding.decoder import Decoder
 from passlm.decoding.distribution import Noise, Purpose
 from passlm.decoding.text import Request, Row
 from passlm.drafts.draft_head import DraftHead
+from passlm.drafts.protocol import DraftBuilder
 from passlm.drafts.sampler_head import SamplerHead, Shortlist
 from passlm.layers.lora import GatedLora, groups_of
 from passlm.lookahead.trained import LookAhead
@@ -176,9 +177,10 @@ def test_a_draw_is_not_picked_over() -> None:
         for seed in range(3000):
             request = Request.of([0], replace(sampling, seed=seed), 9, plan)
             row = Row(request, 9, "length", Noise(seed), [0])
-            row.begin_draft("head")
-            row.draw(chances.log()[None], Shortlist(torch.arange(4), 4))
-            row.choose_plan(row.chains(), None)
+            drafted = DraftBuilder("head", sure=True)
+            row.draw(drafted, chances.log()[None], Shortlist(torch.arange(4), 4))
+            row.proposed = [drafted.chain]
+            row.choose_plan()
             verified += len(row.candidates)
             first[row.judge(chances.log().expand(1 + len(row.candidates), -1))[0]] += 1
         assert verified > 1000
@@ -195,15 +197,16 @@ def test_a_draft_is_drawn_with_the_noise_its_judge_needs(judge: Judge) -> None:
     tokens = [1, 2, 3]
     row = Row(Request.of(tokens, sampling, 9), 9, "length", Noise(3), list(tokens))
     logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(1))
-    row.draft(logits)
+    drafted = DraftBuilder("look-ahead")
+    row.draw(drafted, logits)
     purpose = Purpose.SETTLE if judge == "coupled" else Purpose.DRAFT
     noise = Noise(3).exponentials(len(tokens), 4, purpose, 50)
     q = logits.softmax(-1)
     guessed = (q.log() - 0.7 * noise.log()).argmax(-1)
-    assert row.drafted == (guessed if judge == "coupled" else judges.draw(q, noise)).tolist()
+    assert drafted.tokens == (guessed if judge == "coupled" else judges.draw(q, noise)).tolist()
     if judge == "rejection":
-        assert row.q is not None
-        assert torch.equal(row.q, logits.softmax(-1))
+        assert drafted.q is not None
+        assert torch.equal(drafted.q, logits.softmax(-1))
 
 
 # Equality with plain decoding

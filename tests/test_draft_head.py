@@ -209,7 +209,7 @@ def test_a_head_that_knows_the_model_knows_its_draws(
         def _logits(self, *_: Any) -> Tensor:
             return truth[:, listed]
 
-    monkeypatch.setattr("passlm.decoding.decoder.HeadSampler", Knowing)
+    monkeypatch.setattr("passlm.drafts.draft_head.HeadSampler", Knowing)
     met = dict.fromkeys(get_args(Draft), 0)
     for draft, seed in product(met, range(3)):
         sampling = SamplingParams(temperature=1.3, top_k=top_k, seed=seed, draft=draft)
@@ -315,25 +315,26 @@ def test_it_drafts_behind_the_row_that_was_accepted_last(llama: Target) -> None:
     plain = tiny.run(llama, tiny.requests_for(prompts, new=40)).texts
     asked = [Request.of(prompt, SamplingParams(), 40, ByHead(3)) for prompt in prompts]
     decoder = tiny.RiggedDecoder(llama, rows, tiny.Rig(prompts, plain))
+    drafter = tiny.drafter(decoder, "head")
     texts = [decoder.join(request) for request in asked]
     decoder.step()
     unlike = 0
     for _ in range(8):
-        before = [(list(row.tokens), row.hidden) for row in texts]
+        before = [(list(row.tokens), drafter.hidden(row)) for row in texts]
         with torch.inference_mode():
-            Decoder._draft_by_head(decoder, texts)
-        for row, (text, hidden) in zip(texts, before, strict=True):
+            chains = drafter.propose(texts)
+        for chain, (text, hidden) in zip(chains, before, strict=True):
             # The state of the row that the root was drawn from: the last but one token's.
             truth = llama.hidden(torch.tensor([text]))[0, -2]
             assert hidden is not None
             torch.testing.assert_close(hidden, truth, rtol=1e-4, atol=1e-4)
             sampler = HeadSampler(rows.head, [truth], [1])
             ((first,), logits) = sampler.shortlists(0, [0], [text])
-            assert row.drafted_by == "head"
-            assert row.drafted[0] == int(first.tokens[0])
+            assert chain is not None
+            assert chain.source == "head"
+            assert chain.tokens[0] == int(first.tokens[0])
             sure = float(logits.detach().softmax(-1)[0, 0])
-            assert row.sureness[0] == pytest.approx(sure, rel=1e-3)
-            row.begin_draft()
+            assert chain.sureness[0] == pytest.approx(sure, rel=1e-3)
         accepted = {step.accepted for _, step in decoder.step()}
         unlike += len(accepted) > 1
     assert unlike >= 3
@@ -378,14 +379,14 @@ def test_it_is_asked_only_where_it_pays(llama: Target) -> None:
     """Catches guesses that nobody verifies, beside sure copies or where rows are dear."""
     sure, weak = Chain((1,) * 12, "lookup", 16), Chain((1,) * 12, "lookup", 1)
     chooser = AutoPlan(CHEAP, lookup=True, head=(0.6, 0.5, 0.4)).begin()
-    assert chooser.drafts([], 9) == 3
-    assert chooser.drafts([], 2) == 2
-    assert chooser.drafts([weak], 9) == 3
-    assert chooser.drafts([sure], 9) == 0
+    assert chooser.draft_length("head", [], 9) == 3
+    assert chooser.draft_length("head", [], 2) == 2
+    assert chooser.draft_length("head", [weak], 9) == 3
+    assert chooser.draft_length("head", [sure], 9) == 0
     dear = CostCurve((1, 11), (1.0, 11.0), head_seconds=(0.1, 0.2, 0.3))
-    assert AutoPlan(dear, head=(0.6, 0.5, 0.4)).begin().drafts([], 9) == 0
+    assert AutoPlan(dear, head=(0.6, 0.5, 0.4)).begin().draft_length("head", [], 9) == 0
     unmeasured = CostCurve((1, 41), (1.0, 1.2))
-    assert AutoPlan(unmeasured, head=(0.6, 0.5, 0.4)).begin().drafts([], 9) == 0
+    assert AutoPlan(unmeasured, head=(0.6, 0.5, 0.4)).begin().draft_length("head", [], 9) == 0
 
 
 def test_sure_guesses_are_verified_and_others_are_not() -> None:
@@ -412,7 +413,7 @@ def test_what_it_took_and_what_came_of_it_count(llama: Target) -> None:
     chooser = AutoPlan(curve, lookup=False, head=(0.9, 0.9, 0.9)).begin()
     rates, guessed = [chooser.rate], []
     for _ in range(400):
-        guessed.append(chooser.drafts([], 9))
+        guessed.append(chooser.draft_length("head", [], 9))
         count = guessed[-1]
         chain = Chain((1,) * count, "head", sureness=(0.9,) * count) if count else None
         choice = chooser.choose([chain] if chain else [], Limits(1000))

@@ -42,6 +42,7 @@ from transformers.generation.streamers import BaseStreamer
 from passlm import custom_generate
 from passlm.decoding.decoder import Decoder, PromptError
 from passlm.decoding.text import Row
+from passlm.drafts.protocol import DraftBuilder
 from passlm.errors import InputError
 from passlm.integrations.custom_generate import CustomGenerate, GenerateError
 from passlm.lookahead import trained
@@ -108,17 +109,17 @@ def true_drafts(monkeypatch: pytest.MonkeyPatch) -> Callable[[Tensor], None]:
     """Candidates are read off `generate`'s own result, every seventh one spoilt."""
 
     def use(padded: Tensor) -> None:
-        def draft(row: Row, group: Tensor) -> None:
+        def draw(row: Row, draft: DraftBuilder, group: Tensor) -> None:
             prompt = list(row.request.prompt)
             texts = [t[PROMPT.shape[1] - len(prompt) :] for t in padded.tolist()]
             text = next(text for text in texts if text[: len(prompt)] == prompt)
             first = len(row.tokens)
             truth = (text + [1] * len(group))[first : first + len(group)]
-            row.drafted = [
+            draft.tokens += [
                 (token + (place % 7 == 0)) % VOCABULARY for place, token in enumerate(truth, first)
             ]
 
-        monkeypatch.setattr(Row, "draft", draft)
+        monkeypatch.setattr(Row, "draw", draw)
 
     return use
 

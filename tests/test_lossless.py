@@ -397,7 +397,8 @@ def test_drafts_come_from_the_last_accepted_row(
     """Catches candidates drafted from another row's group, or under a penalty that does not know
     the candidates before them: no text shows it, only the acceptance suffers."""
     target, prompts = llama_case.target, llama_case.prompts
-    decoder, rig = Decoder(target, llama_case.look_ahead), Rig(prompts, llama_case.greedy)
+    rig = Rig(prompts, llama_case.greedy)
+    decoder = tiny.RiggedDecoder(target, llama_case.look_ahead, rig)
     for request in requests_for(prompts, plan, SamplingParams(repetition_penalty=penalty), 20):
         decoder.join(request)
     while decoder.rows:
@@ -411,9 +412,7 @@ def test_drafts_come_from_the_last_accepted_row(
                 for logits in group:
                     q = row.request.distribution(logits[None], [*row.tokens, *drafts])
                     drafts.append(int(q.argmax()))
-                assert row.drafted == drafts
-        for row in decoder.rows:
-            rig(row)
+                assert tiny.drafted(decoder, row) == drafts
 
 
 def _mixed_requests(prompts: Sequence[Sequence[int]]) -> list[Request]:
@@ -450,7 +449,7 @@ def test_rows_join_and_leave_between_steps(some_case: Case, rigged: bool) -> Non
     asked = _mixed_requests(some_case.prompts)
     rig = Rig(some_case.prompts, some_case.greedy) if rigged else None
     alone = [some_case.run([one], rig).texts[0] for one in asked]
-    decoder = Decoder(some_case.target, some_case.look_ahead)
+    decoder = tiny.RiggedDecoder(some_case.target, some_case.look_ahead, rig)
     rows: list[Row] = []
     left = {3: 0, 8: 3, 11: 5}  # at this step, this row leaves
     step = 0
@@ -459,7 +458,7 @@ def test_rows_join_and_leave_between_steps(some_case: Case, rigged: bool) -> Non
             rows.append(decoder.join(asked[len(rows)]))
         if step in left:
             decoder.leave([rows[left[step]]])
-        tiny.advance(decoder, rig)
+        decoder.step()
         step += 1
     for index, (row, text) in enumerate(zip(rows, alone, strict=True)):
         written = row.tokens[len(row.request.prompt) :]
@@ -472,13 +471,13 @@ def test_steps_are_what_settles(llama_case: Case) -> None:
     """Catches a step that reports other tokens than those that settled: the stream would differ
     from the text."""
     case = llama_case
-    decoder = Decoder(case.target, case.look_ahead)
+    rig = Rig(case.prompts, case.greedy)
+    decoder = tiny.RiggedDecoder(case.target, case.look_ahead, rig)
     row = decoder.join(Request.of(case.prompts[2], GREEDY, 30, OnePass(3)))
     told: list[int] = []
     reasons = []
-    rig = Rig(case.prompts, case.greedy)
     while decoder.rows:
-        ((_, step),) = tiny.advance(decoder, rig)
+        ((_, step),) = decoder.step()
         assert step.accepted <= min(step.judged, len(step.tokens))
         told += step.tokens
         reasons.append(step.finish_reason)

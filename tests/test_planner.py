@@ -173,7 +173,9 @@ def test_texts_agree_on_what_is_best_for_all() -> None:
         chains: list[list[Chain]], strategy: Adaptive | Strategy = settings
     ) -> Shared | None:
         request = Request.of([1], SamplingParams(), 100, strategy)
-        return agreed_pass([Row(request, 100, "length", Noise(0), [1]) for _ in chains], chains)
+        return agreed_pass(
+            [Row(request, 100, "length", Noise(0), [1], proposed=own) for own in chains]
+        )
 
     assert agreed([sure] * 4) == Shared(9)
     assert agreed([sure] * 3 + [none]) == Shared(9)
@@ -241,7 +243,7 @@ def test_a_text_hears_of_the_batch_when_its_size_has_changed() -> None:
     request = Request.of([1, 2], SamplingParams(), 9, Plans(STEEP), frozenset())
     row = Row(request, 9, "length", Noise(0), [1, 2])
     for texts in (1, 1, 8, 8, 7, 8):
-        row.stand_among(texts)
+        row.begin_step(texts)
     assert heard == [1, 8, 7, 8]
 
 
@@ -370,7 +372,7 @@ def test_text_without_likely_tokens_is_not_drafted_for() -> None:
         chooser = AutoPlan(curve, PRIOR, head=(0.6, 0.5)).begin()
         guessed, rows = [], []
         for _ in range(20):
-            guessed.append(chooser.drafts([], 9))
+            guessed.append(chooser.draft_length("head", [], 9))
             count = guessed[-1]
             chain = Chain((1,) * count, "head", sureness=(0.5,) * count) if count else DRAFT
             rows.append(chooser.choose([chain], WIDE).plan.rows)
@@ -422,7 +424,7 @@ def test_candidates_that_are_drawn_cost_more() -> None:
         SamplingParams(temperature=0.8, repetition_penalty=1.2),
     ):
         row = row_of(Request.of([1, 2], asked, 90, plan, frozenset()))
-        row.stand_among(3)
-        hung.append(max(row.choose_plan([], None, None).plan.groups))
+        row.begin_step(3)
+        hung.append(max(row.choose_plan().plan.groups))
     assert hung[0] == hung[1] == hung[2] > 1
     assert hung[3] == hung[4] < hung[0]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
-from tiny import VOCABULARY, Rig, advance, generate, look_ahead_rows, requests_for
+from tiny import VOCABULARY, Rig, RiggedDecoder, generate, look_ahead_rows, requests_for
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
@@ -25,7 +25,7 @@ from passlm.generate import Generator
 from passlm.lookahead.trained import LookAhead
 from passlm.model.target import Target
 from passlm.params import SamplingParams, StopParams
-from passlm.plan import Chain, Choice, OnePass, Plan, Source
+from passlm.plan import SOURCES, Chain, Choice, OnePass, Plan
 
 PROMPTS = ([5, 6, 7], [9, 9, 10, 11, 12], [40, 3])
 NEW_TOKENS = 16
@@ -41,7 +41,7 @@ def seen(llama: Target) -> Look:
         settled: list[int],
         logits: Tensor,
         sampling: SamplingParams | None = None,
-        source: Source = "look-ahead",
+        source: str = "look-ahead",
         eos: Sequence[int] = (),
     ) -> dict[str, Any]:
         request = Request.of([1, 2], sampling or SamplingParams(), NEW_TOKENS, eos=eos)
@@ -80,8 +80,8 @@ def test_each_token_is_looked_up_where_it_was_judged(seen: Look) -> None:
     assert found["by_source"]["look-ahead"] == {k: found[k] for k in ("accepted", "refused")}
 
 
-@pytest.mark.parametrize("source", get_args(Source))
-def test_candidates_are_told_apart_by_source(seen: Look, source: Source) -> None:
+@pytest.mark.parametrize("source", SOURCES)
+def test_candidates_are_told_apart_by_source(seen: Look, source: str) -> None:
     """Catches copied candidates counted as drafted ones, and a source that is not known."""
     found = seen([7, 8], [7, 8, 9], rows(7, 8, 9), source=source)
     assert list(found["by_source"]) == [source]
@@ -139,12 +139,12 @@ def test_sums_over_a_text_agree_with_its_steps(llama: Target) -> None:
     prompts = [list(ids) for ids in PROMPTS]
     truths = [generate(llama.model, ids, NEW_TOKENS)[0] for ids in prompts]
     rig, watch = Rig(prompts, truths), Watch()
-    decoder = Decoder(llama, look_ahead_rows(llama, 3), watch)
+    decoder = RiggedDecoder(llama, look_ahead_rows(llama, 3), rig, watch)
     for request in requests_for(prompts, OnePass(3), new=NEW_TOKENS):
         decoder.join(request)
     steps = []
     while decoder.rows:
-        steps += [step for _, step in advance(decoder, rig)]
+        steps += [step for _, step in decoder.step()]
     found = watch.means()
     accepted = sum(step.accepted for step in steps)
     assert accepted > 0

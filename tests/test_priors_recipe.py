@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from byte_model import byte_generator, save_folders
 
+from passlm.decoding.decoder import Decoder
 from passlm.decoding.text import Row
 from passlm.lookahead.card import read_card
 from passlm.lookahead.trained import CARD_FILE
@@ -71,10 +72,10 @@ def test_guesses_are_compared_with_what_came(
         text += lm.generate([text], max_new_tokens=12, method="ar")[0].tokens
     drafted = recipe.drafted
 
-    def knowing(lm: Any, row: Row) -> list[Chain]:
+    def knowing(decoder: Decoder, row: Row) -> list[Chain]:
         place = len(row.tokens)
         (whole,) = (text for text in texts if text[:place] == row.tokens)
-        assert list(drafted(lm, row)) or len(whole) - place < 3
+        assert list(drafted(decoder, row)) or len(whole) - place < 3
         return [Chain(tuple(whole[place : place + 2]))]
 
     monkeypatch.setattr(recipe, "drafted", knowing)

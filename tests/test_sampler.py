@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from passlm.decoding import judge as judges
-from passlm.decoding.decoder import Decoder, draft_together
+from passlm.decoding.decoder import Decoder
 from passlm.decoding.distribution import Noise, Purpose
 from passlm.decoding.text import Request, Row
+from passlm.drafts.drawing import draw_together
+from passlm.drafts.protocol import DraftBuilder
 from passlm.drafts.sampler_head import (
     OUT_OF_REACH,
     Draws,
@@ -212,14 +214,14 @@ EVERYTHING = {
 
 def drafted(
     sampling: SamplingParams, head: SamplerHead, tables: Embeddings
-) -> tuple[Row, Request, list[int]]:
-    """A row that has drafted from a group."""
+) -> tuple[DraftBuilder, Request, list[int]]:
+    """What a row drafts from a group."""
     history = [3, 7, 1, 12]
     request = Request.of(history, replace(sampling, seed=3), 9)
     row = Row(request, 9, "length", Noise(3), list(history))
     logits, hidden = group()
-    draft_together([row], GroupSampler(head, tables, [logits], [hidden]))
-    return row, request, history
+    (made,) = draw_together([row], GroupSampler(head, tables, [logits], [hidden]), "look-ahead")
+    return made, request, history
 
 
 @pytest.mark.parametrize("ours", [True, False])
@@ -307,28 +309,28 @@ def test_q_is_what_the_draft_was_drawn_from(
     """Catches `q` of the row's own logits where the head's were drawn from, of another token
     before, and NaN or a sum other than 1 where a processor meets the logits of no reach."""
     sampling = replace(EVERYTHING[name], judge="rejection", draft=draft)
-    row, request, history = drafted(sampling, head, tables)
-    assert len(row.drafted) == ROWS
+    made, request, history = drafted(sampling, head, tables)
+    assert len(made.tokens) == ROWS
     if draft == "greedy" or request.distribution.greedy:
-        assert row.q is None  # it is one-hot
+        assert made.q is None  # it is one-hot
     else:
-        assert row.q is not None
-        assert row.q.shape == (ROWS, WORDS)
-        assert bool(row.q.isfinite().all())
-        assert row.q.sum(1).tolist() == pytest.approx([1.0] * ROWS, abs=1e-5)
-    for place, token in enumerate(row.drafted):
-        known = [*history, *row.drafted[:place]]
+        assert made.q is not None
+        assert made.q.shape == (ROWS, WORDS)
+        assert bool(made.q.isfinite().all())
+        assert made.q.sum(1).tolist() == pytest.approx([1.0] * ROWS, abs=1e-5)
+    for place, token in enumerate(made.tokens):
+        known = [*history, *made.tokens[:place]]
         expected = request.distribution(behind(head, tables, place, known), known)
-        if row.q is None:
+        if made.q is None:
             assert token == int(expected.argmax())
             continue
-        torch.testing.assert_close(row.q[place : place + 1], expected)
-        assert torch.equal(row.q[place : place + 1] > 0, expected > 0)
+        torch.testing.assert_close(made.q[place : place + 1], expected)
+        assert torch.equal(made.q[place : place + 1] > 0, expected > 0)
         own = Noise(3).exponentials(len(known), 1, Purpose.DRAFT, WORDS)
         assert token == int(judges.draw(expected, own))
         if "penalty" not in name and name not in ("hot", "bias"):
             reachable = naive(head, tables, place, known)
-            assert {t for t, q in enumerate(row.q[place].tolist()) if q} <= set(reachable)
+            assert {t for t, q in enumerate(made.q[place].tolist()) if q} <= set(reachable)
 
 
 def test_the_token_before_changes_the_guess(head: SamplerHead, tables: Embeddings) -> None:
@@ -346,8 +348,8 @@ def test_the_token_before_changes_the_guess(head: SamplerHead, tables: Embedding
     history = [3, 7, 1, 12]
     row = Row(Request.of(history, SamplingParams(), 9), 9, "length", Noise(3), list(history))
     logits, hidden = group()
-    draft_together([row], Watched(head, tables, [logits], [hidden]))
-    assert seen == [(place, [*history, *row.drafted[:place]]) for place in range(ROWS)]
+    (made,) = draw_together([row], Watched(head, tables, [logits], [hidden]), "look-ahead")
+    assert seen == [(place, [*history, *made.tokens[:place]]) for place in range(ROWS)]
     firsts = {int(behind(head, tables, 0, [t]).argmax()) for t in range(20)}
     assert len(firsts) > 1
 
@@ -366,14 +368,14 @@ def test_texts_that_draft_together_draft_what_they_would_alone(
         request = Request.of(text, replace(sampling, seed=seed), 9)
         return Row(request, 9, "length", Noise(seed), list(text))
 
-    together = [begun(text, seed) for seed, text in enumerate(texts)]
+    rows = [begun(text, seed) for seed, text in enumerate(texts)]
     logits, hidden = ([own[part] for own in groups] for part in (0, 1))
-    draft_together(together, GroupSampler(head, tables, logits, hidden))
+    together = draw_together(rows, GroupSampler(head, tables, logits, hidden), "look-ahead")
     for seed, (text, own) in enumerate(zip(texts, groups, strict=True)):
-        alone = begun(text, seed)
-        draft_together([alone], GroupSampler(head, tables, [own[0]], [own[1]]))
-        assert together[seed].drafted == alone.drafted
-        assert len(alone.drafted) == len(own[0])
+        sampler = GroupSampler(head, tables, [own[0]], [own[1]])
+        (alone,) = draw_together([begun(text, seed)], sampler, "look-ahead")
+        assert together[seed].tokens == alone.tokens
+        assert len(alone.tokens) == len(own[0])
         if alone.q is None:
             assert together[seed].q is None
         else:
@@ -403,19 +405,22 @@ def test_drafts_of_decoding_are_the_heads(
             alone = Decoder(llama, rows)
             request = replace(row.request, prompt=row.tokens[:-1], strategy=TwoPass(length))
             again = alone.join(replace(request, max_new_tokens=length + 2))
-            output = llama.run(
-                alone._cache, [again.choose_plan(again.chains(), llama.context)], rows
-            )
+            output = llama.run(alone._cache, [again.choose_plan()], rows)
             again.tokens = list(row.tokens)
-            alone._draft([again], [Step((0,), 0, 0)], output)
-            assert again.drafted == row.drafted
-            if row.q is not None and again.q is not None:
-                torch.testing.assert_close(row.q, again.q, rtol=1e-3, atol=1e-4)
+            alone.settled = [(again, Step((0,), 0, 0))]
+            alone._remember(output)
+            (own,) = tiny.drafter(decoder, "look-ahead").propose([row])
+            (expected,) = tiny.drafter(alone, "look-ahead").propose([again])
+            assert own == expected
+            if own.q is not None and expected.q is not None:
+                torch.testing.assert_close(own.q, expected.q, rtol=1e-3, atol=1e-4)
             drawn = not row.request.distribution.greedy
-            assert (row.q is not None) == (judge == "rejection" and drawn)
-            bare = Row(again.request, 9, "length", again.noise, list(row.tokens))
-            bare.draft(output.logits[0, 1 : 1 + length])
-            different += bare.drafted != row.drafted
+            assert (own.q is not None) == (judge == "rejection" and drawn)
+            bare = DraftBuilder("look-ahead")
+            Row(again.request, 9, "length", again.noise, list(row.tokens)).draw(
+                bare, output.logits[0, 1 : 1 + length]
+            )
+            different += bare.chain.tokens != own.tokens
             compared += 1
     assert compared > 10
     assert different > compared // 4

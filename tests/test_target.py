@@ -392,10 +392,10 @@ def test_the_model_is_left_as_it_was(name: str, training: bool) -> None:
         del abandoned
 
 
-def finish(decoder: Decoder, rig: Rig) -> None:
+def finish(decoder: Decoder) -> None:
     """Step until every text has ended."""
     while decoder.rows:
-        tiny.advance(decoder, rig)
+        decoder.step()
 
 
 def test_a_processor_that_raises(llama: Target) -> None:
@@ -407,13 +407,13 @@ def test_a_processor_that_raises(llama: Target) -> None:
     broken = Request.of(prompts[1], SamplingParams(processors=(Broken(),)), 30, OnePass(3))
     rig = Rig(prompts, truth)
     with left_as_it_was(llama.model):
-        decoder = Decoder(llama, tiny.look_ahead_rows(llama, 3))
+        decoder = tiny.RiggedDecoder(llama, tiny.look_ahead_rows(llama, 3), rig)
         first, middle, last = (decoder.join(one) for one in (asked[0], broken, asked[2]))
         with pytest.raises(RuntimeError, match="broken processor"):
-            finish(decoder, rig)
+            finish(decoder)
         assert len(middle.tokens) > len(prompts[1])
         decoder.leave([middle])
-        finish(decoder, rig)
+        finish(decoder)
     for row, prompt, text in ((first, prompts[0], truth[0]), (last, prompts[2], truth[2])):
         assert row.tokens == [*prompt, *text]
 

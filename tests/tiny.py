@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.nn.functional import one_hot
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from passlm.decoding.decoder import Decoder
+from passlm.decoding.decoder import Decoder, Observer
 from passlm.decoding.text import Request, Row
 from passlm.drafts.draft_head import DraftHead
 from passlm.drafts.sampler_head import SamplerHead
@@ -26,7 +26,7 @@ from passlm.model.pass_records import LookAheadRows
 from passlm.model.target import Target
 from passlm.outputs import Step
 from passlm.params import SamplingParams
-from passlm.plan import Strategy, autoregressive
+from passlm.plan import Chain, Strategy, autoregressive
 
 VOCABULARY = 64
 CONTEXT = 256
@@ -225,43 +225,54 @@ class Rig:
         self.truths = {tuple(p): list(t) for p, t in zip(prompts, truths, strict=True)}
         self.seed = seed
 
-    def __call__(self, row: Row) -> None:
-        """Rig the candidates that a row has at hand."""
-        count, start = len(row.drafted), len(row.request.prompt)
-        if not count:
-            return
+    def __call__(self, row: Row, chain: Chain) -> Chain:
+        """The same proposal with other candidates."""
+        count, start = len(chain.tokens), len(row.request.prompt)
         at = len(row.tokens) - start
         rng = random.Random(f"{self.seed} {start} {at}")
         truth = [*self.truths[tuple(row.request.prompt)], *([0] * count)][at : at + count]
         right = rng.randint(0, count)
-        row.drafted = truth[:right] + [
+        tokens = truth[:right] + [
             (token + rng.randrange(1, VOCABULARY)) % VOCABULARY for token in truth[right:]
         ]
-        if row.q is not None:
-            row.q = one_hot(torch.tensor(row.drafted), row.q.shape[1]).to(row.q)
+        q = chain.q
+        if q is not None:
+            q = one_hot(torch.tensor(tokens), q.shape[1]).to(q)
+        return replace(chain, tokens=tuple(tokens), q=q)
 
 
 class RiggedDecoder(Decoder):
-    """What its draft head guesses is rigged as well: that is drafted as a step begins."""
+    """A decoder whose drafted candidates are rigged; copied ones are not."""
 
-    def __init__(self, target: Target, look_ahead: LookAheadRows | None, rig: Rig) -> None:
-        super().__init__(target, look_ahead)
+    def __init__(
+        self,
+        target: Target,
+        look_ahead: LookAheadRows | None,
+        rig: Rig | None,
+        observer: Observer | None = None,
+    ) -> None:
+        super().__init__(target, look_ahead, observer)
         self.rig = rig
 
-    def _draft_by_head(self, rows: Sequence[Row]) -> None:
-        super()._draft_by_head(rows)
-        for row in rows:
-            if row.drafted_by == "head":
-                self.rig(row)
+    def _propose(self, rows: Sequence[Row]) -> None:
+        super()._propose(rows)
+        for row in rows if self.rig else ():
+            row.proposed = [
+                chain if chain.source == "lookup" else self.rig(row, chain)
+                for chain in row.proposed
+            ]
 
 
-def advance(decoder: Decoder, rig: Rig | None = None) -> list[tuple[Row, Step]]:
-    """One step of a decoder, with the candidates rigged for the next one."""
-    steps = decoder.step()
-    for row in decoder.rows:
-        if rig is not None:
-            rig(row)
-    return steps
+def drafter(decoder: Decoder, source: str) -> Any:
+    """A decoder's drafter of this name."""
+    (found,) = [own for own in decoder.drafters if own.source == source]
+    return found
+
+
+def drafted(decoder: Decoder, row: Row) -> list[int]:
+    """What was drafted from the look-ahead group on a row's last accepted one."""
+    (chain,) = drafter(decoder, "look-ahead").propose([row])
+    return [] if chain is None else list(chain.tokens)
 
 
 @dataclass(frozen=True)
@@ -283,11 +294,11 @@ def run(
     rig: Rig | None = None,
 ) -> Run:
     """Decode some requests in one batch, to their ends."""
-    decoder = Decoder(target, look_ahead) if rig is None else RiggedDecoder(target, look_ahead, rig)
+    decoder = RiggedDecoder(target, look_ahead, rig)
     rows = [decoder.join(request) for request in requests]
     steps: dict[int, list[Step]] = {id(row): [] for row in rows}
     while decoder.rows:
-        for row, step in advance(decoder, rig):
+        for row, step in decoder.step():
             steps[id(row)].append(step)
     kept = [steps[id(row)] for row in rows]
     return Run([[token for step in row for token in step.tokens] for row in kept], kept)

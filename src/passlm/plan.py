@@ -7,7 +7,7 @@ training alike. The strategies below choose a plan for each pass.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal, Protocol, runtime_checkable
 
@@ -89,7 +89,11 @@ def make_layout(plan: Plan) -> Layout:
 _remembered_layout = lru_cache(maxsize=64)(make_layout)
 
 
-Source = Literal["look-ahead", "head", "lookup"]
+Source = str
+"""Name of a drafter: one of `SOURCES`, or that of another drafter that the decoder was given."""
+
+SOURCES: tuple[Source, ...] = ("look-ahead", "head", "lookup")
+"""Names of our own drafters: look-ahead rows, the draft head, prompt lookup."""
 
 
 @dataclass(frozen=True)
@@ -98,17 +102,19 @@ class Chain:
 
     Attributes:
         tokens: their ids, at least one.
-        source: drawn from a look-ahead group or from the draft head, or copied from earlier in the
-            text.
+        source: the drafter that proposes them.
         evidence: of a copied one, how many tokens before it agree with the text's last ones.
         sureness: how sure a draft head was of each of its tokens, as probabilities; none of other
             sources, nor where plans may not depend on which tokens were drawn.
+        q: the distributions the tokens were drawn from, `[M, V]`, for the rejection judge; None
+            where they are one-hot.
     """
 
     tokens: tuple[int, ...]
     source: Source = "look-ahead"
     evidence: int = 0
     sureness: tuple[float, ...] = ()
+    q: Tensor | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -181,11 +187,6 @@ class Chooser(Protocol):
     """Chooses the passes of one text."""
 
     @property
-    def lookup(self) -> int:
-        """How many tokens copied from earlier in the text it can use; 0 for none."""
-        ...
-
-    @property
     def passes(self) -> tuple[Shared, ...]:
         """Kinds of passes among which the texts of a batch agree; none where plans are fixed."""
         ...
@@ -194,12 +195,13 @@ class Chooser(Protocol):
         """Hear that the batch has so many texts now."""
         ...
 
-    def drafts(self, chains: Sequence[Chain], most: int) -> int:
-        """How many tokens the draft head is to guess before the next pass; 0 for none.
+    def draft_length(self, source: Source, chains: Sequence[Chain], most: int) -> int:
+        """Return the number of tokens a drafter should propose for the next pass (0: none).
 
         Args:
-            chains: those at hand.
-            most: that could be of use.
+            source: the drafter.
+            chains: what other drafters have proposed.
+            most: candidates that the next pass can verify.
         """
         ...
 
@@ -253,15 +255,14 @@ class FixedChooser:
 
     strategy: Strategy
     guesses: int = 0
-    lookup: int = 0
     passes: tuple[Shared, ...] = ()
 
     def resize(self, texts: int) -> None:
         """Nothing changes."""
 
-    def drafts(self, chains: Sequence[Chain], most: int) -> int:
-        """As many as `guesses`, whatever else there is."""
-        return min(self.guesses, most)
+    def draft_length(self, source: Source, chains: Sequence[Chain], most: int) -> int:
+        """Return `guesses` for the draft head, 0 for prompt lookup, `most` for other drafters."""
+        return min({"head": self.guesses, "lookup": 0}.get(source, most), most)
 
     def worth(self, chains: Sequence[Chain], shared: Shared) -> float:
         """Nothing to choose."""

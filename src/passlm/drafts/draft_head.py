@@ -14,10 +14,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from passlm.drafts.drawing import by_guessing, draw_together, known_noise
+from passlm.drafts.protocol import DraftSequence, PassResult, Verified
 from passlm.drafts.sampler_head import (
     EPSILON,
     SHORTLIST,
@@ -31,6 +34,7 @@ from passlm.drafts.sampler_head import (
 from passlm.kernels.linear import RowsProduct, preferred
 from passlm.kernels.topk import likeliest, shortlist
 from passlm.layers.int8 import rounded
+from passlm.plan import Chain, Guessing, Source
 
 torch.library.define(
     "passlm::guesses",
@@ -311,6 +315,64 @@ class HeadSampler:
             hidden = hidden[list(groups)]
         last = last_tokens(texts, head.tokens, head.listed.device)
         return head.logits(hidden, last, depth)
+
+
+class DraftHeadDrafter:
+    """Drafts with a draft head, from the hidden state of each sequence's last accepted row.
+
+    Args:
+        head: the head.
+    """
+
+    source: Source = "head"
+
+    def __init__(self, head: AppliedHead) -> None:
+        self.head = head
+        self._hidden: WeakKeyDictionary[DraftSequence, Tensor] = WeakKeyDictionary()
+
+    def hidden(self, sequence: DraftSequence) -> Tensor | None:
+        """Return the hidden state of the last accepted row, `[d_model]`; None before a pass."""
+        return self._hidden.get(sequence)
+
+    def propose(self, sequences: Sequence[DraftSequence]) -> list[Chain | None]:
+        """Return as many guesses for each sequence as its plan asks for."""
+        chains: list[Chain | None] = [None] * len(sequences)
+        lengths = [
+            0 if one not in self._hidden else min(self.head.depths, one.draft_length(self.source))
+            for one in sequences
+        ]
+        asked = [at for at, length in enumerate(lengths) if length]
+        for guessing, using in by_guessing([sequences[at] for at in asked]):
+            places = [asked[at] for at in using]
+            some, wanted = [sequences[at] for at in places], [lengths[at] for at in places]
+            drafted = self._guess(guessing, some, wanted)
+            for at, chain in zip(places, drafted, strict=True):
+                chains[at] = chain
+        return chains
+
+    def _guess(
+        self, guessing: Guessing, sequences: Sequence[DraftSequence], lengths: Sequence[int]
+    ) -> list[Chain]:
+        head, hidden = self.head, [self._hidden[sequence] for sequence in sequences]
+        sampler = HeadSampler(head, hidden, lengths)
+        if guessing == "drawn":
+            return [draft.chain for draft in draw_together(sequences, sampler, self.source, True)]
+        noise = None
+        if guessing == "knowing":
+            noise = known_noise(sequences, lengths, len(head.inputs), head.places, sureness=True)
+        guesses = sampler.likeliest([sequence.tokens for sequence in sequences], noise)
+        return [
+            Chain(tokens, self.source, sureness=sureness)
+            for tokens, sureness in (zip(*own, strict=True) for own in guesses)
+        ]
+
+    def remember(self, verified: Sequence[Verified], output: PassResult) -> None:
+        """Keep the hidden state of each sequence's last accepted row."""
+        for one in verified:
+            if output.hidden is None:
+                self._hidden.pop(one.sequence, None)
+            else:
+                self._hidden[one.sequence] = output.hidden[one.batch_row][one.accepted]
 
 
 def scales(embeddings: Tensor) -> Tensor:

@@ -7,6 +7,10 @@ reference" (arXiv 2304.04487). Whether a match is worth verifying is left to `pl
 from __future__ import annotations
 
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
+
+from passlm.drafts.protocol import DraftSequence, PassResult, Verified
+from passlm.plan import Chain, Source
 
 _INDEXED = (4, 3, 2, 1)  # lengths of the token sequences looked up, longest first
 LONGEST_MATCH = 16  # a longer one is hardly better evidence
@@ -48,6 +52,30 @@ class PromptLookup:
                 if length <= place:
                     self._after[tuple(text[place - length : place])] = place
         self._known = len(text)
+
+
+class LookupDrafter:
+    """Proposes what followed the last tokens at their previous occurrence in the sequence."""
+
+    source: Source = "lookup"
+
+    def __init__(self) -> None:
+        self._indices: WeakKeyDictionary[DraftSequence, PromptLookup] = WeakKeyDictionary()
+
+    def propose(self, sequences: Sequence[DraftSequence]) -> list[Chain | None]:
+        """Return a copied continuation for each sequence whose plan asks for one."""
+        return [self._found(sequence) for sequence in sequences]
+
+    def _found(self, sequence: DraftSequence) -> Chain | None:
+        length = sequence.draft_length(self.source)
+        if not length:
+            return None
+        index = self._indices.setdefault(sequence, PromptLookup())
+        tokens, evidence = index.find(sequence.tokens, length)
+        return Chain(tuple(tokens), self.source, evidence) if tokens else None
+
+    def remember(self, verified: Sequence[Verified], output: PassResult) -> None:
+        """Do nothing: the sequence's own tokens are all that is needed."""
 
 
 def _agreeing(text: Sequence[int], place: int) -> int:

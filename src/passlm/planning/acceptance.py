@@ -12,7 +12,6 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Literal
 
 from passlm.drafts.prompt_lookup import LONGEST_MATCH
 from passlm.plan import Chain, Source
@@ -35,9 +34,12 @@ _HEAD_PRIOR = (0.07, 0.18, 0.30, 0.42, 0.53, 0.66, 0.88)
 # The same of a head that knows the noise, at temperatures from 0.2 to 1.5 together: 22,000 guesses.
 _KNOWING_PRIOR = (0.09, 0.16, 0.25, 0.36, 0.50, 0.64, 0.87)
 
-Counted = Literal["look-ahead", "head", "sureness", "lookup"]
-Key = tuple[Counted, tuple[int, ...]]
-"""A kind of chain: where its candidates are counted, and at which level each of them."""
+# Of a drafter that is not known here, by place: counts take over after a few candidates.
+_UNKNOWN_PRIOR = (0.5,) * 12
+
+Key = tuple[str, tuple[int, ...]]
+"""A kind of chain: the name its candidates are counted under (its source, or "sureness" for a draft
+head's), and the level of each of them."""
 NO_CHAIN: Key = ("look-ahead", ())
 
 
@@ -52,7 +54,7 @@ def expected_length(chances: Sequence[float]) -> float:
 
 def kind_of(chain: Chain) -> Key:
     """Where the candidates of a chain are counted."""
-    if chain.sureness:
+    if chain.sureness and chain.source == "head":
         return "sureness", tuple(bisect_right(_SURE, sure) for sure in chain.sureness)
     return chain.source, levels(chain.source, len(chain.tokens), chain.evidence)
 
@@ -62,7 +64,9 @@ def levels(source: Source, length: int, evidence: int = 0) -> tuple[int, ...]:
     """Levels by place, or by how much text agrees once a candidate is reached."""
     if source == "lookup":
         return tuple(min(evidence + place, LONGEST_MATCH) - 1 for place in range(length))
-    return tuple(range(length))
+    if source in ("look-ahead", "head"):
+        return tuple(range(length))
+    return tuple(min(place, len(_UNKNOWN_PRIOR) - 1) for place in range(length))
 
 
 class Acceptance:
@@ -121,7 +125,7 @@ class Observed:
         self, look_ahead: Sequence[float], head: Sequence[float], known: bool = False
     ) -> None:
         self._known = known
-        self._counts: dict[Counted, Acceptance] = {
+        self._counts: dict[str, Acceptance] = {
             "look-ahead": Acceptance(look_ahead),
             "head": Acceptance(head),
             "sureness": Acceptance(_KNOWING_PRIOR if known else _HEAD_PRIOR),
@@ -142,8 +146,14 @@ class Observed:
     def chances(self, key: Key) -> list[float]:
         """Chance of each candidate of such a chain, once those before it are accepted."""
         counted, at = key
-        counts = self._counts[counted]
+        counts = self._counts_of(counted)
         return [counts[level] for level in at]
+
+    def _counts_of(self, counted: str) -> Acceptance:
+        if counted not in self._counts:
+            self._counts[counted] = Acceptance(_UNKNOWN_PRIOR)
+            self._counts[counted].believe(self.confidence)
+        return self._counts[counted]
 
     def count(
         self, chains: Sequence[Chain], settled: Sequence[int], confidences: Sequence[float]
@@ -165,7 +175,7 @@ class Observed:
                 acceptance.believe(self.head_confidence if by_head else self.confidence)
         for chain in chains:
             kind, at = kind_of(chain)
-            counts = self._counts[kind]
+            counts = self._counts_of(kind)
             for level, guess, token in zip(at, chain.tokens, settled, strict=False):
                 counts.count(level, guess == token)
                 if guess != token:

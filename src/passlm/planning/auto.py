@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
-from passlm.plan import Chain, Choice, Guessing, Limits, Plan, Shared
+from passlm.plan import Chain, Choice, Guessing, Limits, Plan, Shared, Source
 from passlm.planning.acceptance import NO_CHAIN, Key, Observed, expected_length, kind_of, levels
 from passlm.planning.cost_curve import CostCurve
 
@@ -232,11 +232,6 @@ class AutoChooser:
                 self._weigh_anew()
 
     @property
-    def lookup(self) -> int:
-        """How many tokens of a lookup chain are of use; 0 for none."""
-        return LONGEST_LOOKUP if self._settings.lookup else 0
-
-    @property
     def passes(self) -> tuple[Shared, ...]:
         """See `plan.Chooser`."""
         return self._settings.passes
@@ -246,11 +241,19 @@ class AutoChooser:
         """Tokens a second over the last passes, by the cost curve."""
         return self._tokens / self._seconds
 
-    def drafts(self, chains: Sequence[Chain], most: int) -> int:
-        """See `plan.Chooser`: as many as are worth their time beside the chains at hand."""
+    def draft_length(self, source: Source, chains: Sequence[Chain], most: int) -> int:
+        """See `plan.Chooser`; copied tokens cost nothing, guesses of the draft head must pay."""
+        if source == "head":
+            return self._guesses(chains, most)
+        if source == "lookup" and not self._settings.lookup:
+            return 0
+        return LONGEST_LOOKUP
+
+    def _guesses(self, chains: Sequence[Chain], most: int) -> int:
+        """Return the number of draft-head tokens that are worth their time beside these chains."""
         net = self._net_gains()[:most]
         self._guessed = 0
-        if max(net, default=0.0) > 0:
+        if max(net, default=0.0) > 0 and not any(c.source == "look-ahead" for c in chains):
             alone = self._at_best(NO_CHAIN)
             others = max((self._at_best(kind_of(chain)) for chain in chains), default=alone)
             if alone + max(net) > others:

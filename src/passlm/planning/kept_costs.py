@@ -38,6 +38,7 @@ from passlm.plan import (
     Limits,
     Plan,
     Shared,
+    Source,
     verifying,
 )
 from passlm.planning.auto import AutoPlan
@@ -79,7 +80,6 @@ class _Timed:
 class _Script:
     """Gives every row the step that is to be timed."""
 
-    lookup = 0
     passes = ()
 
     def __init__(self) -> None:
@@ -91,8 +91,8 @@ class _Script:
     def resize(self, texts: int) -> None:
         pass
 
-    def drafts(self, chains: Sequence[Chain], most: int) -> int:
-        return self.timed.guessed
+    def draft_length(self, source: Source, chains: Sequence[Chain], most: int) -> int:
+        return self.timed.guessed if source == "head" else 0
 
     def worth(self, chains: Sequence[Chain], shared: Shared) -> float:
         return 0.0
@@ -228,8 +228,6 @@ def _sitting(
         if len(decoder.rows) < batch:  # the model's context is full
             break
         script.timed = step
-        for row in decoder.rows:
-            row.begin_draft()  # what a group drafted would be in the head's way
         begun = time.perf_counter()
         decoder.step()
         taken.append((step, time.perf_counter() - begun))

@@ -42,10 +42,10 @@ class RememberingDecoder(Decoder):
         for row in leaving:
             known = row.tokens[:-1]
             if self.prefixes is not None and len(known) >= SHORTEST:
-                self._remember(self.prefixes, row, known)
+                self._keep_prefix(self.prefixes, row, known)
         super().leave(leaving)
 
-    def _remember(self, prefixes: Prefixes, row: Row, known: Sequence[int]) -> None:
+    def _keep_prefix(self, prefixes: Prefixes, row: Row, known: Sequence[int]) -> None:
         try:
             prefixes.remember(known, self.copied(row, len(known)))
         except Exception:  # memory may be short, and it is a convenience
@@ -277,7 +277,6 @@ class Scheduler:
         ahead = dict(broken.settled)
         settled = []
         for row in list(ahead) or broken.rows:
-            row.begin_draft()
             try:
                 step, cache = self._taken_apart(broken, row, ahead.get(row))
                 if cache is not None:

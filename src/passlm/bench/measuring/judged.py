@@ -88,8 +88,8 @@ def _favoured(row: Row, p: Tensor, at: int) -> Tensor:
     chain, request = row.choice.chain, row.request
     assert chain is not None, "judged are candidates"
     drawn = chain.source != "lookup" and request.draft == "sampled"
-    if drawn and row.q is not None:
-        return row.q[at].to(p) > p
+    if drawn and chain.q is not None:
+        return chain.q[at].to(p) > p
     # What is no draw was copied, or is the likeliest: its `q` is one-hot.
     single = int(p.argmax()) if drawn else row.candidates[at]
     favoured = torch.zeros_like(p, dtype=torch.bool)

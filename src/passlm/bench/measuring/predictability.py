@@ -16,7 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,11 +27,10 @@ from passlm.decoding.decoder import Decoder
 from passlm.decoding.distribution import TokenDistribution
 from passlm.decoding.stopping import cut_block
 from passlm.decoding.text import Request, Row
-from passlm.plan import Source
+from passlm.plan import SOURCES
 
 PROMPTS = 16  # of a suite that each method is watched on
 KINDS = ("accepted", "refused", "drawn")
-SOURCES: tuple[Source, ...] = get_args(Source)
 
 
 @dataclass
