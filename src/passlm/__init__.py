@@ -1,7 +1,9 @@
-"""PaSS for language models: one frozen model drafts with look-ahead embeddings and validates.
+"""Parallel Speculative Sampling (PaSS) for language models.
 
-`load` a model, then `stream` or `generate`; `custom_generate` plugs into transformers' own
-`generate`. Heavy libraries are imported with the name that needs them.
+One frozen model both drafts tokens, with trained look-ahead embeddings, and verifies them. Call
+`load`, then `Generator.stream` or `Generator.generate`; `custom_generate` plugs into the `generate`
+method of transformers. This module holds the public names only and imports nothing until a name is
+used, because torch and transformers take seconds to import.
 """
 
 from __future__ import annotations
