@@ -20,7 +20,7 @@ Draft = Literal["sampled", "greedy"]
 METHODS = ("auto", "ar", "two-pass", "one-pass")
 QUANTIZED = ("int8",)  # types that weights can be rounded to
 Processor = Callable[[Any, Any], Any]  # a transformers LogitsProcessor: (ids [1, T], scores [1, V])
-_COLDEST = 1e-6  # logits divided by much less overflow float32
+_MIN_TEMPERATURE = 1e-6  # logits divided by much less overflow float32
 
 
 class ParameterError(InputError):
@@ -125,8 +125,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         _require(
             _is_number(self.temperature)
-            and (self.temperature == 0 or self.temperature >= _COLDEST),
-            f"temperature is {self.temperature!r}: it must be 0 (greedy) or at least {_COLDEST}",
+            and (self.temperature == 0 or self.temperature >= _MIN_TEMPERATURE),
+            f"temperature is {self.temperature!r}: it must be 0 (greedy) or at least {_MIN_TEMPERATURE}",
         )
         _require(
             _is_whole(self.top_k) and self.top_k >= 0,
