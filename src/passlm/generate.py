@@ -297,7 +297,7 @@ class Generator:
     def _run(
         self, prompts: Sequence[Sequence[int]], options: Options, stats: Sequence[Stats]
     ) -> Iterator[tuple[int, Chunk]]:
-        """Decode a batch and yield the prompt's index and the chunk of each pass; fill in `stats`."""
+        """Decode a batch; yield the prompt index and chunk of each pass; fill in `stats`."""
         plans = self._plans(options, prompts)
         decoder = Decoder(self.target, self.rows)
         texts: dict[Row, StreamedText] = {}

@@ -126,7 +126,8 @@ class SamplingParams:
         _require(
             _is_number(self.temperature)
             and (self.temperature == 0 or self.temperature >= _MIN_TEMPERATURE),
-            f"temperature is {self.temperature!r}: it must be 0 (greedy) or at least {_MIN_TEMPERATURE}",
+            f"temperature is {self.temperature!r}: it must be 0 (greedy) or at least "
+            f"{_MIN_TEMPERATURE}",
         )
         _require(
             _is_whole(self.top_k) and self.top_k >= 0,
