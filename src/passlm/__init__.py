@@ -1,7 +1,9 @@
-"""PaSS for language models: one frozen model drafts with look-ahead embeddings and validates.
+"""Parallel Speculative Sampling (PaSS) for language models.
 
-`load` a model, then `stream` or `generate`; `custom_generate` plugs into transformers' own
-`generate`. Heavy libraries are imported with the name that needs them.
+One frozen model both drafts tokens, with trained look-ahead embeddings, and verifies them. Call
+`load`, then `Generator.stream` or `Generator.generate`; `custom_generate` plugs into the `generate`
+method of transformers. This module holds the public names only and imports nothing until a name is
+used, because torch and transformers take seconds to import.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
+_MODULES = {
     "Chunk": "passlm.outputs",
     "Generator": "passlm.generate",
     "LookAhead": "passlm.lookahead.trained",
@@ -49,6 +51,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'passlm' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)

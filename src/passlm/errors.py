@@ -1,11 +1,11 @@
-"""What all errors about a user's input have in common."""
+"""The base class of all errors caused by a user's input."""
 
 from __future__ import annotations
 
 
 class InputError(ValueError):
-    """Something a user gave cannot be used.
+    """Error caused by an argument, file or setting that the user provided.
 
-    The message is one line: what was wrong, what was expected, what to do. The command line
-    prints it and exits with 2.
+    The message is one line that says what was wrong, what was expected and what to do. The command
+    line prints it and exits with code 2.
     """

@@ -1,7 +1,7 @@
-"""Text in, text out: load a model with its look-ahead files, stream or generate.
+"""Text in, text out: load a model with its look-ahead files, then stream or generate.
 
-The one place where ids and text meet; `generate` is `stream`, joined. The step itself is left to
-`decoding/decoder.py`.
+This is the only module where token ids and text meet. `generate` joins the output of `stream`. The
+decoding step itself is left to `decoding/decoder.py`.
 """
 
 from __future__ import annotations
@@ -51,28 +51,29 @@ def load(
     compile: bool = False,
     quantize: str | None = None,
 ) -> Generator:
-    """Load a model and the look-ahead files for it.
+    """Load a model and its look-ahead files.
 
     Args:
-        model: the packaged default, a folder, a hub id or a `.gguf` file.
-        lookahead: a folder, the name of shipped files, or a hub id; `"none"` does without, where
-            `auto` still drafts from the text itself (plain decoding is `method="ar"`). None takes
-            what ships for the model, and says so in the log where nothing does.
+        model: the default model's name, a folder, a hub id or a `.gguf` file.
+        lookahead: a folder, the name of shipped files, or a hub id. `"none"` loads no files; the
+            method `auto` then still drafts by copying from the text itself (use `method="ar"` for
+            plain decoding). None loads what ships for the model, and logs a warning if nothing
+            does.
         dtype: `bfloat16`, `float16` or `float32`.
-        device: where the model goes, as torch names it.
-        pack: on a CPU, in bfloat16 or float32, keep a second copy of the weights in a faster
-            layout, where that pays.
-        compile: on a CPU, run passes that are compiled once, which takes minutes and a C++
-            compiler, and kept in the user's cache folder. Where that fails, a warning says so and
+        device: torch device for the model.
+        pack: on a CPU, in bfloat16 or float32, keep a second copy of the weights in a faster layout
+            where this helps.
+        compile: on a CPU, use compiled passes. Compiling takes minutes and a C++ compiler; the
+            result is kept in the user's cache folder. If compiling fails, a warning is logged and
             passes run eagerly.
-        quantize: `"int8"` rounds the linear layers of a model on a CPU and decodes the rounded
-            model, losslessly with respect to it; see `quantized`. None takes the model as it is.
+        quantize: `"int8"` rounds the linear layers of a model on a CPU. The rounded model is then
+            decoded losslessly; see `quantized`. None leaves the weights as they are.
 
     Raises:
         ModelError: the model cannot be found or loaded.
-        QuantizeError: it cannot be rounded here.
-        UnsupportedModelError: it cannot be decoded by plans.
-        LookAheadError: the files are missing, damaged or made for another model.
+        QuantizeError: the model cannot be rounded on this device.
+        UnsupportedModelError: the model's architecture is not supported.
+        LookAheadError: the look-ahead files are missing, damaged or made for another model.
     """
     loaded = load_model(model, dtype=dtype, device=device)
     decoded = loaded.model if quantize is None else quantized(loaded.model, quantize)
@@ -81,7 +82,7 @@ def load(
 
 
 def compiled_folder() -> Path:
-    """Where compiled passes are kept."""
+    """Return the folder where compiled passes are kept."""
     return cache_folder() / "compiled"
 
 
@@ -91,22 +92,22 @@ def _look_ahead(name: str | Path | None, target: Target) -> LookAhead | None:
     rows = load_for(target, name)
     if rows is None:
         _log.warning(
-            "no look-ahead files ship for this model: drafting from the text alone; 'passlm train' "
-            "makes some"
+            "no look-ahead files are shipped for this model: draft tokens are only copied from the "
+            "text itself; create look-ahead files with 'passlm train'"
         )
     return rows
 
 
 @dataclass(frozen=True)
 class Options:
-    """Everything one call asks for.
+    """Validated options of one call.
 
     Attributes:
-        sampling: how tokens are drawn.
-        stopping: when the text ends.
+        sampling: how tokens are sampled.
+        stopping: when generation ends.
         method: `auto`, `ar`, `two-pass` or `one-pass`.
-        lookahead_tokens: length of the look-ahead groups, `L`; of the longest for `auto`, where 0
-            drafts from the text alone.
+        lookahead_tokens: length of the look-ahead groups, `L`. For `auto` it is the maximum, and 0
+            means that draft tokens are only copied from the text itself.
     """
 
     sampling: SamplingParams
@@ -123,11 +124,13 @@ class Options:
         method: str | None = None,
         lookahead_tokens: int | None = None,
     ) -> Options:
-        """Make sure that method and look-ahead files fit together; None takes the default.
+        """Return options after checking that the method and the look-ahead files fit together.
+
+        None stands for the default of `method` and `lookahead_tokens`.
 
         Raises:
-            ParameterError: a drafting method without look-ahead files, or more look-ahead tokens
-                than they have rows.
+            ParameterError: the method needs look-ahead files and there are none, or they have fewer
+                rows than `lookahead_tokens`.
         """
         if method is None:
             method = DEFAULT_METHOD
@@ -136,10 +139,10 @@ class Options:
 
     @classmethod
     def of(cls, look_ahead: LookAhead | None, given: Mapping[str, Any]) -> Options:
-        """Sort keyword arguments into their groups.
+        """Return options made from keyword arguments.
 
         Raises:
-            ParameterError: an unknown name or a value outside its range.
+            ParameterError: a name is unknown or a value is outside its valid range.
         """
         wanted = dict(given)
         chosen = {k: wanted.pop(k) for k in ("method", "lookahead_tokens") if k in wanted}
@@ -165,35 +168,35 @@ def _checked_tokens(method: str, tokens: int | None, look_ahead: LookAhead | Non
         raise ParameterError(f"method is {method!r}: it must be one of {', '.join(METHODS)}")
     if method == "ar":
         if tokens is not None:
-            raise ParameterError("method ar drafts nothing: leave lookahead_tokens out")
+            raise ParameterError("method ar does not draft: leave lookahead_tokens out")
         return 0
     if method == "auto" and (look_ahead is None or tokens == 0):
         if tokens:
             raise ParameterError(
-                f"lookahead_tokens is {tokens} and no look-ahead files are loaded: name some, or "
-                "leave it out"
+                f"lookahead_tokens is {tokens}, but no look-ahead files are loaded: give "
+                "lookahead, or leave lookahead_tokens out"
             )
         return 0
     if look_ahead is None:
         raise ParameterError(
-            f"method {method} drafts with look-ahead files and none are loaded: name some, or "
-            "train some with 'passlm train', or take method ar"
+            f"method {method} needs look-ahead files, and none are loaded: give lookahead, create "
+            "look-ahead files with 'passlm train', or use method ar"
         )
     return look_ahead.group_length(tokens, method)
 
 
 class Generator:
-    """A target, its tokenizer and its look-ahead rows.
+    """A target model with its tokenizer and look-ahead files.
 
     Args:
         target: the frozen model.
-        tokenizer: the model's own.
-        look_ahead: rows trained for it; None does without.
+        tokenizer: the model's tokenizer.
+        look_ahead: look-ahead files trained for the model; None for none.
 
     Attributes:
-        rows: what decoding takes of the look-ahead files; None without.
-        costs: what passes cost here.
-        eos: ids that end a text.
+        rows: the parts of the look-ahead files that decoding uses; None without files.
+        costs: costs of passes on this machine.
+        eos: ids of the tokens that end a sequence.
     """
 
     def __init__(
@@ -211,27 +214,31 @@ class Generator:
         self.eos = _eos_ids(target, tokenizer)
 
     def stream(self, prompt: Prompt, **options: Any) -> Iterator[Chunk]:
-        """Continue one prompt, a pass at a time.
+        """Continue one prompt and yield the result of each pass.
 
         Args:
             prompt: text, token ids, or chat messages.
             **options: fields of `SamplingParams` and `StopParams`, `method`, `lookahead_tokens`.
 
         Yields:
-            What each pass settled; the texts of all chunks joined are the completion.
+            The tokens and text that each pass settled. The texts of all chunks joined are the
+            completion.
 
         Raises:
-            ParameterError: an option is unknown or outside its range.
+            ParameterError: an option is unknown or outside its valid range.
             PromptError: the prompt is empty or longer than the model's context.
         """
         return self.stream_ids(self.encode(prompt), Options.of(self.look_ahead, options), Stats())
 
     def stream_ids(self, prompt: Sequence[int], options: Options, stats: Stats) -> Iterator[Chunk]:
-        """`stream` of token ids with checked options; counts go into `stats` on the way."""
+        """Stream from token ids and validated options; add the counts to `stats`."""
         return (chunk for _, chunk in self._run([prompt], options, [stats]))
 
     def generate(self, prompts: Prompt | Sequence[Prompt], **options: Any) -> list[Output]:
-        """Continue prompts as one batch, in order; arguments and errors are those of `stream`."""
+        """Continue one or several prompts as one batch and return the results in order.
+
+        Arguments and errors are those of `stream`.
+        """
         chosen = Options.of(self.look_ahead, options)
         ids = [self.encode(prompt) for prompt in _listed(prompts)]
         if not ids:
@@ -243,10 +250,11 @@ class Generator:
         return [_joined(parts, counts) for parts, counts in zip(chunks, stats, strict=True)]
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt; chats go through the model's own template.
+        """Return the token ids of a prompt; chat messages go through the model's chat template.
 
         Raises:
-            PromptError: it is empty, or a chat for a model without a chat template.
+            PromptError: the prompt is empty or not valid Unicode, or it is a chat that the model's
+                template rejects or for which the model has no template.
         """
         ids: Any
         if isinstance(prompt, str):
@@ -263,24 +271,24 @@ class Generator:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise PromptError("the prompt is not valid Unicode text: mend its encoding") from error
+            raise PromptError("the prompt is not valid Unicode text: fix its encoding") from error
         ids: Sequence[int] = self.tokenizer(text)["input_ids"]
         return ids
 
     def _encode_chat(self, messages: Sequence[Any]) -> list[int]:
         if not self.tokenizer.chat_template:
-            raise PromptError("this model has no chat template: give the prompt as text")
+            raise PromptError("this model has no chat template: give the prompt as plain text")
         try:
             text = self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
             )
         except TemplateError as error:
-            raise PromptError(f"the model's chat template refuses this chat: {error}") from error
+            raise PromptError(f"the model's chat template rejects this chat: {error}") from error
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text of token ids, special tokens left out."""
+        """Return the text of token ids, without special tokens."""
         text = self.tokenizer.decode(
             list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
@@ -289,7 +297,7 @@ class Generator:
     def _run(
         self, prompts: Sequence[Sequence[int]], options: Options, stats: Sequence[Stats]
     ) -> Iterator[tuple[int, Chunk]]:
-        """Decode a batch, giving each pass's chunk of each prompt; counts go into `stats`."""
+        """Decode a batch; yield the prompt index and chunk of each pass; fill in `stats`."""
         plans = self._plans(options, prompts)
         decoder = Decoder(self.target, self.rows)
         texts: dict[Row, StreamedText] = {}
@@ -300,7 +308,7 @@ class Generator:
             counts.prefill_seconds = time.perf_counter() - begun
             detokenizer = Detokenizer(self.decode, prompt)
             texts[row] = StreamedText(index, detokenizer, StopStrings(options.stopping.stop))
-        seconds = 0.0  # of passes alone: whoever reads the stream takes time of their own
+        seconds = 0.0  # spent in passes only, not in the code that consumes the stream
         while decoder.rows:
             begun = time.perf_counter()
             settled = decoder.step()
@@ -335,13 +343,13 @@ class Generator:
 
 @dataclass
 class StreamedText:
-    """One text on its way from ids to what is shown.
+    """Converts one sequence's token ids to the text that is shown.
 
     Attributes:
-        index: which of the texts asked for.
-        detokenizer: its ids to text.
-        stops: where its text ends.
-        kept: the last pass's step, as far as it belongs to the text.
+        index: index of the prompt.
+        detokenizer: converts ids to text.
+        stops: finds stop strings.
+        kept: the step of the last pass, cut at a stop string.
     """
 
     index: int
@@ -350,7 +358,7 @@ class StreamedText:
     kept: Step = field(default_factory=lambda: Step((), 0, 0))
 
     def push(self, step: Step) -> Chunk:
-        """The chunk of one pass, cut where a stop string begins; `kept` is the step so cut."""
+        """Return the chunk of one pass, cut at a stop string; set `kept` to the cut step."""
         shown: list[str] = []
         self.kept = step
         for count, token in enumerate(step.tokens, start=1):
@@ -365,13 +373,13 @@ class StreamedText:
         return Chunk(tuple(shown), self.kept.tokens, self.kept.accepted, self.kept.finish_reason)
 
     def _rest(self) -> str:
-        """What was held back, once the text is at its end."""
+        """Return the text that was held back, at the end of the sequence."""
         text, stopped = self.stops.push(self.detokenizer.flush())
         return text if stopped else text + self.stops.flush()
 
 
 def _listed(prompts: Prompt | Sequence[Prompt]) -> Sequence[Any]:
-    """One prompt or several, as a list of several."""
+    """Return a list of prompts, given one prompt or several."""
     single = isinstance(prompts, str) or (
         len(prompts) > 0 and isinstance(prompts[0], int | Mapping)
     )
@@ -380,13 +388,13 @@ def _listed(prompts: Prompt | Sequence[Prompt]) -> Sequence[Any]:
 
 def _joined(chunks: Sequence[Chunk], stats: Stats) -> Output:
     reason: FinishReason | None = chunks[-1].finish_reason
-    assert reason is not None, "a text left the batch without a reason"
+    assert reason is not None, "a sequence left the batch without a finish reason"
     tokens = tuple(token for chunk in chunks for token in chunk.tokens)
     return Output("".join(chunk.text for chunk in chunks), tokens, reason, stats)
 
 
 def _eos_ids(target: Target, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """What the model's generation settings call its end, and what its tokenizer does."""
+    """Return the end-of-sequence ids of the model's generation settings and of its tokenizer."""
     config = target.model.generation_config
     stated = None if config is None else config.eos_token_id
     ids = stated if isinstance(stated, list) else [stated]
@@ -394,7 +402,11 @@ def _eos_ids(target: Target, tokenizer: PreTrainedTokenizerBase) -> frozenset[in
 
 
 def set_threads(threads: int | None) -> None:
-    """Let torch compute with so many threads; None leaves its own choice."""
+    """Set the number of CPU threads that torch uses; None leaves torch's default.
+
+    Raises:
+        ParameterError: the number is below 1.
+    """
     if threads is not None:
         if threads < 1:
             raise ParameterError(f"threads is {threads}: it must be 1 or more")

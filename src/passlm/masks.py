@@ -1,7 +1,7 @@
-"""Which cache slots the rows of a pass may see, for full and for sliding attention.
+"""Visibility masks: the cache slots that each row of a pass may attend to.
 
-Pure functions of lengths and layouts; the form a model takes a mask in is left to
-`model/target.py`.
+Supports full and sliding-window attention. Pure functions of lengths and layouts; converting a mask
+to the format that a model expects is left to `model/target.py`.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ def visibility(
     device: torch.device,
     slots: int | None = None,
 ) -> Tensor:
-    """Which cache slot each row of a pass may see.
+    """Return the cache slots that each row of a pass may attend to.
 
     Args:
-        lengths: settled slots of each batch row; the pass's own rows follow them.
-        visible: `[Q_b, Q_b]` of each batch row's layout.
-        device: where the result is wanted.
-        slots: how many there are, `S`; None for those in use, `max(lengths) + Q`.
+        lengths: number of settled slots of each batch row; the rows of the pass follow them.
+        visible: visibility within the pass, `[Q_b, Q_b]` for each batch row, from its layout.
+        device: device of the result.
+        slots: total number of slots, `S`; None for `max(lengths) + Q`, the slots in use.
 
     Returns:
-        `[B, Q, S]` bool. Rows that only fill up a batch see themselves alone, so
-        that no row of the softmax is empty.
+        `[B, Q, S]` bool. Padding rows, which fill up shorter batch rows, see only
+        themselves, so that no row of the softmax is empty.
     """
     rows = max(len(own) for own in visible)
     slots = max(lengths) + rows if slots is None else slots
@@ -44,13 +44,13 @@ def visibility(
 
 
 def within_window(lengths: Sequence[int], positions: Tensor, filled: int, window: int) -> Tensor:
-    """Which slots lie inside each row's sliding window, by position.
+    """Return the slots inside each row's sliding window, by position.
 
     Args:
-        lengths: settled slots of each batch row; slot `s` below it holds position `s`.
+        lengths: number of settled slots of each batch row; slot `s` below it holds position `s`.
         positions: position of each row of the pass, `[B, Q]`.
         filled: number of slots, `S`.
-        window: how many positions a row sees, itself included.
+        window: number of positions that a row sees, including its own.
 
     Returns:
         `[B, Q, S]` bool.

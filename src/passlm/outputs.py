@@ -1,4 +1,7 @@
-"""What a pass and a whole run gave: plain records, and the counts every report is made from."""
+"""Results of a pass and of a whole generation, as plain records.
+
+`Stats` holds the counts that every report is computed from.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +14,18 @@ FinishReason = Literal["eos", "stop", "length", "context"]
 
 @dataclass(frozen=True)
 class Step:
-    """What one pass settled for one row of the batch."""
+    """Tokens settled by one pass for one batch row."""
 
     tokens: tuple[int, ...]
     """Settled token ids, the accepted candidates first."""
     accepted: int
-    """How many of `tokens` are accepted candidates; any further one was drawn."""
+    """Number of `tokens` that are accepted candidates; a remaining one was drawn."""
     judged: int
-    """How many candidates the pass verified."""
+    """Number of candidates that the pass verified."""
     finish_reason: FinishReason | None = None
 
     def cut(self, kept: int, reason: FinishReason) -> Step:
-        """The step ended after its first `kept` tokens; what lies behind was never judged."""
+        """Return a copy that ends after `kept` tokens and does not count what follows as judged."""
         return Step(self.tokens[:kept], min(self.accepted, kept), min(self.judged, kept), reason)
 
 
@@ -36,14 +39,14 @@ class Stats:
     judging_passes: int = 0
     """Passes that had candidates to verify."""
     judged_by_position: list[int] = field(default_factory=list)
-    """How many candidates were reached (all before them accepted) at position 1, 2, ..."""
+    """Number of candidates reached (all before them accepted) at position 1, 2, ..."""
     accepted_by_position: list[int] = field(default_factory=list)
-    """How many of those were accepted."""
+    """Number of the reached candidates that were accepted, by position."""
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
 
     def count(self, step: Step) -> None:
-        """Add one pass."""
+        """Add the counts of one pass."""
         self.passes += 1
         self.tokens += len(step.tokens)
         self.judging_passes += step.judged > 0
@@ -56,27 +59,27 @@ class Stats:
 
     @property
     def accepted(self) -> int:
-        """Candidates accepted in all."""
+        """Total number of accepted candidates."""
         return sum(self.accepted_by_position)
 
     @property
     def accepted_length(self) -> float:
-        """Mean number of candidates accepted in a pass that had some; 0.0 without such a pass."""
+        """Mean number of accepted candidates per pass that had any; 0.0 without such a pass."""
         return self.accepted / self.judging_passes if self.judging_passes else 0.0
 
     @property
     def tokens_per_pass(self) -> float:
-        """New tokens a forward pass; 0.0 before the first pass."""
+        """New tokens per forward pass; 0.0 before the first pass."""
         return self.tokens / self.passes if self.passes else 0.0
 
     @property
     def tokens_per_second(self) -> float:
-        """New tokens a second of decoding, prefill not counted; 0.0 before the first pass."""
+        """New tokens per second of decoding, without prefill; 0.0 before the first pass."""
         return self.tokens / self.decode_seconds if self.decode_seconds else 0.0
 
     @classmethod
     def total(cls, parts: Sequence[Stats]) -> Stats:
-        """The sum over several generations."""
+        """Return the sum of the counts of several generations."""
         longest = max((len(part.judged_by_position) for part in parts), default=0)
 
         def summed(columns: list[list[int]]) -> list[int]:
@@ -96,26 +99,26 @@ class Stats:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of streamed text and the step it came from."""
+    """A piece of streamed text, produced by one step."""
 
     texts: tuple[str, ...]
-    """What each token lets show, one text a token; empty while a character or a possible stop
-    string is unfinished."""
+    """Text shown for each token, one string per token. A string is empty while a character or a
+    possible stop string is incomplete."""
     tokens: tuple[int, ...]
-    """Token ids settled by the step, cut at the stop."""
+    """Token ids settled by the step, cut at a stop."""
     accepted: int
-    """How many of `tokens`, the first ones, are accepted candidates."""
+    """Number of `tokens` that are accepted candidates; they come first."""
     finish_reason: FinishReason | None = None
 
     @property
     def text(self) -> str:
-        """The text to print now."""
+        """Text to print now."""
         return "".join(self.texts)
 
 
 @dataclass(frozen=True)
 class Output:
-    """A whole generation."""
+    """Result of a complete generation."""
 
     text: str
     tokens: tuple[int, ...]

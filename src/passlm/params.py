@@ -1,7 +1,7 @@
-"""What a user asks of one generation: how tokens are drawn and when to stop.
+"""Parameters of one generation: how tokens are sampled and when to stop.
 
-Values are checked here, once, so that nothing below has to check them again. Turning them into
-transformers' processors is left to `decoding/distribution.py`, acting on the stops to
+Values are validated here, once, so that no other module has to. Converting them to transformers'
+logits processors is left to `decoding/distribution.py`, applying the stop conditions to
 `decoding/stopping.py`.
 """
 
@@ -18,13 +18,16 @@ from passlm.errors import InputError
 Judge = Literal["coupled", "rejection"]
 Draft = Literal["sampled", "greedy"]
 METHODS = ("auto", "ar", "two-pass", "one-pass")
-QUANTIZED = ("int8",)  # what weights may be rounded to
+QUANTIZED = ("int8",)  # types that weights can be rounded to
 Processor = Callable[[Any, Any], Any]  # a transformers LogitsProcessor: (ids [1, T], scores [1, V])
-_COLDEST = 1e-6  # logits divided by much less overflow float32
+_MIN_TEMPERATURE = 1e-6  # logits divided by much less overflow float32
 
 
 class ParameterError(InputError):
-    """A parameter outside its range; the message is one line that names the cure."""
+    """A parameter outside its valid range.
+
+    The message is one line that says which values are valid.
+    """
 
 
 def _require(holds: bool, message: str) -> None:
@@ -42,66 +45,93 @@ def _is_whole(value: object) -> bool:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is drawn. The defaults are greedy decoding.
+    """How the next token is sampled. The defaults give greedy decoding.
 
     Raises:
-        ParameterError: a value lies outside its range.
+        ParameterError: a value is outside its valid range.
     """
 
     temperature: float = field(
-        default=0.0, metadata={"help": "0 is greedy; 1 is the model's own distribution"}
+        default=0.0,
+        metadata={"help": "sampling temperature; 0 is greedy, 1 the model's own distribution"},
     )
-    top_k: int = field(default=0, metadata={"help": "keep the k most likely tokens; 0 keeps all"})
+    top_k: int = field(
+        default=0, metadata={"help": "sample from the k most likely tokens only; 0 disables it"}
+    )
     top_p: float = field(
-        default=1.0, metadata={"help": "keep the smallest set of tokens of this probability"}
+        default=1.0,
+        metadata={
+            "help": "sample from the smallest set of tokens whose total probability reaches this "
+            "value; 1 disables it"
+        },
     )
     min_p: float = field(
-        default=0.0, metadata={"help": "drop tokens below this share of the likeliest one"}
+        default=0.0,
+        metadata={
+            "help": "drop tokens whose probability is below this share of the most likely token's; "
+            "0 disables it"
+        },
     )
     repetition_penalty: float = field(
-        default=1.0, metadata={"help": "above 1 makes tokens already in the text less likely"}
+        default=1.0,
+        metadata={
+            "help": "values above 1 make tokens of the prompt and the output less likely; "
+            "1 disables it"
+        },
     )
     presence_penalty: float = field(
         default=0.0,
-        metadata={"help": "taken off the logit of every token already written; -2 to 2"},
+        metadata={
+            "help": "subtracted from the logit of every token generated so far; from -2 to 2"
+        },
     )
     frequency_penalty: float = field(
         default=0.0,
-        metadata={"help": "taken off it for each time the token was written; -2 to 2"},
+        metadata={
+            "help": "subtracted from a token's logit for each time it was generated; from -2 to 2"
+        },
     )
     logit_bias: Mapping[int, float] = field(
-        default_factory=dict, metadata={"help": "token id to a number added to its logit"}
+        default_factory=dict, metadata={"help": "maps token ids to numbers added to their logits"}
     )
     bad_words: tuple[tuple[int, ...], ...] = field(
-        default=(), metadata={"help": "token sequences that must not be written"}
+        default=(), metadata={"help": "token sequences that must not be generated"}
     )
     min_new_tokens: int = field(
-        default=0, metadata={"help": "no end of sequence before this many new tokens"}
+        default=0, metadata={"help": "suppress the end of sequence before this many new tokens"}
     )
     processors: tuple[Processor, ...] = field(
-        default=(), metadata={"help": "further transformers LogitsProcessor objects"}
+        default=(), metadata={"help": "additional transformers LogitsProcessor objects"}
     )
     seed: int | None = field(
-        default=None, metadata={"help": "the same seed gives the same text; fresh if not given"}
+        default=None,
+        metadata={"help": "random seed, which makes the output reproducible; default: a new one"},
     )
     judge: Judge = field(
         default="coupled",
-        metadata={"help": "how candidates are accepted; both keep the model's distribution"},
+        metadata={
+            "help": "how draft tokens are accepted; both keep the model's distribution, and with "
+            "coupled the output for a seed does not depend on the drafts"
+        },
     )
     draft: Draft = field(
         default="sampled",
-        metadata={"help": "how candidates are drawn from look-ahead rows and draft head"},
+        metadata={
+            "help": "how look-ahead rows and the draft head choose draft tokens: sampled, or the "
+            "most likely ones"
+        },
     )
 
     def __post_init__(self) -> None:
         _require(
             _is_number(self.temperature)
-            and (self.temperature == 0 or self.temperature >= _COLDEST),
-            f"temperature is {self.temperature!r}: it must be 0 (greedy) or {_COLDEST} or more",
+            and (self.temperature == 0 or self.temperature >= _MIN_TEMPERATURE),
+            f"temperature is {self.temperature!r}: it must be 0 (greedy) or at least "
+            f"{_MIN_TEMPERATURE}",
         )
         _require(
             _is_whole(self.top_k) and self.top_k >= 0,
-            f"top_k is {self.top_k!r}: it must be a whole number, 0 (off) or more",
+            f"top_k is {self.top_k!r}: it must be 0 (disabled) or a positive whole number",
         )
         _require(
             _is_number(self.top_p) and 0 < self.top_p <= 1,
@@ -113,13 +143,14 @@ class SamplingParams:
         )
         _require(
             _is_number(self.repetition_penalty) and self.repetition_penalty > 0,
-            f"repetition_penalty is {self.repetition_penalty!r}: it must be positive (1 is off)",
+            f"repetition_penalty is {self.repetition_penalty!r}: it must be positive (1 disables "
+            "it)",
         )
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
             _require(
                 _is_number(value) and -2 <= value <= 2,
-                f"{name} is {value!r}: it must lie between -2 and 2 (0 is off)",
+                f"{name} is {value!r}: it must lie between -2 and 2 (0 disables it)",
             )
         _require(
             _is_whole(self.min_new_tokens) and self.min_new_tokens >= 0,
@@ -132,7 +163,7 @@ class SamplingParams:
         for token, bias in self.logit_bias.items():
             _require(
                 _is_whole(token) and token >= 0 and _is_number(bias),
-                f"logit_bias of {token!r} is {bias!r}: it must give a token id a finite number",
+                f"logit_bias of {token!r} is {bias!r}: it must map token ids to finite numbers",
             )
         _require(
             self.judge in get_args(Judge),
@@ -144,7 +175,7 @@ class SamplingParams:
         )
         _require(
             all(len(word) > 0 and min(word) >= 0 for word in self.bad_words),
-            "bad_words holds an empty sequence or a negative token id: leave it out",
+            "bad_words contains an empty sequence or a negative token id: remove it",
         )
 
 
@@ -153,17 +184,16 @@ class StopParams:
     """When a generation ends.
 
     Raises:
-        ParameterError: a value lies outside its range.
+        ParameterError: a value is outside its valid range.
     """
 
-    max_new_tokens: int = field(
-        default=128, metadata={"help": "write at most this many new tokens"}
-    )
+    max_new_tokens: int = field(default=128, metadata={"help": "maximum number of new tokens"})
     stop: tuple[str, ...] = field(
-        default=(), metadata={"help": "end before this text; may be given several times"}
+        default=(),
+        metadata={"help": "stop before this string appears; can be given several times"},
     )
     ignore_eos: bool = field(
-        default=False, metadata={"help": "go on after the end-of-sequence token"}
+        default=False, metadata={"help": "continue after the end-of-sequence token"}
     )
 
     def __post_init__(self) -> None:
@@ -173,8 +203,6 @@ class StopParams:
         )
         _require(
             not isinstance(self.stop, str),
-            f"stop is the text {self.stop!r}: it must be a sequence of texts, ({self.stop!r},)",
+            f"stop is the string {self.stop!r}: it must be a sequence of strings, ({self.stop!r},)",
         )
-        _require(
-            all(self.stop), "a stop string is empty: leave it out or give at least one character"
-        )
+        _require(all(self.stop), "a stop string is empty: remove it or give at least one character")

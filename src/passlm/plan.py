@@ -1,7 +1,9 @@
-"""What a pass computes: how many candidates it verifies and which real rows carry look-ahead.
+"""Plans: what one forward pass computes.
 
-A `Plan` says it, its `Layout` spells it out as positions and visibility, for decoding and for
-training alike. The strategies below choose a plan for each pass.
+A `Plan` states how many candidates a pass verifies and how many look-ahead rows each real row
+carries. Its `Layout` gives the positions and visibility of these rows, for decoding and for
+training. A `Chooser` chooses the plan of each pass. This module defines the protocol and the fixed
+strategies; choosing plans by cost is left to `planning/auto.py`.
 """
 
 from __future__ import annotations
@@ -20,12 +22,12 @@ from passlm.params import METHODS
 
 @dataclass(frozen=True)
 class Layout:
-    """The rows of one pass in order: the real rows, then group after group.
+    """Rows of one pass in order: the real rows, then the look-ahead groups.
 
     Attributes:
         offset: position of each row relative to the root, `[Q]`.
         look_ahead: 0 for a real row, `j` for a row with the input embedding `LA_j`, `[Q]`.
-        visible: row `q` sees row `k` of the same pass where `visible[q, k]`, `[Q, Q]` bool.
+        visible: True where row `q` sees row `k` of the same pass, `[Q, Q]` bool.
         real: number of real rows.
     """
 
@@ -37,11 +39,14 @@ class Layout:
 
 @dataclass(frozen=True)
 class Plan:
-    """One pass: the root, `candidates` draft tokens, and a look-ahead group on each real row.
+    """Plan of one pass: the root, the draft tokens to verify, and the look-ahead groups.
 
     Attributes:
         candidates: number of draft tokens to verify, `M`.
         groups: length of the look-ahead group on each of the `1 + M` real rows.
+
+    Raises:
+        ValueError: a number is negative, or `groups` does not have `1 + M` entries.
     """
 
     candidates: int
@@ -56,28 +61,28 @@ class Plan:
 
     @property
     def rows(self) -> int:
-        """Rows of the pass, real and look-ahead."""
+        """Total number of rows, real and look-ahead."""
         return 1 + self.candidates + sum(self.groups)
 
     def group(self, real_row: int) -> slice:
-        """The rows of the group that hangs on `real_row`."""
+        """Return the rows of the look-ahead group on `real_row`."""
         start = 1 + self.candidates + sum(self.groups[:real_row])
         return slice(start, start + self.groups[real_row])
 
     def layout(self) -> Layout:
-        """Positions and visibility of METHOD's single step; see `Layout`."""
-        return _remembered_layout(self)
+        """Return the positions and visibility of the rows; see `Layout`. The result is cached."""
+        return _cached_layout(self)
 
 
 def make_layout(plan: Plan) -> Layout:
-    """`Plan.layout`, without being remembered."""
+    """Return the layout of a plan, without caching it."""
     real = 1 + plan.candidates
     lengths = torch.tensor(plan.groups)
-    owner = torch.repeat_interleave(torch.arange(real), lengths)  # real row a look-ahead row is on
+    owner = torch.repeat_interleave(torch.arange(real), lengths)  # real row of each look-ahead row
     first = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
     depth = torch.arange(len(owner)) - first + 1  # j of row (i, j)
-    # A real row is its own owner at depth 0, so one rule covers both kinds: a row sees the real
-    # rows up to its owner, and of its owner's group the rows up to its own depth.
+    # A real row counts as its own owner at depth 0, so one rule covers both kinds of rows: a row
+    # sees the real rows up to its owner, and the rows of its owner's group up to its own depth.
     owners = torch.cat([torch.arange(real), owner])
     depths = torch.cat([torch.zeros(real, dtype=torch.long), depth])
     sees_real = (depths[None, :] == 0) & (owners[None, :] <= owners[:, None])
@@ -86,7 +91,7 @@ def make_layout(plan: Plan) -> Layout:
     return Layout(owners + depths, depths, visible, real)
 
 
-_remembered_layout = lru_cache(maxsize=64)(make_layout)
+_cached_layout = lru_cache(maxsize=64)(make_layout)
 
 
 Source = str
@@ -98,14 +103,15 @@ SOURCES: tuple[Source, ...] = ("look-ahead", "head", "lookup")
 
 @dataclass(frozen=True)
 class Chain:
-    """Draft tokens for the positions behind the root.
+    """Draft tokens for the positions after the root.
 
     Attributes:
         tokens: their ids, at least one.
         source: the drafter that proposes them.
-        evidence: of a copied one, how many tokens before it agree with the text's last ones.
-        sureness: how sure a draft head was of each of its tokens, as probabilities; none of other
-            sources, nor where plans may not depend on which tokens were drawn.
+        evidence: for copied tokens, the number of tokens before the copied ones that match the end
+            of the sequence.
+        sureness: for tokens of a draft head, the estimated probability that each one is right.
+            Empty for other sources, and where plans must not depend on the tokens that were drawn.
         q: the distributions the tokens were drawn from, `[M, V]`, for the rejection judge; None
             where they are one-hot.
     """
@@ -119,11 +125,13 @@ class Chain:
 
 @dataclass(frozen=True)
 class Shared:
-    """What the texts of a batch agreed on for a pass, which all of them pay for, used or not.
+    """Size of a pass that all sequences of a batch agreed on.
+
+    Every sequence pays for this size, whether it uses all rows or not.
 
     Attributes:
-        rows: that it has for each text.
-        look_ahead: whether look-ahead rows may be among them.
+        rows: number of rows per sequence.
+        look_ahead: whether the pass may contain look-ahead rows.
     """
 
     rows: int
@@ -132,12 +140,13 @@ class Shared:
 
 @dataclass(frozen=True)
 class Limits:
-    """What may still be of use to a text near its end.
+    """Limits on the next pass of a sequence near its end.
 
     Attributes:
-        room: tokens that may still be written.
-        span: positions behind the root that the model's context has; None without a limit.
-        shared: what was agreed on with the other texts of the batch; None for a text alone.
+        room: number of tokens that may still be generated.
+        span: number of positions after the root within the model's context; None if unlimited.
+        shared: pass that the sequences of the batch agreed on; None for a sequence that decodes
+            alone.
     """
 
     room: int
@@ -146,30 +155,37 @@ class Limits:
 
     @property
     def candidates(self) -> int:
-        """Most candidates to verify: the pass draws one token of its own."""
+        """Largest useful number of candidates.
+
+        It is less than `room`, because a pass also draws a token of its own.
+        """
         most = max(0, self.room - 1)
         return most if self.span is None else min(most, max(0, self.span))
 
     def group(self, candidates: int) -> int:
-        """Longest group to hang: the pass that verifies it draws one token of its own, too."""
+        """Return the largest useful length of a look-ahead group.
+
+        It is one less than what remains after this pass, because the pass that verifies the group's
+        candidates also draws a token of its own.
+        """
         most = max(0, self.room - 2)
         return most if self.span is None else min(most, max(0, self.span - candidates))
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a pass verifies and computes.
+    """Plan chosen for a pass, with its candidates.
 
     Attributes:
-        chain: where the plan's candidates come from, the first ones of it; None for none.
-        plan: the pass.
+        chain: draft tokens, of which the plan verifies the first ones; None without candidates.
+        plan: plan of the pass.
     """
 
     chain: Chain | None
     plan: Plan
 
     def within(self, limits: Limits) -> Choice:
-        """The same with what is of no use left out."""
+        """Return the choice reduced to what is useful within `limits`."""
         candidates = min(self.plan.candidates, limits.candidates)
         longest = limits.group(candidates)
         groups = tuple(min(rows, longest) for rows in self.plan.groups[: 1 + candidates])
@@ -179,20 +195,20 @@ class Choice:
 
     @property
     def candidates(self) -> list[int]:
-        """The draft tokens to verify."""
+        """Draft tokens to verify."""
         return [] if self.chain is None else list(self.chain.tokens[: self.plan.candidates])
 
 
 class Chooser(Protocol):
-    """Chooses the passes of one text."""
+    """Chooses the plan of each pass of one sequence."""
 
     @property
     def passes(self) -> tuple[Shared, ...]:
-        """Kinds of passes among which the texts of a batch agree; none where plans are fixed."""
+        """Kinds of passes that the sequences of a batch choose from; empty if plans are fixed."""
         ...
 
     def resize(self, texts: int) -> None:
-        """Hear that the batch has so many texts now."""
+        """Update the batch size."""
         ...
 
     def draft_length(self, source: Source, chains: Sequence[Chain], most: int) -> int:
@@ -206,51 +222,63 @@ class Chooser(Protocol):
         ...
 
     def worth(self, chains: Sequence[Chain], shared: Shared) -> float:
-        """What such a pass would be worth to this text, in tokens."""
+        """Return the value of such a pass to this sequence, in tokens."""
         ...
 
     def choose(self, chains: Sequence[Chain], limits: Limits) -> Choice:
-        """The next pass, given the chains at hand: none, a drafted one, a copied one, or both."""
+        """Return the next pass, given the available chains.
+
+        Args:
+            chains: none, a drafted chain, a copied chain or both.
+            limits: limits on the pass.
+        """
         ...
 
     def learn(
         self, choice: Choice, settled: Sequence[int], confidences: Sequence[float] = ()
     ) -> None:
-        """Hear what the pass settled.
+        """Update the estimates with the result of a pass.
 
         Args:
             choice: the pass.
-            settled: the candidates accepted and the token drawn behind them.
-            confidences: the probability of the likeliest token for each; none in greedy text.
+            settled: the accepted candidates and the token drawn after them.
+            confidences: probability of the most likely token at each position; empty for greedy
+                decoding.
         """
         ...
 
 
 Guessing = Literal["likeliest", "drawn", "knowing"]
-"""How candidates come from the logits of look-ahead rows or of a draft head: their likeliest
-tokens, draws from `q`, or what is most likely to be drawn, by who knows the noise of the draws."""
+"""How candidates are chosen from the logits of look-ahead rows or of a draft head.
+
+`likeliest` takes the most likely tokens. `drawn` samples from `q`. `knowing` takes the token that
+is most likely to be sampled, given the predetermined noise of the draw.
+"""
 
 
 @runtime_checkable
 class Adaptive(Protocol):
-    """Plans that follow what a text accepts."""
+    """Strategy whose plans depend on what a sequence accepts."""
 
     def begin(self, guessing: Guessing = "likeliest") -> Chooser:
-        """A chooser for one text, whose candidates are made so."""
+        """Return a chooser for one sequence, whose candidates are chosen as `guessing` says."""
         ...
 
 
 Strategy = Callable[[int, int], Plan]
-"""Given the number of candidates at hand and the longest group allowed, the next pass."""
+"""Function that returns the next plan, given the number of available candidates and the longest
+look-ahead group allowed."""
 
 
 @dataclass(frozen=True)
 class FixedChooser:
-    """The passes of a strategy, whatever is accepted.
+    """Chooser that applies a fixed strategy, whatever is accepted.
 
     Attributes:
-        strategy: gives each pass.
-        guesses: tokens that the draft head guesses before each pass.
+        strategy: returns the plan of each pass.
+        guesses: number of tokens that the draft head proposes before each pass.
+        lookup: see `Chooser`.
+        passes: see `Chooser`.
     """
 
     strategy: Strategy
@@ -258,18 +286,18 @@ class FixedChooser:
     passes: tuple[Shared, ...] = ()
 
     def resize(self, texts: int) -> None:
-        """Nothing changes."""
+        """Do nothing: a fixed plan does not depend on the batch size."""
 
     def draft_length(self, source: Source, chains: Sequence[Chain], most: int) -> int:
         """Return `guesses` for the draft head, 0 for prompt lookup, `most` for other drafters."""
         return min({"head": self.guesses, "lookup": 0}.get(source, most), most)
 
     def worth(self, chains: Sequence[Chain], shared: Shared) -> float:
-        """Nothing to choose."""
+        """Return 0: there is nothing to choose from."""
         return 0.0
 
     def choose(self, chains: Sequence[Chain], limits: Limits) -> Choice:
-        """See `Chooser`."""
+        """Return the plan of the strategy for the first chain; see `Chooser`."""
         chain = chains[0] if chains else None
         candidates = 0 if chain is None else min(len(chain.tokens), limits.candidates)
         plan = self.strategy(candidates, limits.group(candidates))
@@ -278,25 +306,29 @@ class FixedChooser:
     def learn(
         self, choice: Choice, settled: Sequence[int], confidences: Sequence[float] = ()
     ) -> None:
-        """Nothing to learn."""
+        """Do nothing: a fixed plan does not depend on what is accepted."""
 
 
 _FIXED = tuple(method for method in METHODS if method != "auto")
 
 
 def autoregressive(candidates: int, longest_group: int) -> Plan:
-    """Plain decoding: one real row, no group."""
+    """Return the plan of plain decoding: one real row and no look-ahead rows."""
     return Plan(0, (0,))
 
 
 @dataclass(frozen=True)
 class TwoPass:
-    """The paper's PaSS: a drafting pass, then a validating pass of `look_ahead` candidates."""
+    """Strategy of the PaSS paper: a drafting pass, then a pass that verifies the candidates.
+
+    Attributes:
+        look_ahead: number of look-ahead rows of the drafting pass, `L`.
+    """
 
     look_ahead: int
 
     def __call__(self, candidates: int, longest_group: int) -> Plan:
-        """See `Strategy`."""
+        """Return the next plan; see `Strategy`."""
         if candidates:
             return verifying(candidates)
         return Plan(0, (min(self.look_ahead, longest_group),))
@@ -304,36 +336,42 @@ class TwoPass:
 
 @dataclass(frozen=True)
 class OnePass:
-    """Every pass verifies the candidates at hand and drafts `look_ahead` new ones."""
+    """Strategy in which every pass verifies the available candidates and drafts new ones.
+
+    Attributes:
+        look_ahead: number of look-ahead rows on each real row, `L`.
+    """
 
     look_ahead: int
 
     def __call__(self, candidates: int, longest_group: int) -> Plan:
-        """See `Strategy`."""
+        """Return the next plan; see `Strategy`."""
         return Plan(candidates, (min(self.look_ahead, longest_group),) * (1 + candidates))
 
 
 @dataclass(frozen=True)
 class ByHead:
-    """Every pass verifies what the draft head guessed: so many tokens."""
+    """Strategy in which every pass verifies the `guesses` tokens that the draft head proposed."""
 
     guesses: int
 
     def begin(self, guessing: Guessing = "likeliest") -> Chooser:
-        """See `Adaptive`."""
+        """Return a chooser with a fixed plan; see `Adaptive`."""
         return FixedChooser(verifying, self.guesses)
 
 
 def verifying(candidates: int, longest_group: int = 0) -> Plan:
-    """The candidates at hand, and no groups."""
+    """Return a plan that verifies the available candidates without look-ahead groups."""
     return Plan(candidates, (0,) * (1 + candidates))
 
 
 def strategy(method: str, look_ahead: int) -> Strategy:
-    """The strategy that a method's name stands for; `auto` has none, see `costs.Costs.auto`.
+    """Return the strategy for the name of a method.
+
+    `auto` has no fixed strategy; see `planning.kept_costs.Costs.auto`.
 
     Raises:
-        InputError: an unknown method, or a drafting one without look-ahead tokens.
+        InputError: the method is unknown, or it drafts and `look_ahead` is below 1.
     """
     if method not in _FIXED:
         raise InputError(f"method is {method!r}: it must be one of {', '.join(_FIXED)}")

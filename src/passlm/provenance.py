@@ -1,4 +1,4 @@
-"""Where a file or figure came from, and writing files so that a reader never meets half of one."""
+"""Provenance of files and results, and atomic file writes."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _PACKAGES = ("torch", "transformers", "safetensors", "numpy")
 
 
 def provenance(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Versions, commit, machine, arguments and time, as JSON-ready values.
+    """Return versions, commit, machine, arguments and time, as JSON-ready values.
 
     Args:
-        arguments: the command's arguments; those of this process if not given.
+        arguments: the command's arguments; None for those of this process.
     """
     return {
         **environment(),
@@ -39,12 +39,12 @@ def provenance(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def environment() -> dict[str, Any]:
-    """What speed depends on: versions and machine, as JSON-ready values."""
-    import torch  # here: versions and threads are all that is wanted of it
+    """Return the versions and machine that determine speed, as JSON-ready values."""
+    import torch  # not at module level: slow to import, and needed only for versions and threads
 
     return {
-        # By name: the package's own file counts as above this one. Its version is there where
-        # nothing is installed, as in a checkout.
+        # Imported by name, since the import contract places the package's `__init__` above this
+        # module. Unlike the metadata, `__version__` exists in a checkout that is not installed.
         "passlm": import_module("passlm").__version__,
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "machine": {
@@ -58,9 +58,13 @@ def environment() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit of the checkout this runs from, marked where it has changes; None outside one."""
+    """Return the commit of the checkout that this code runs from; None outside a checkout.
+
+    The string ends in `-dirty` if there are uncommitted changes.
+    """
     try:
-        # Installed inside somebody else's repository, git would answer for that one.
+        # If passlm is installed inside another repository, `git describe` alone would describe
+        # that repository.
         _git("ls-files", "--error-unmatch", Path(__file__).name)
         return _git("describe", "--always", "--dirty", "--abbrev=12") or None
     except (OSError, subprocess.SubprocessError):
@@ -68,7 +72,10 @@ def commit() -> str | None:
 
 
 def cache_folder() -> Path:
-    """The folder for what can be made again: the `PASSLM_CACHE` variable, or the user's own."""
+    """Return the folder for files that can be recreated.
+
+    It is the value of the environment variable `PASSLM_CACHE`, or else the user's cache folder.
+    """
     chosen = os.environ.get(CACHE_VARIABLE)
     if chosen:
         return Path(chosen).expanduser().absolute()
@@ -100,12 +107,13 @@ def _processor() -> str:
 
 @contextmanager
 def staging(folder: Path) -> Iterator[Path]:
-    """A folder within another one, to make something in that is then moved out; gone afterwards.
+    """Create a temporary folder inside `folder`, and delete it at the end.
 
-    What a process that was killed left in its own goes as well, once it is a day old.
+    Callers build a file or folder there and then move it to its place. Temporary folders that a
+    killed process left behind are deleted as well, once they are a day old.
 
     Raises:
-        OSError: the folder cannot be made.
+        OSError: the folder cannot be created.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(f"{_UNFINISHED}*"):
@@ -117,27 +125,28 @@ def staging(folder: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write a file so that it is there whole or not at all.
+    """Write a file so that it appears either complete or not at all.
 
     Args:
-        path: the file; its folder is made if missing.
-        content: bytes, or text for UTF-8.
+        path: the file; its folder is created if missing.
+        content: bytes, or a string that is encoded as UTF-8.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written; the old file stays as it was.
+        OSError: the disk is full or the folder is not writable; the old file stays unchanged.
     """
     write_together({path: content})
 
 
 def write_together(files: Mapping[Path, bytes | str]) -> None:
-    """Write files that belong together, so that the last is never there beside older others.
+    """Write files that belong together, so that the last one never appears next to older versions.
+
+    If the process is killed between two of the files, the last one is missing.
 
     Args:
-        files: content of each, as `write_atomically` takes it. Cut off between two of them, the
-            last is missing.
+        files: content of each path, as in `write_atomically`.
 
     Raises:
-        OSError: the disk is full or a folder cannot be written; the old files stay as they were.
+        OSError: the disk is full or a folder is not writable; the old files stay unchanged.
     """
     staged: dict[Path, str] = {}
     try:

@@ -1,7 +1,8 @@
-"""The command line: finds the subcommand, runs it, and turns errors into exit codes.
+"""The command line: one module per subcommand, imported when the subcommand is called.
 
-Each subcommand is a module of its own, imported when it is called, with `HELP`,
-`add_arguments(parser)` and `run(arguments)`.
+May import every other package; nothing imports it. This module hands on `main` and `entry`, which
+run a subcommand and turn errors into exit codes. Each subcommand's module has
+`add_arguments(parser)` and `run(arguments)`; its docstring is the description that `--help` prints.
 """
 
 from __future__ import annotations
@@ -18,28 +19,32 @@ from typing import NoReturn
 from passlm.errors import InputError
 
 COMMANDS = {
-    "generate": "stream a completion",
+    "generate": "print the completion of a prompt as it is generated",
     "train": "train look-ahead files for a model",
-    "distill-data": "let a model answer prompts, as text to train on",
-    "bench": "run methods side by side",
-    "serve": "serve a model over HTTP, as the OpenAI API",
-    "advise": "say whether PaSS pays for your prompts here, and with which flags",
-    "profile": "measure what passes cost here, and say which plan pays",
-    "info": "what a model or a look-ahead folder is",
+    "distill-data": "generate a model's answers to prompts, as training data for 'train'",
+    "bench": "compare the speed of decoding methods",
+    "serve": "serve a model over HTTP with an OpenAI-compatible API",
+    "advise": "measure whether PaSS speeds up your prompts here, and print the best flags",
+    "profile": "measure the cost of passes on this machine and predict the fastest method",
+    "info": "describe a model or a look-ahead folder",
 }
 
 DONE, FAULT, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
 class Parser(argparse.ArgumentParser):
-    """Argparse's parser with errors of one line, which name the nearest option."""
+    """Argument parser that reports an error in one line and suggests similar options."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise instead of printing the usage."""
+        """Raise `InputError` instead of printing the usage and exiting."""
         raise InputError(f"{message}; see '{self.prog} --help'")
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """As argparse's `parse_args`, with a suggestion for an unknown option."""
+        """Parse the arguments; suggest a similar option for an unknown one.
+
+        Raises:
+            InputError: the arguments are invalid.
+        """
         parsed, unknown = self.parse_known_args(arguments)
         if unknown:
             near = difflib.get_close_matches(unknown[0], list(self._option_string_actions), 1)
@@ -49,24 +54,29 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line; gives the exit code."""
+    """Run a command line and return the exit code.
+
+    Args:
+        arguments: the arguments without the program's name; None for those of this process.
+    """
     logging.basicConfig(level=logging.WARNING, format="passlm: %(message)s", stream=sys.stderr)
     logging.getLogger("passlm").setLevel(logging.INFO)
     try:
         code = _run(list(sys.argv[1:] if arguments is None else arguments))
-        sys.stdout.flush()  # here, where a closed pipe can still be met quietly
+        sys.stdout.flush()  # inside the `try`, so that a closed pipe is handled below
         return code
     except InputError as error:
         print(f"passlm: {error}", file=sys.stderr)
         return USAGE
     except PermissionError as error:
-        cure = "give another path, or the rights to this one"
-        print(f"passlm: {error.filename}: {error.strerror}: {cure}", file=sys.stderr)
+        remedy = "choose another path or change its permissions"
+        print(f"passlm: {error.filename}: {error.strerror}: {remedy}", file=sys.stderr)
         return USAGE
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # Whoever read the output has enough; python would complain again at exit.
+        # The reader closed the pipe, as `head` does. Standard output is redirected because Python
+        # flushes it again at exit and would print an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
 
@@ -98,15 +108,17 @@ def _usage() -> str:
         [
             "usage: passlm COMMAND ...",
             "",
-            "PaSS, Parallel Speculative Sampling",
+            "Faster decoding of language models with PaSS (Parallel Speculative Sampling).",
+            "",
+            "commands:",
             "",
             *lines,
             "",
-            "'passlm COMMAND --help' says more of each.",
+            "Run 'passlm COMMAND --help' for the options of a command.",
         ]
     )
 
 
 def entry() -> NoReturn:
-    """The installed command."""
+    """Run the installed command `passlm` and exit."""
     sys.exit(main())

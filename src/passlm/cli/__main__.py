@@ -1,4 +1,4 @@
-"""`python -m passlm.cli`, for launchers that start modules."""
+"""Entry point of `python -m passlm.cli`, for launchers that start modules."""
 
 from passlm.cli import entry
 

@@ -1,4 +1,4 @@
-"""Say whether PaSS pays for your prompts on this machine, with which flags, and if not, why."""
+"""Measure whether PaSS speeds up your prompts on this machine, why, and with which flags."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from passlm.cli.common import (
     loaded,
     print_json,
     progress_bar,
+    settings_from,
     stop_flag,
-    taken,
 )
 from passlm.errors import InputError
 from passlm.params import SamplingParams, StopParams
@@ -35,9 +35,10 @@ if TYPE_CHECKING:
     from passlm.planning.cost_curve import CostCurve
     from passlm.planning.kept_costs import Costs
 
-# Given as one seed for all, or as token ids and objects.
+# Fields without a flag of their own: `--seed` covers more than sampling, and the others take token
+# ids or objects.
 SAMPLING_ELSEWHERE = ("seed", "logit_bias", "bad_words", "processors")
-STOPPING_ELSEWHERE = ("stop",)  # no text is decoded
+STOPPING_ELSEWHERE = ("stop",)  # ids are not converted to text here
 WIDTH = 100
 _FOR_PEOPLE = {"yes": "yes", "no": "no", "undecided": "too close to call"}
 
@@ -49,34 +50,41 @@ Stopped = Literal["time limit", "interrupted"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags."""
+    """Add the flags of this subcommand."""
     parser.add_argument(
         "--prompts",
         type=Path,
         required=True,
         metavar="FILE",
-        help="JSONL with a prompt, messages or turns on each line",
+        help="JSONL file with a prompt, messages or turns on each line",
     )
     parser.add_argument(
-        "--limit", type=int, default=12, metavar="N", help="prompts drawn at random; default 12"
+        "--limit",
+        type=int,
+        default=12,
+        metavar="N",
+        help="number of prompts to measure, chosen at random (default: 12)",
     )
     parser.add_argument(
         "--time-limit",
         type=float,
         default=120.0,
         metavar="SECONDS",
-        help="measure no longer than this, loading and warming up not counted; default 120",
+        help="stop measuring after this time; loading and warm-up do not count (default: 120)",
     )
     parser.add_argument(
         "--batch-size",
         type=int,
         default=1,
         metavar="N",
-        help="say up to how many texts at a time it pays, to be expected by what passes cost; "
-        "default 1",
+        help="also estimate the speed-up at batch sizes up to N, from the cost of passes "
+        "(default: 1)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="of the choice of prompts and of all draws; default 0"
+        "--seed",
+        type=int,
+        default=0,
+        help="random seed for choosing prompts and for sampling (default: 0)",
     )
     add_model_arguments(parser)
     add_decoding_arguments(parser)
@@ -90,14 +98,15 @@ def run(arguments: argparse.Namespace) -> None:
 
     Raises:
         InputError: a setting, the file, the model or the look-ahead files cannot be used, or the
-            time was over before one prompt was done.
+            time limit ended before one prompt was done.
+        KeyboardInterrupt: it was interrupted; the verdict on what was measured was printed.
     """
     _check(arguments)
     tasks = load_prompts(arguments.prompts)
     in_order = random.Random(arguments.seed).sample(tasks, len(tasks))
     lm = loaded(
         arguments,
-        pack=False,  # the methods' own target packs, compiles and rounds: one copy is enough
+        pack=False,  # the methods pack, compile and round a target of their own
         compile=False,
         quantize=None,
     )
@@ -113,7 +122,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """What can be told wrong before anything is loaded."""
+    """Check the settings that can be checked before anything is loaded."""
     for name in ("limit", "batch_size"):
         value = getattr(arguments, name)
         if value < 1:
@@ -122,27 +131,27 @@ def _check(arguments: argparse.Namespace) -> None:
 
     if arguments.batch_size > BATCHES[-1]:
         raise InputError(
-            f"--batch-size is {arguments.batch_size}: costs are measured up to {BATCHES[-1]}"
+            f"--batch-size is {arguments.batch_size}: choose a batch size up to {BATCHES[-1]}"
         )
     if not arguments.time_limit > 0:
         raise InputError(f"--time-limit is {arguments.time_limit:g}: give seconds above 0")
     if not 0 <= arguments.seed < 2**64:
         raise InputError(f"--seed is {arguments.seed}: it must lie between 0 and 2**64 - 1")
-    taken(SamplingParams, arguments, SAMPLING_ELSEWHERE)
-    taken(StopParams, arguments, STOPPING_ELSEWHERE)
+    settings_from(SamplingParams, arguments, SAMPLING_ELSEWHERE)
+    settings_from(StopParams, arguments, STOPPING_ELSEWHERE)
 
 
 def prompts_of(lm: Generator, tasks: Sequence[Task], limit: int, new_tokens: int) -> list[Prompt]:
-    """The first tasks that fit the model's context; others are left out, with a warning.
+    """Return the first tasks that fit the model's context; log a warning about skipped ones.
 
     Raises:
-        InputError: none does.
+        InputError: no task fits.
     """
     from passlm.bench.suites.prompts import Collector
 
     collector = Collector(lm, new_tokens)
     prompts: list[Prompt] = []
-    for start in range(0, len(tasks), limit):  # a file may have many more than are looked at
+    for start in range(0, len(tasks), limit):  # tokenizes only as much of a large file as needed
         for suite in collector.collect((), tasks[start : start + limit], None).suites:
             prompts += suite
         if len(prompts) >= limit:
@@ -150,24 +159,24 @@ def prompts_of(lm: Generator, tasks: Sequence[Task], limit: int, new_tokens: int
     if not prompts:
         raise InputError(
             f"all prompts are too long: with {new_tokens} new tokens they exceed the context of "
-            f"{lm.target.context}; give shorter ones, or fewer --max-new-tokens"
+            f"{lm.target.context} tokens; use shorter prompts or a smaller --max-new-tokens"
         )
     return prompts[:limit]
 
 
 @dataclass(frozen=True)
 class Advised:
-    """The verdict, and what it rests on.
+    """The verdict and the figures it is based on.
 
     Attributes:
         advice: the verdict.
-        pilot: the figures it comes from.
-        flags: what to pass to `passlm generate`.
-        batches: expected speed-up by texts at a time; of 1 alone where no more were asked for.
-        of_prompts: how many the file has.
-        stopped: why fewer prompts were measured than asked for; None where all were.
-        temperature: that texts were drawn at.
-        runs: each plan's figures.
+        pilot: the measured figures.
+        flags: flags to use with `passlm generate`.
+        batches: estimated speed-up by batch size; only 1 unless more were requested.
+        of_prompts: number of prompts in the file.
+        stopped: why fewer prompts were measured than requested; None if all were measured.
+        temperature: sampling temperature.
+        runs: figures of each plan.
     """
 
     advice: Advice
@@ -181,7 +190,7 @@ class Advised:
 
 
 class _Trial:
-    """Plans measured side by side on the prompts."""
+    """Measures plans side by side on the prompts."""
 
     def __init__(
         self, arguments: argparse.Namespace, lm: Generator, prompts: Sequence[Prompt]
@@ -195,32 +204,37 @@ class _Trial:
         self.stopped: Stopped | None = None
 
     def _methods(self) -> tuple[list[Method], Costs]:
-        """Plain decoding, plans chosen pass by pass, and the best fixed ones by the cost curve."""
+        """Return the methods to measure and the costs.
+
+        The methods are plain decoding, plans chosen for each pass, and the fixed plans that are
+        best by the cost curve.
+        """
         from passlm.bench.advise import fixed_plans
         from passlm.bench.engines.decoding import PlanDecoding
         from passlm.bench.engines.methods import BASELINE, Asked, build
         from passlm.generate import compiled_folder
 
         arguments, files = self.arguments, self.lm.look_ahead
-        sampling = taken(SamplingParams, arguments, SAMPLING_ELSEWHERE)
-        stopping = taken(StopParams, arguments, STOPPING_ELSEWHERE)
+        sampling = settings_from(SamplingParams, arguments, SAMPLING_ELSEWHERE)
+        stopping = settings_from(StopParams, arguments, STOPPING_ELSEWHERE)
         names = (BASELINE, "lookup") if files is None else (BASELINE, "lookup", "auto")
         asked = Asked(names, (sampling.temperature,), (), sampling, stopping)
         folder = compiled_folder() if arguments.compile else None
         methods = build(self.lm, asked, arguments.model, arguments.pack, folder, arguments.quantize)
         chosen = methods[-1]
-        assert isinstance(chosen.decode, PlanDecoding), "it is ours"
-        assert chosen.decode.costs is not None, "plans are chosen by costs"
+        assert isinstance(chosen.decode, PlanDecoding), "the method does not decode by plans"
+        assert chosen.decode.costs is not None, "the method does not choose plans by cost"
         costs = chosen.decode.costs
         if files is not None:
             methods += fixed_plans(chosen, costs.curve(1, self.context), files.card.prior)
         return methods, costs
 
     def measure(self) -> None:
-        """Run everything, or as much as there is time for.
+        """Run every plan on every prompt, or as many as the time limit allows.
 
         Raises:
-            InputError: there was not even time for one prompt.
+            InputError: the time limit ended before one prompt was done.
+            KeyboardInterrupt: it was interrupted before one prompt was done.
         """
         from passlm.bench.measuring.measure import interleave, warm_up
 
@@ -242,17 +256,17 @@ class _Trial:
             if self.stopped == "interrupted":
                 raise KeyboardInterrupt
             raise InputError(
-                f"--time-limit of {arguments.time_limit:g} s was over before one prompt was done "
-                f"by {len(self.methods)} plans: give more, or fewer --max-new-tokens"
+                f"--time-limit of {arguments.time_limit:g} s ended before one prompt was done by "
+                f"all {len(self.methods)} plans: raise it, or lower --max-new-tokens"
             )
 
     @property
     def whole(self) -> int:
-        """Prompts that all plans have done."""
+        """Number of prompts that all plans have completed."""
         return len(self.samples) // len(self.methods)
 
     def advised(self, of_prompts: int) -> Advised:
-        """The verdict on what was measured."""
+        """Return the verdict on the measured prompts."""
         from passlm.bench.advise import Pilot, advise, batched
         from passlm.bench.engines.methods import baseline_target
         from passlm.bench.measuring.measure import summarize
@@ -281,27 +295,30 @@ class _Trial:
         )
 
     def _curves(self) -> dict[int, CostCurve]:
-        """What passes cost by texts at a time, in powers of two up to about what was asked for."""
+        """Return the cost curve by batch size, for powers of two up to about the requested size."""
         most = 1 if self.stopped == "interrupted" else self.arguments.batch_size
         asked = [2**power for power in range(most.bit_length()) if 2**power < most] + [1, most]
         sizes = {self.costs.size(size, self.context)[0] for size in asked}
         return {size: self.costs.curve(size, self.context) for size in sorted(sizes)}
 
 
-# What is printed
+# Printed text
 
 
 def screen(advised: Advised) -> str:
-    """The answer: at most 24 lines of 100 columns, but for the flags, which are to be copied."""
+    """Return the printed answer: at most 24 lines of 100 columns.
+
+    The flags are on one line, whatever their length, so that they can be copied.
+    """
     advice, pilot = advised.advice, advised.pilot
     stopped = f" ({advised.stopped})" if advised.stopped else ""
     lines = [
         f"measured {pilot.prompts} of {advised.of_prompts} prompts{stopped}, {pilot.tokens:,} new "
-        f"tokens by each of {1 + len(pilot.plans)} plans, temperature {advised.temperature:g}",
+        f"tokens with each of {1 + len(pilot.plans)} plans, temperature {advised.temperature:g}",
         "",
-        *_filled("does PaSS pay? ", _verdict(advice)),
-        f"flags to pass: {advised.flags}",
-        *_filled("how sure:      ", _sureness(advised)),
+        *_filled("Is PaSS faster? ", _verdict(advice)),
+        f"flags to use:    {advised.flags}",
+        *_filled("based on:       ", _sureness(advised)),
         "",
         *_table(pilot),
         "",
@@ -315,7 +332,7 @@ def screen(advised: Advised) -> str:
 
 
 def _filled(label: str, text: str) -> list[str]:
-    """A labelled text over as many lines as it takes."""
+    """Return a labelled text, wrapped into lines."""
     indent = " " * len(label)
     return textwrap.wrap(
         text, WIDTH, initial_indent=label, subsequent_indent=indent, break_on_hyphens=False
@@ -326,30 +343,28 @@ def _verdict(advice: Advice) -> str:
     ends, best = advice.interval, advice.best
     spread = f" (95 %: {ends[0]:.2f} to {ends[1]:.2f})" if ends else ""
     pays = _FOR_PEOPLE[advice.verdict]
-    return f"{pays}: {best.title} at {best.speedup:.2f} times plain speed{spread}"
+    return f"{pays}: {best.title} at {best.speedup:.2f} times the speed of plain decoding{spread}"
 
 
 def _sureness(advised: Advised) -> str:
     advice, plans = advised.advice, len(advised.pilot.plans)
-    basis = f"from {advised.pilot.prompts} prompts"
+    basis = f"{advised.pilot.prompts} prompts"
     if plans > 1:
-        basis += f", widened since it is the best of {plans} plans"
+        basis += f"; interval widened because the best of {plans} plans is reported"
     if advice.verdict != "undecided":
         return basis
     if advice.more_prompts is None:
-        return f"{basis}; so near to even that more prompts hardly settle it"
+        return f"{basis}; the speeds are so close that more prompts are unlikely to decide it"
     limit = advised.pilot.prompts + advice.more_prompts
-    how = f"--limit {limit}, with as much more --time-limit"
+    how = f"use --limit {limit} and raise --time-limit accordingly"
     if limit > advised.of_prompts:
         how = f"the file has {advised.of_prompts}"
-    return (
-        f"{basis}; some {advice.more_prompts} more, if they are like these, would settle it: {how}"
-    )
+    return f"{basis}; about {advice.more_prompts} more similar prompts would decide it: {how}"
 
 
 def _table(pilot: Pilot) -> list[str]:
     lines = [
-        f"{'plan':<22}{'tokens/s':>9}{'of plain (95 %)':>27}{'tokens/pass':>13}{'pass costs':>12}"
+        f"{'plan':<22}{'tokens/s':>9}{'speed-up (95 %)':>27}{'tokens/pass':>13}{'pass cost':>12}"
         f"{'accepted':>10}",
         f"{'plain decoding':<22}{_plain_rate(pilot):>9.1f}{'1.00':>10}{'':>17}{1:>13.2f}{1:>12.2f}",
     ]
@@ -375,8 +390,8 @@ def _costs(pilot: Pilot) -> str:
     costs = ", ".join(f"{relative_cost(pilot.curve, count):.2f}" for count in rows)
     named = ", ".join(map(str, rows))
     return (
-        f"a pass of {named} rows takes {costs} times one of a single row; prompts take "
-        f"{pilot.reading:.0%} of plain decoding's time"
+        f"a pass of {named} rows takes {costs} times as long as a pass of 1 row; prefill takes "
+        f"{pilot.reading:.0%} of the time of plain decoding"
     )
 
 
@@ -384,19 +399,19 @@ def _batches(advised: Advised) -> str:
     from passlm.bench.advise import pays_up_to
 
     if len(advised.batches) == 1:
-        return "one text at a time was measured; --batch-size N says up to how many it should pay"
+        return "measured at batch size 1; --batch-size N adds estimates for larger batches"
     sizes = sorted(advised.batches)
     figures = ", ".join(f"{advised.batches[size]:.2f}" for size in sizes)
     largest = pays_up_to(advised.batches)
-    pays = f"pay with up to {largest} texts at a time"
+    pays = f"be faster up to batch size {largest}"
     if largest is None or largest == 1:
-        pays = "not pay" if largest is None else "pay with one text at a time alone"
+        pays = "not be faster" if largest is None else "be faster at batch size 1 only"
     counts = ", ".join(map(str, sizes))
-    return f"by what passes cost it should {pays}; {counts} texts: {figures} times plain speed"
+    return f"estimated to {pays}; speed-up at batch sizes {counts}: {figures}"
 
 
 def _facts(arguments: argparse.Namespace, lm: Generator, advised: Advised) -> dict[str, Any]:
-    """All of it, JSON-ready."""
+    """Return all figures, JSON-ready."""
     from passlm.provenance import provenance
 
     advice, pilot = advised.advice, advised.pilot

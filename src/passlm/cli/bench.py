@@ -1,4 +1,4 @@
-"""Run methods side by side."""
+"""Compare the speed of decoding methods on suites of prompts or on your own prompts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from passlm.cli.common import (
     loaded,
     print_json,
     progress_bar,
-    taken,
+    settings_from,
     terminated_as_interrupted,
 )
 from passlm.errors import InputError
@@ -37,67 +37,78 @@ if TYPE_CHECKING:
 
 DEFAULT_METHODS = "ar,fixed-token,two-pass,one-pass,auto,lookup,hf,hf-prompt-lookup"
 NEED_LOOKAHEAD = ("auto", "two-pass", "one-pass", "draft-head")
-# Given as lists, with each prompt, or as token ids and objects.
+# Fields that get no flag from `SamplingParams`: those with a flag of their own, those that take
+# token ids or objects, and those that transformers' methods do not support.
 SAMPLING_ELSEWHERE = (
     *("temperature", "seed", "logit_bias", "bad_words", "processors"),
-    *("presence_penalty", "frequency_penalty"),  # transformers' methods know none
+    *("presence_penalty", "frequency_penalty"),
 )
-STOPPING_ELSEWHERE = ("stop",)  # no text is decoded
+STOPPING_ELSEWHERE = ("stop",)  # ids are not converted to text here
 
-# What may be another when a run is gone on with.
+# Arguments that may change when a run is resumed.
 NOT_OF_THE_RUN = ("out", "resume", "overwrite", "json", "compare", "engine_python")
 
 _log = logging.getLogger("passlm.bench")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags."""
+    """Add the flags of this subcommand."""
     parser.add_argument(
         "--suite",
         type=_listed(str),
         default=(),
         metavar="NAME,...",
-        help=f"any of {','.join(SUITES)}",
+        help=f"suites of prompts to run, any of {','.join(SUITES)}",
     )
     parser.add_argument(
         "--prompts",
         type=Path,
         metavar="FILE",
-        help="JSONL with a prompt, messages or turns on each line",
+        help="JSONL file with a prompt, messages or turns on each line",
     )
     parser.add_argument(
         "--methods",
         type=_listed(str),
         default=_listed(str)(DEFAULT_METHODS),
         metavar="NAME,...",
-        help=f"default {DEFAULT_METHODS}; besides draft-head, hf-assistant, llama-cpp and vllm",
+        help="methods to compare; draft-head, hf-assistant, llama-cpp and vllm are also available "
+        f"(default: {DEFAULT_METHODS})",
     )
     _add_others(parser)
     _add_lists(parser)
-    parser.add_argument("--limit", type=int, metavar="N", help="prompts of each suite; default all")
     parser.add_argument(
-        "--repeats", type=int, default=1, metavar="N", help="runs of each prompt; default 1"
+        "--limit", type=int, metavar="N", help="number of prompts from each suite (default: all)"
+    )
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=1,
+        metavar="N",
+        help="number of runs of each prompt (default: 1)",
     )
     parser.add_argument(
         "--strip-prompts",
         action="store_true",
-        help="leave out white space at the end of text to continue, as other harnesses do with "
-        "humaneval: a model may take it for the end",
+        help="remove white space at the end of plain-text prompts, as other HumanEval harnesses "
+        "do; with it, a model may stop at once",
     )
     parser.add_argument(
         "--run-generated-code",
         action="store_true",
-        help="run what is written for humaneval, confined, and report pass@1, with 10 or more "
-        "sampled --repeats pass@10",
+        help="run the code generated for humaneval in a sandbox and report pass@1, and pass@10 if "
+        "--repeats is 10 or more and the output is sampled",
     )
     parser.add_argument(
         "--predictability",
         action="store_true",
-        help="run our methods once more, not timed, and report how likely the model found the "
-        "tokens that were accepted, refused and drawn",
+        help="run passlm's methods once more, untimed, and report the model's probability of the "
+        "tokens that were accepted, rejected and drawn",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="of the order and of all draws; default 0"
+        "--seed",
+        type=int,
+        default=0,
+        help="random seed for the order of the runs and for sampling (default: 0)",
     )
     add_model_arguments(parser)
     add_decoding_arguments(parser)
@@ -108,54 +119,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_others(parser: argparse.ArgumentParser) -> None:
-    """What methods that are not ours need."""
+    """Add the flags for methods of other libraries."""
     parser.add_argument(
         "--assistant",
         metavar="NAME",
-        help="draft model of the method hf-assistant: hub id, folder or .gguf file with the same "
-        "vocabulary",
+        help="draft model for the method hf-assistant: a hub id, folder or .gguf file with the "
+        "same vocabulary",
     )
     parser.add_argument(
         "--engine-python",
         action="append",
         default=[],
         metavar="NAME=PYTHON",
-        help="the Python that has the package of the method llama-cpp or vllm; may be given for "
-        "both; default this one",
+        help="Python interpreter that has the package of the method llama-cpp or vllm; can be "
+        "given once for each (default: this interpreter)",
     )
 
 
 def _add_lists(parser: argparse.ArgumentParser) -> None:
-    """What may have several values: methods run with each, and reports show what it changes."""
+    """Add the flags that take several values; methods run with each value."""
     parser.add_argument(
         "--temperature",
         type=_listed(float),
         default=(0.0,),
         metavar="T,...",
-        help="list; default 0, greedy",
+        help="sampling temperatures to run; 0 is greedy (default: 0)",
     )
     parser.add_argument(
         "--lookahead-tokens",
         type=_listed(int),
         default=(4,),
         metavar="N,...",
-        help="list of look-ahead steps; default 4",
+        help="numbers of look-ahead tokens to run (default: 4)",
     )
     parser.add_argument(
         "--batch-size",
         type=_listed(int),
         default=(1,),
         metavar="N,...",
-        help="list of how many prompts our methods decode as one batch; the others run at 1 alone; "
-        "default 1",
+        help="batch sizes to run with passlm's methods; other methods run at 1 only (default: 1)",
     )
     parser.add_argument(
         "--prompt-tokens",
         type=_listed(int),
         default=(),
         metavar="N,...",
-        help="list of lengths to cut each prompt to, from its end; shorter prompts are left out; "
-        "default whole prompts",
+        help="prompt lengths to run: each prompt is cut to its last N tokens, and shorter prompts "
+        "are skipped (default: whole prompts)",
     )
 
 
@@ -164,13 +174,13 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=Path,
         metavar="DIR",
-        help=f"write {RESULTS}, {REPORT}, {PAGE} there, and as the run goes {PROMPTS} with a line "
-        "for each text",
+        help=f"write {RESULTS}, {REPORT} and {PAGE} to this folder, and during the run {PROMPTS} "
+        "with one line per completion",
     )
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on with the run in DIR that was cut off, given the same arguments again",
+        help="continue the interrupted run in DIR; needs the same arguments as before",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the run in DIR")
     parser.add_argument(
@@ -178,12 +188,12 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         nargs=2,
         type=Path,
         metavar=("A", "B"),
-        help="run nothing: say what changed beyond noise between two folders of results",
+        help="run nothing; print the significant differences between two result folders",
     )
 
 
 def _listed(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
-    """A parser of values separated by commas; repeated ones count once."""
+    """Return a parser of comma-separated values; repeated values count once."""
 
     def parse(text: str) -> tuple[Any, ...]:
         try:
@@ -200,14 +210,14 @@ def run(arguments: argparse.Namespace) -> None:
     """Measure, print the report and write the folder.
 
     Raises:
-        InputError: a suite, method, parameter, the model or the folder cannot be used, or no
-            prompt is left.
-        KeyboardInterrupt: it was interrupted; what was done is kept.
+        InputError: a suite, method, parameter, the model or the folder cannot be used, or no prompt
+            is left.
+        KeyboardInterrupt: it was interrupted; finished runs are kept if there is an output folder.
     """
     if arguments.compare is not None:
         for name in ("suite", "prompts", "out", "resume", "json"):
             if getattr(arguments, name):
-                raise InputError(f"--compare runs nothing and prints Markdown: leave --{name} out")
+                raise InputError(f"--compare only compares existing results: leave --{name} out")
         sys.stdout.write(_compared(*arguments.compare))
         return
     _check(arguments)
@@ -222,11 +232,11 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _finished(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    """The results of the run in the folder, if it is complete."""
+    """Return the results of the run in the folder, or None if it is not complete."""
     from passlm.bench.measuring.journal import check_same, read_run
 
     out: Path = arguments.out
-    check_same(out, read_run(out)["about"], _asked_for(arguments))
+    check_same(out, read_run(out)["about"], _run_arguments(arguments))
     if not (out / RESULTS).exists():
         return None
     results = load_results(out)
@@ -237,7 +247,7 @@ def _finished(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _measured(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Load, then run what is to be run."""
+    """Load the models, run the methods and return the results."""
     given = [] if arguments.prompts is None else load_prompts(arguments.prompts, arguments.limit)
     asked = _asked(arguments)
     from passlm.bench.engines.external import end_engines, interpreters, start_engines
@@ -250,12 +260,12 @@ def _measured(arguments: argparse.Namespace) -> dict[str, Any]:
     pythons = interpreters(asked.names, arguments.engine_python)
     drafts = any(name in NEED_LOOKAHEAD for name in asked.names)
     if not drafts and arguments.lookahead not in (None, "none"):
-        _log.warning("--lookahead is not used: none of the methods drafts with such files")
+        _log.warning("--lookahead is not used: none of the methods uses look-ahead files")
     begun = time.perf_counter()
     lm = loaded(
         arguments,
         lookahead=arguments.lookahead if drafts else "none",
-        pack=False,  # the methods' own target packs, compiles and rounds: one copy is enough
+        pack=False,  # the methods pack, compile and round a target of their own
         compile=False,
         quantize=None,
     )
@@ -275,13 +285,17 @@ def _measured(arguments: argparse.Namespace) -> dict[str, Any]:
     facts = {"settings": _settings(arguments, lm), "missing_methods": missing, **loading}
     session = Session(lm, methods, found, course, facts)
     titles = {name: engine.title for name, engine in engines.items()}
-    _go(arguments, session, {**_asked_for(arguments), **_found(lm, found), "engines": titles})
+    _run_session(
+        arguments,
+        session,
+        {**_run_arguments(arguments), **_loaded_facts(lm, found), "engines": titles},
+    )
     end_engines(engines.values())
     return session.results
 
 
-def _go(arguments: argparse.Namespace, session: Session, about: dict[str, Any]) -> None:
-    """Run the session, with a bar; what was done when it is interrupted is kept."""
+def _run_session(arguments: argparse.Namespace, session: Session, about: dict[str, Any]) -> None:
+    """Run the session with a progress bar; log what is saved if it is interrupted."""
     from passlm.bench.measuring.journal import Journal
 
     try:
@@ -291,32 +305,32 @@ def _go(arguments: argparse.Namespace, session: Session, about: dict[str, Any]) 
             progress_bar() as bar,
         ):
             if arguments.resume:
-                _log.info("%d of %d runs are kept", journal.kept, session.total)
+                _log.info("resuming: %d of %d runs are done", journal.kept, session.total)
             shown = bar.add_task("warm-up", total=session.total)
             session.measure(
                 journal, lambda count, what: bar.update(shown, advance=count, description=what)
             )
     except KeyboardInterrupt:
-        hint = "nothing is kept without --out DIR"
+        hint = "finished runs are lost without --out DIR"
         if arguments.out is not None:
-            instead = " in place of --overwrite" if arguments.overwrite else ""
-            hint = f"what is done is kept, go on with --resume{instead}"
+            instead = " instead of --overwrite" if arguments.overwrite else ""
+            hint = f"finished runs are saved, continue with --resume{instead}"
         _log.info("interrupted: %s", hint)
         raise
 
 
-def _asked_for(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What a run that is gone on with must have in common with what is asked for."""
+def _run_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings that must be the same when a run is resumed."""
     from passlm import __version__
 
     given = {name: value for name, value in vars(arguments).items() if name not in NOT_OF_THE_RUN}
     if arguments.prompts is not None:
-        given["prompts"] = arguments.prompts.name  # wherever it lies: what it holds is compared
+        given["prompts"] = arguments.prompts.name  # the folder may differ: contents are compared
     return {"passlm": __version__, "arguments": given}
 
 
-def _found(lm: Generator, found: Found) -> dict[str, Any]:
-    """The same of what was loaded for it."""
+def _loaded_facts(lm: Generator, found: Found) -> dict[str, Any]:
+    """Return the facts about model and prompts that must be the same when a run is resumed."""
     from passlm.provenance import environment
 
     return {
@@ -328,53 +342,57 @@ def _found(lm: Generator, found: Found) -> dict[str, Any]:
 
 
 def _seconds_since_start() -> float:
-    """Since the process was started."""
+    """Return the seconds since this process started."""
     import psutil
 
     return time.time() - float(psutil.Process().create_time())
 
 
 def _compared(a: Path, b: Path) -> str:
-    """Two results side by side, as Markdown."""
+    """Return a comparison of two results as Markdown."""
     return compare(load_results(a), load_results(b), (str(a), str(b)))
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """What can be told wrong before anything is loaded."""
+    """Check the arguments that can be checked before anything is loaded."""
     if not arguments.suite and arguments.prompts is None:
-        raise InputError(f"name prompts: --suite with any of {', '.join(SUITES)}, or --prompts F")
+        raise InputError(
+            f"no prompts given: use --suite with any of {', '.join(SUITES)}, or --prompts FILE"
+        )
     for name in arguments.suite:
         if name not in SUITES:
             near = difflib.get_close_matches(name, SUITES, 1, cutoff=0.4)
-            hint = f"did you mean {near[0]!r}?" if near else "give one of them"
-            raise InputError(f"there is no suite {name!r} ({', '.join(SUITES)}): {hint}")
+            hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(SUITES)}"
+            raise InputError(f"there is no suite {name!r}: {hint}")
     if arguments.prompts is not None and arguments.prompts.stem in arguments.suite:
         raise InputError(
-            f"--prompts {arguments.prompts} would be called like the suite "
+            f"--prompts {arguments.prompts} has the same name as the suite "
             f"{arguments.prompts.stem!r}: rename the file"
         )
     if arguments.limit is not None and arguments.limit < 1:
-        raise InputError(f"limit is {arguments.limit}: it must be 1 or more")
+        raise InputError(f"--limit is {arguments.limit}: it must be 1 or more")
     if arguments.repeats < 1:
-        raise InputError(f"repeats is {arguments.repeats}: it must be 1 or more")
+        raise InputError(f"--repeats is {arguments.repeats}: it must be 1 or more")
     if arguments.run_generated_code:
         if "humaneval" not in arguments.suite:
-            raise InputError("--run-generated-code is for the suite humaneval: name it")
+            raise InputError("--run-generated-code needs the suite humaneval: add it to --suite")
         if arguments.prompt_tokens:
             raise InputError("--run-generated-code needs whole prompts: leave --prompt-tokens out")
         from passlm.bench.suites.humaneval import check_sandbox
 
         check_sandbox()  # before anything is measured
     if not 0 <= arguments.seed < 2**64:
-        raise InputError(f"seed is {arguments.seed}: it must lie between 0 and 2**64 - 1")
+        raise InputError(f"--seed is {arguments.seed}: it must lie between 0 and 2**64 - 1")
     if any(tokens < 1 for tokens in arguments.prompt_tokens):
-        raise InputError(f"prompt tokens are {min(arguments.prompt_tokens)}: give 1 or more")
+        least = min(arguments.prompt_tokens)
+        raise InputError(f"--prompt-tokens contains {least}: each must be 1 or more")
     check_unused(arguments.out, arguments.resume, arguments.overwrite)
 
 
 def _asked(arguments: argparse.Namespace) -> Asked:
-    sampling = taken(SamplingParams, arguments, SAMPLING_ELSEWHERE)
-    stopping = taken(StopParams, arguments, STOPPING_ELSEWHERE)
+    """Return the methods and sampling settings to run, after checking them."""
+    sampling = settings_from(SamplingParams, arguments, SAMPLING_ELSEWHERE)
+    stopping = settings_from(StopParams, arguments, STOPPING_ELSEWHERE)
     for temperature in arguments.temperature:
         SamplingParams(temperature=temperature)
     from passlm.bench.engines.external import check_sampling
@@ -386,19 +404,19 @@ def _asked(arguments: argparse.Namespace) -> Asked:
     check_assistant(names, arguments.assistant)
     check_sampling(names, sampling)
     if BASELINE not in names:
-        _log.info("method %s is added: every speed-up is a ratio to it", BASELINE)
+        _log.info("method %s is added, since speed-ups are relative to it", BASELINE)
         names = (BASELINE, *names)
     lists = (arguments.temperature, arguments.lookahead_tokens)
     return Asked(names, *lists, sampling, stopping, arguments.batch_size)
 
 
 def _settings(arguments: argparse.Namespace, lm: Generator) -> dict[str, Any]:
-    """What was asked for and loaded, beyond what each run's entry says."""
+    """Return the settings of the whole session; each run's own settings are in its entry."""
     from passlm.layers.packed import can_pack
 
     shared = {
-        **asdict(taken(SamplingParams, arguments, SAMPLING_ELSEWHERE)),
-        **asdict(taken(StopParams, arguments, STOPPING_ELSEWHERE)),
+        **asdict(settings_from(SamplingParams, arguments, SAMPLING_ELSEWHERE)),
+        **asdict(settings_from(StopParams, arguments, STOPPING_ELSEWHERE)),
     }
     own = (*SAMPLING_ELSEWHERE, *STOPPING_ELSEWHERE, "judge", "draft")
     card = None if lm.look_ahead is None else lm.look_ahead.card
@@ -412,7 +430,7 @@ def _settings(arguments: argparse.Namespace, lm: Generator) -> dict[str, Any]:
         "dtype": str(lm.target.dtype).removeprefix("torch."),
         "device": str(lm.target.device),
         "packed_weights": arguments.pack and can_pack(lm.target.model),
-        "compiled": arguments.compile,  # until passes turn out not to compile here
+        "compiled": arguments.compile,  # corrected later if passes do not compile here
         "quantize": arguments.quantize,
         "lookahead": lookahead,
         "assistant": arguments.assistant,

@@ -1,4 +1,7 @@
-"""Arguments that several subcommands share; flags of dataclasses are made from their fields."""
+"""Arguments and helpers that several subcommands share.
+
+Flags for a settings dataclass are derived from its fields.
+"""
 
 from __future__ import annotations
 
@@ -23,57 +26,71 @@ T = TypeVar("T")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, dtype: str = "bfloat16") -> None:
-    """`--model`, `--dtype`, `--device`, `--threads`."""
+    """Add `--model`, `--dtype`, `--device` and `--threads`.
+
+    Args:
+        parser: parser to extend.
+        dtype: default of `--dtype`.
+    """
     parser.add_argument(
         "--model",
         default=DEFAULT_MODEL,
-        help=f"hub id, folder, .gguf file or {DEFAULT_MODEL} (the default)",
+        help="Hugging Face hub id, folder, .gguf file, or the name of the built-in model "
+        f"(default: {DEFAULT_MODEL})",
     )
-    parser.add_argument("--dtype", choices=DTYPES, default=dtype, help=f"default {dtype}")
-    parser.add_argument("--device", default="cpu", help="as torch names it; default cpu")
-    parser.add_argument("--threads", type=int, help="of torch; default its own choice")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default=dtype, help=f"data type of the model (default: {dtype})"
+    )
+    parser.add_argument(
+        "--device", default="cpu", help="torch device, such as cpu or cuda (default: cpu)"
+    )
+    parser.add_argument(
+        "--threads", type=int, help="number of CPU threads for torch (default: torch's choice)"
+    )
 
 
 def add_decoding_arguments(parser: argparse.ArgumentParser, compiled: bool = False) -> None:
-    """`--lookahead`, `--no-pack`, `--compile` with `--no-compile`, `--quantize`.
+    """Add `--lookahead`, `--no-pack`, `--compile`, `--no-compile` and `--quantize`.
 
     Args:
-        parser: gets them.
-        compiled: what holds if neither of the two is given.
+        parser: parser to extend.
+        compiled: default of `--compile`.
     """
     parser.add_argument(
         "--lookahead",
         metavar="NAME",
-        help="folder, hub id, shipped name (embeddings) or none; default what ships for the model",
+        help="look-ahead files: a folder, a hub id, the name of files shipped for the model (best "
+        "or embeddings), or none (default: the best files shipped for the model, if any)",
     )
     parser.add_argument(
         "--no-pack",
         dest="pack",
         action="store_false",
-        help="do without the second, faster copy of the weights (on CPUs)",
+        help="on a CPU, do not keep a second copy of the weights in a faster layout",
     )
     parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
         default=compiled,
-        help="run compiled passes (CPU); made once, which takes minutes, and kept; "
-        f"default {'--compile' if compiled else '--no-compile'}",
+        help="on a CPU, use compiled passes; compiling takes minutes the first time, and the "
+        f"result is cached (default: {'--compile' if compiled else '--no-compile'})",
     )
     parser.add_argument(
         "--quantize",
         choices=QUANTIZED,
-        help="round the linear layers: another model, faster on a CPU; best with --compile",
+        help="round the weights of linear layers: faster on a CPU, but the output is that of the "
+        "rounded model; best with --compile",
     )
 
 
 def loaded(arguments: argparse.Namespace, **given: Any) -> Generator:
-    """The model and look-ahead files that the flags name.
+    """Load the model and the look-ahead files that the flags name.
 
     Args:
-        arguments: with the flags of `add_model_arguments` and `add_decoding_arguments`.
-        **given: arguments of `passlm.load` that come first.
+        arguments: parsed flags of `add_model_arguments` and `add_decoding_arguments`.
+        **given: arguments of `passlm.load` that override the flags.
     """
-    from passlm.generate import load, set_threads  # seconds
+    from passlm.generate import load, set_threads  # slow to import
 
     set_threads(arguments.threads)
     names = ("lookahead", "dtype", "device", "pack", "compile", "quantize")
@@ -81,16 +98,18 @@ def loaded(arguments: argparse.Namespace, **given: Any) -> Generator:
 
 
 def add_json_argument(parser: argparse.ArgumentParser) -> None:
-    """`--json`."""
+    """Add `--json`."""
     parser.add_argument(
-        "--json", action="store_true", help="print one JSON object as the last line"
+        "--json",
+        action="store_true",
+        help="print one JSON object as the last line of standard output",
     )
 
 
 def add_fields(
     parser: argparse.ArgumentParser, kind: type, leave_out: Collection[str] = ()
 ) -> None:
-    """One flag for each field of a settings dataclass, with its help and default."""
+    """Add one flag for each field of a settings dataclass, with the field's help and default."""
     hints = get_type_hints(kind)
     for field in fields(kind):
         if field.name not in leave_out:
@@ -103,7 +122,7 @@ def _flag(field: Field[Any], hint: Any) -> dict[str, Any]:
     text = str(field.metadata["help"]).replace("%", "%%")
     if hint is bool:
         return {"action": "store_true", "help": text}
-    options: dict[str, Any] = {"default": default, "help": f"{text}; default {default}"}
+    options: dict[str, Any] = {"default": default, "help": f"{text} (default: {default})"}
     if get_origin(hint) is Literal:
         return {**options, "choices": get_args(hint)}
     if get_origin(hint) is tuple:
@@ -114,20 +133,25 @@ def _flag(field: Field[Any], hint: Any) -> dict[str, Any]:
     return {**options, "type": plain, "metavar": plain.__name__.upper()}
 
 
-def taken(kind: type[T], arguments: argparse.Namespace, leave_out: Collection[str] = ()) -> T:
-    """The settings dataclass that the flags of `add_fields` describe."""
+def settings_from(
+    kind: type[T], arguments: argparse.Namespace, leave_out: Collection[str] = ()
+) -> T:
+    """Return the settings dataclass described by the flags of `add_fields`."""
     values = {f.name: getattr(arguments, f.name) for f in fields(kind) if f.name not in leave_out}  # type: ignore[arg-type]
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def print_json(content: Any) -> None:
-    """The last line of standard output."""
+    """Print a JSON object as the last line of standard output."""
     sys.stdout.write(json.dumps(content) + "\n")
     sys.stdout.flush()
 
 
 def progress_bar(quiet: bool = False) -> Progress:
-    """A bar on standard error with counts, time left and a description; texts have no markup."""
+    """Return a progress bar on standard error, with counts, remaining time and a description.
+
+    Descriptions are printed literally, without rich's markup.
+    """
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -148,7 +172,7 @@ def progress_bar(quiet: bool = False) -> Progress:
 
 @contextlib.contextmanager
 def terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM ends what is under way as Ctrl-C does."""
+    """Make SIGTERM interrupt the block as Ctrl-C does."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -158,9 +182,13 @@ def terminated_as_interrupted() -> Iterator[None]:
 
 @contextlib.contextmanager
 def stop_flag(patient: bool = False) -> Iterator[list[int]]:
-    """Collects Ctrl-C and SIGTERM, so that a step is never torn.
+    """Collect Ctrl-C and SIGTERM in a list, so that the caller can stop between two steps.
 
-    A second one ends at once, unless it is to be patient.
+    Args:
+        patient: ignore further signals. Otherwise a second signal raises `KeyboardInterrupt`.
+
+    Yields:
+        The numbers of the signals received; empty at first.
     """
     received: list[int] = []
 

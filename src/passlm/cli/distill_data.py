@@ -1,4 +1,4 @@
-"""Let a model answer prompts, as text for its look-ahead rows to learn from."""
+"""Generate a model's own answers to prompts, as training data for its look-ahead files."""
 
 from __future__ import annotations
 
@@ -27,18 +27,19 @@ _log = logging.getLogger("passlm.distill-data")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags."""
+    """Add the flags of this subcommand."""
     add_model_arguments(parser)
     parser.add_argument(
         "--no-pack",
         dest="pack",
         action="store_false",
-        help="do without the second, faster copy of the weights (on CPUs)",
+        help="on a CPU, do not keep a second copy of the weights in a faster layout",
     )
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="run compiled passes (CPU), made once, which takes minutes, and kept",
+        help="on a CPU, use compiled passes; compiling takes minutes the first time, and the "
+        "result is cached",
     )
     parser.add_argument(
         "--prompts",
@@ -46,15 +47,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="FILE",
-        help="JSONL with a prompt or messages on each line",
+        help="JSONL files with a prompt or messages on each line",
     )
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="FILE", help="JSONL to write, for train --data"
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="JSONL file to write, for 'passlm train --data'",
     )
-    parser.add_argument("--resume", action="store_true", help="answer what FILE has no answer to")
-    parser.add_argument("--overwrite", action="store_true", help="drop the answers in FILE")
-    parser.add_argument("--skip-bad", action="store_true", help="skip and count broken lines")
-    parser.add_argument("--limit", type=int, metavar="N", help="the first N prompts; default all")
+    parser.add_argument(
+        "--resume", action="store_true", help="answer the prompts that FILE has no answer to"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="discard the answers in FILE")
+    parser.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="skip and count invalid JSONL lines instead of stopping",
+    )
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="use only the first N prompts (default: all)"
+    )
     _add_settings(parser)
     add_json_argument(parser)
 
@@ -62,24 +75,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_settings(parser: argparse.ArgumentParser) -> None:
     whole: dict[str, Any] = {"type": int, "metavar": "N"}
     parser.add_argument(
-        "--max-new-tokens", **whole, default=192, help="of an answer, at most; default 192"
+        "--max-new-tokens",
+        **whole,
+        default=192,
+        help="maximum number of tokens per answer (default: 192)",
     )
     parser.add_argument(
         "--temperature",
         type=_temperatures,
         default=(0.0, 0.0, 0.8),
         metavar="LIST",
-        help="each prompt takes one of these, chosen by its id; 0 is greedy; default 0,0,0.8",
+        help="sampling temperatures; the prompt's id decides which one is used; 0 is greedy, and a "
+        "repeated value is used more often (default: 0,0,0.8)",
     )
     parser.add_argument(
-        "--top-k", **whole, default=50, help="keep the k most likely tokens; default 50"
+        "--top-k",
+        **whole,
+        default=50,
+        help="sample from the k most likely tokens only (default: 50)",
     )
-    parser.add_argument("--seed", **whole, default=0, help="of all draws; default 0")
-    parser.add_argument("--batch", **whole, default=16, help="answers at once; default 16")
+    parser.add_argument("--seed", **whole, default=0, help="random seed for sampling (default: 0)")
+    parser.add_argument("--batch", **whole, default=16, help="batch size (default: 16)")
 
 
 def _temperatures(text: str) -> tuple[float, ...]:
-    """Numbers separated by commas; one that is repeated counts as often."""
+    """Parse comma-separated numbers; a repeated number counts as often as it is given."""
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError as error:
@@ -89,14 +109,14 @@ def _temperatures(text: str) -> tuple[float, ...]:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Answer the prompts, appending each answer as it is finished.
+    """Answer the prompts, appending each answer to the file as soon as it is finished.
 
     Raises:
         InputError: the prompts, a setting, the model or the file cannot be used.
-        KeyboardInterrupt: it was interrupted; the answers so far were kept.
+        KeyboardInterrupt: it was interrupted; the answers so far are saved.
     """
     _check(arguments)
-    from passlm.generate import load, set_threads  # after the cheap checks: seconds
+    from passlm.generate import load, set_threads  # slow to import, so after the quick checks
     from passlm.train import answer_file, answers
 
     settings = answers.Settings(
@@ -121,10 +141,11 @@ def run(arguments: argparse.Namespace) -> None:
     ) as file:
         left = answers.unanswered(prompts, file.answered)
         if file.answered:
-            _log.info("%d prompts are answered, %d are left", len(prompts) - len(left), len(left))
+            _log.info("%d prompts are answered, %d remain", len(prompts) - len(left), len(left))
         counts = _answer(arguments, lm, settings, left, file)
     _log.info(
-        "%d answers, %d tokens, %.1f tokens a second; skipped %d broken and %d too long",
+        "%d answers, %d tokens, %.1f tokens per second; skipped %d invalid lines and %d prompts "
+        "that are too long",
         *(counts.answers, counts.tokens, counts.tokens_per_second, skipped.bad, skipped.long),
     )
     if arguments.json:
@@ -136,20 +157,20 @@ def _skips(bad: int, long: int) -> dict[str, int]:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """What can be told wrong before anything is loaded."""
+    """Check the arguments that can be checked before anything is loaded."""
     for name in ("batch", "limit"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
-            raise InputError(f"{name} is {value}: it must be 1 or more")
+            raise InputError(f"--{name} is {value}: it must be 1 or more")
     out: Path = arguments.out
     for path in arguments.prompts:
         if path.exists() and out.exists() and path.samefile(out):
-            raise InputError(f"--out {out} is a file of prompts: name another file")
+            raise InputError(f"--out {out} is one of the --prompts files: choose another file")
 
 
 @dataclass
 class _Counts:
-    """What this run answered; answers that were found are not in it."""
+    """Counts of this run, without the answers that the file already had."""
 
     answers: int = 0
     tokens: int = 0
@@ -160,7 +181,7 @@ class _Counts:
         return self.tokens / self.seconds if self.seconds else 0.0
 
     def summary(self, out: Path) -> dict[str, Any]:
-        """For `--json`."""
+        """Return the counts for `--json`."""
         return {
             "out": str(out),
             "answers": self.answers,
@@ -183,7 +204,7 @@ def _answer(
     with stop_flag() as stopping:
         counts = _answer_with_bar(answerer, prompts, arguments.batch, file, stopping)
     if stopping:
-        _log.info("stopped after %d answers: go on with --resume", counts.answers)
+        _log.info("stopped after %d answers: continue with --resume", counts.answers)
         raise KeyboardInterrupt
     return counts
 

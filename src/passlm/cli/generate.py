@@ -1,4 +1,4 @@
-"""Stream a completion of one prompt."""
+"""Generate a completion of one prompt and print it as it is generated."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from passlm.cli.common import (
     add_model_arguments,
     loaded,
     print_json,
-    taken,
+    settings_from,
 )
 from passlm.errors import InputError
 from passlm.outputs import Chunk, Stats
@@ -25,48 +25,57 @@ from passlm.params import METHODS, SamplingParams, StopParams
 if TYPE_CHECKING:
     from passlm.generate import Generator
 
-PYTHON_ONLY = ("logit_bias", "bad_words", "processors")  # they take token ids or objects
-_ACCEPTED, _PLAIN = "\x1b[32m", "\x1b[0m"
+PYTHON_ONLY = ("logit_bias", "bad_words", "processors")  # take token ids or objects: no flags
+_ACCEPTED, _RESET = "\x1b[32m", "\x1b[0m"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags."""
-    parser.add_argument("prompt", nargs="?", help="text to continue; '-' reads standard input")
-    parser.add_argument("--prompt-file", metavar="F", help="read the prompt from a file")
-    parser.add_argument("--chat", action="store_true", help="apply the model's chat template")
+    """Add the flags of this subcommand."""
+    parser.add_argument("prompt", nargs="?", help="text to continue, or '-' for standard input")
+    parser.add_argument("--prompt-file", metavar="F", help="read the prompt from this file")
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="send the prompt as a chat message, using the model's chat template",
+    )
     add_model_arguments(parser)
     add_decoding_arguments(parser)
     parser.add_argument(
         "--method",
         choices=METHODS,
-        help="default auto: chosen by what passes cost here, measured once; ar drafts nothing",
+        help="auto chooses each pass by its cost, which is measured once per machine; ar is plain "
+        "decoding without drafts; two-pass and one-pass always draft (default: auto)",
     )
     parser.add_argument(
         "--lookahead-tokens",
         type=int,
         metavar="N",
-        help="look-ahead steps, for auto at most; default all for auto, 4 for two-pass with a "
-        "sampler head, else 1",
+        help="number of look-ahead tokens, a maximum for auto (default: all for auto, 4 for "
+        "two-pass if the files have a sampler head, otherwise 1)",
     )
     add_fields(parser, SamplingParams, PYTHON_ONLY)
     add_fields(parser, StopParams)
-    parser.add_argument("--stats", action="store_true", help="print counts and speed at the end")
-    parser.add_argument("--show-accepted", action="store_true", help="colour accepted drafts green")
+    parser.add_argument(
+        "--stats", action="store_true", help="print token counts and speed to standard error"
+    )
+    parser.add_argument(
+        "--show-accepted", action="store_true", help="print accepted draft tokens in green"
+    )
     add_json_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Generate.
+    """Generate and print the completion.
 
     Raises:
         InputError: the prompt, a parameter, the model or the look-ahead files cannot be used.
     """
     prompt = read_prompt(arguments.prompt, arguments.prompt_file)
-    sampling = taken(SamplingParams, arguments, PYTHON_ONLY)
-    stopping = taken(StopParams, arguments)
+    sampling = settings_from(SamplingParams, arguments, PYTHON_ONLY)
+    stopping = settings_from(StopParams, arguments)
     if arguments.method == "ar" and arguments.lookahead not in (None, "none"):
-        raise InputError("--method ar drafts nothing: leave --lookahead out")
-    from passlm.generate import Options  # after the cheap checks: seconds
+        raise InputError("--method ar does not draft: leave --lookahead out")
+    from passlm.generate import Options  # slow to import, so after the quick checks
 
     lm = loaded(arguments, lookahead="none" if arguments.method == "ar" else arguments.lookahead)
     given = {k: getattr(arguments, k) for k in ("method", "lookahead_tokens")}
@@ -93,13 +102,16 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def read_prompt(given: str | None, file: str | None) -> str:
-    """The prompt from the argument, a file or standard input.
+    """Return the prompt from the argument, a file or standard input.
 
     Raises:
-        InputError: none or both were given, or the file cannot be read.
+        InputError: neither or both were given, the file cannot be read, or the prompt is empty or
+            not UTF-8.
     """
     if (given is None) == (file is None):
-        raise InputError("give one prompt: as an argument, with --prompt-file F, or '-'")
+        raise InputError(
+            "give one prompt: as an argument, with --prompt-file F, or '-' for standard input"
+        )
     try:
         if given == "-":
             text = sys.stdin.buffer.read().decode()
@@ -123,7 +135,7 @@ def _ids(lm: Generator, prompt: str, chat: bool) -> list[int]:
 def write(
     chunks: Iterator[Chunk], out: TextIO, show_accepted: bool
 ) -> tuple[str, list[int], str | None]:
-    """Print chunks as they come; gives the text, the token ids and why the text ended."""
+    """Print chunks as they arrive; return the text, the token ids and the finish reason."""
     texts: list[str] = []
     tokens: list[int] = []
     reason: str | None = None
@@ -134,7 +146,7 @@ def write(
             texts.append(chunk.text)
             tokens += chunk.tokens
             reason = chunk.finish_reason
-    finally:  # an interrupted line is ended as well; nothing is written for a refused prompt
+    finally:  # also ends the line after an interrupt; a rejected prompt prints nothing
         if tokens:
             out.write("\n")
             out.flush()
@@ -144,11 +156,11 @@ def write(
 def _coloured(chunk: Chunk) -> str:
     drafted = "".join(chunk.texts[: chunk.accepted])
     drawn = "".join(chunk.texts[chunk.accepted :])
-    return f"{_ACCEPTED}{drafted}{_PLAIN}{drawn}" if drafted else drawn
+    return f"{_ACCEPTED}{drafted}{_RESET}{drawn}" if drafted else drawn
 
 
 def summary(stats: Stats) -> dict[str, Any]:
-    """Counts and the figures made from them, JSON-ready."""
+    """Return the counts and the figures derived from them, JSON-ready."""
     return {
         **asdict(stats),
         "tokens_per_pass": stats.tokens_per_pass,
@@ -158,7 +170,7 @@ def summary(stats: Stats) -> dict[str, Any]:
 
 
 def describe(stats: Stats) -> str:
-    """The figures in a few lines for people."""
+    """Return the statistics as a few readable lines."""
     shares = [
         f"{accepted / judged:.2f}"
         for accepted, judged in zip(
@@ -168,13 +180,13 @@ def describe(stats: Stats) -> str:
     ]
     lines = [
         f"{stats.tokens} tokens in {stats.passes} passes: "
-        f"{stats.tokens_per_pass:.2f} tokens a pass",
-        f"{stats.tokens_per_second:.1f} tokens a second, "
-        f"prompt of {stats.prompt_tokens} tokens in {stats.prefill_seconds:.2f} s",
+        f"{stats.tokens_per_pass:.2f} tokens per pass",
+        f"{stats.tokens_per_second:.1f} tokens per second; "
+        f"prompt of {stats.prompt_tokens} tokens read in {stats.prefill_seconds:.2f} s",
     ]
     if shares:
         lines.append(
-            f"accepted length {stats.accepted_length:.2f}; accepted of those reached, "
-            f"by position: {', '.join(shares)}"
+            f"accepted length {stats.accepted_length:.2f}; acceptance rate by position: "
+            f"{', '.join(shares)}"
         )
     return "\n".join(lines)

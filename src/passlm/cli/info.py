@@ -1,4 +1,4 @@
-"""Say what a model or a look-ahead folder is."""
+"""Describe a model or a look-ahead folder."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from passlm.cli.common import add_json_argument, print_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags."""
-    parser.add_argument("name", help="a model, or a look-ahead folder")
+    """Add the flags of this subcommand."""
+    parser.add_argument(
+        "name", help="model (hub id, folder, .gguf file or built-in name) or look-ahead folder"
+    )
     add_json_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print what it is.
+    """Print the description.
 
     Raises:
-        InputError: it is neither.
+        InputError: the name is neither a model nor a look-ahead folder.
     """
     from passlm.lookahead.trained import CARD_FILE
 

@@ -1,4 +1,4 @@
-"""Measure what passes cost on this machine, and say which plan pays."""
+"""Measure the cost of passes on this machine and predict the fastest method."""
 
 from __future__ import annotations
 
@@ -25,20 +25,26 @@ GIGABYTE = 1e9
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags."""
+    """Add the flags of this subcommand."""
     add_model_arguments(parser)
     add_decoding_arguments(parser)
-    parser.add_argument("--batch", type=int, default=1, metavar="N", help="texts at a time")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="batch size (default: 1)")
     parser.add_argument(
-        "--context", type=int, default=128, metavar="N", help="tokens before them; default 128"
+        "--context",
+        type=int,
+        default=128,
+        metavar="N",
+        help="context length in tokens (default: 128)",
     )
-    parser.add_argument("--kept", action="store_true", help="show the costs kept, where there are")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write profile.png there")
+    parser.add_argument(
+        "--kept", action="store_true", help="show costs measured earlier, if there are any"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write profile.png to this folder")
     add_json_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measure, keep the costs for `--method auto`, and print what follows from them.
+    """Measure the costs, save them for `--method auto`, and print what follows from them.
 
     Raises:
         InputError: a setting, the model or the look-ahead files cannot be used.
@@ -50,13 +56,13 @@ def run(arguments: argparse.Namespace) -> None:
     from passlm.planning.kept_costs import read_bandwidth, weight_bytes
 
     if arguments.batch > BATCHES[-1]:
-        raise InputError(f"--batch is {arguments.batch}: costs are measured up to {BATCHES[-1]}")
+        raise InputError(f"--batch is {arguments.batch}: choose a batch size up to {BATCHES[-1]}")
     lm = loaded(arguments)
     weights, bandwidth = weight_bytes(lm.target), read_bandwidth(lm.target.device)
     ceiling = bandwidth / weights
     print(
-        f"ceiling: {bandwidth / GIGABYTE:.1f} GB/s of memory over {weights / GIGABYTE:.3f} GB of "
-        f"weights: {ceiling:.1f} passes a second"
+        f"ceiling: {bandwidth / GIGABYTE:.1f} GB/s of memory bandwidth / {weights / GIGABYTE:.3f} "
+        f"GB of weights = {ceiling:.1f} passes per second"
     )
     batch, context = lm.costs.size(arguments.batch, arguments.context)
     curve = lm.costs.curve(arguments.batch, arguments.context, anew=not arguments.kept)
@@ -65,7 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
     rates = predicted(curve, prior, head[: len(curve.head_seconds)])
     print(f"engine: {lm.target.engine}; batch {batch}, context {context}")
     if (batch, context) != (arguments.batch, arguments.context):
-        print(f"(the nearest measured to batch {arguments.batch}, context {arguments.context})")
+        print(f"(nearest measured to batch {arguments.batch}, context {arguments.context})")
     print(cost_table(curve))
     print(f"plain decoding reaches {curve.plain() / ceiling:.0%} of the ceiling")
     print(rate_table(rates, batch))
@@ -91,12 +97,15 @@ def run(arguments: argparse.Namespace) -> None:
 def predicted(
     curve: CostCurve, prior: tuple[float, ...], head: tuple[float, ...] = ()
 ) -> list[dict[str, Any]]:
-    """Tokens a second of each text by METHOD's formulas, plain decoding first.
+    """Return the predicted speed of each method, plain decoding first.
+
+    The speed is in tokens per second for each sequence, by the formulas of `CostCurve`.
 
     Args:
-        curve: what passes cost.
-        prior: chance of each look-ahead candidate, once those before it are accepted.
-        head: likewise of the draft head's.
+        curve: cost of passes.
+        prior: probability that each look-ahead candidate is accepted, given that those before it
+            are.
+        head: the same for the draft head's candidates.
     """
     from passlm.planning.acceptance import expected_length
 
@@ -115,34 +124,33 @@ def predicted(
 
 
 def cost_table(curve: CostCurve) -> str:
-    """What each pass takes, in milliseconds and passes of one row."""
-    lines = [f"{'pass':<28}{'ms':>8}{'of one row':>12}"]
+    """Return a table of pass times, in milliseconds and relative to a pass of one row."""
+    lines = [f"{'pass':<28}{'ms':>8}{'vs 1 row':>12}"]
     passes = [(f"{rows} real rows", curve.of(rows)) for rows in curve.rows]
-    passes += [(f"root and {n} look-ahead rows", curve.of(1, n, n)) for n in curve.groups]
+    passes += [(f"1 real, {n} look-ahead rows", curve.of(1, n, n)) for n in curve.groups]
     guesses = range(1, 1 + len(curve.head_seconds))
-    passes += [(f"draft head, {n} tokens more", curve.head(n)) for n in guesses]
+    passes += [(f"draft head, {n} tokens", curve.head(n)) for n in guesses]
     lines += [f"{what:<28}{s * 1e3:>8.1f}{s / curve.of(1):>12.2f}" for what, s in passes]
     return "\n".join(lines)
 
 
 def rate_table(rates: list[dict[str, Any]], batch: int) -> str:
-    """Predicted speeds, and the best of them; prompt lookup comes on top."""
+    """Return a table of predicted speeds and the best method; prompt lookup is not included."""
     plain = rates[0]["tokens_per_second"]
-    lines = [f"{'predicted for a text':<28}{'tokens/s':>9}{'of plain':>11}"]
+    lines = [f"{'predicted per sequence':<28}{'tokens/s':>9}{'speed-up':>11}"]
     for rate in rates:
         name = f"{rate['method']} {rate['lookahead_tokens'] or ''}"
         speed = rate["tokens_per_second"]
         lines.append(f"{name:<28}{speed:>9.1f}{speed / plain:>11.2f}")
     best = max(rates, key=lambda rate: rate["tokens_per_second"])
     tokens = f" with {best['lookahead_tokens']} look-ahead tokens" if best is not rates[0] else ""
-    texts = "one text" if batch == 1 else f"{batch} texts"
-    lines.append(f"best fixed method for {texts} at a time: {best['method']}{tokens}")
-    lines.append("--method auto mixes these pass by pass, with chains found in the text itself")
+    lines.append(f"best fixed method at batch size {batch}: {best['method']}{tokens}")
+    lines.append("--method auto combines these pass by pass, and adds prompt lookup")
     return "\n".join(lines)
 
 
 def plot(curve: CostCurve, rates: list[dict[str, Any]], ceiling: float) -> bytes:
-    """Cost by rows and predicted speed by look-ahead tokens, as PNG."""
+    """Return a plot of cost by rows and predicted speed by look-ahead tokens, as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Serve a model over HTTP, as the OpenAI API."""
+"""Serve a model over HTTP with an OpenAI-compatible API."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from passlm.cli.common import (
     add_fields,
     add_model_arguments,
     loaded,
-    taken,
+    settings_from,
 )
 from passlm.errors import InputError
 
@@ -33,24 +33,34 @@ _log = logging.getLogger("passlm.serve")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags."""
+    """Add the flags of this subcommand."""
     from passlm.serve.jobs import WorkerSettings
     from passlm.serve.settings import ServeSettings
 
-    parser.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1, this machine alone")
-    parser.add_argument("--port", type=int, default=8000, help="default 8000; 0 takes a free one")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on (default: 127.0.0.1, this machine only)",
+    )
+    parser.add_argument(
+        "--port",
+        type=int,
+        default=8000,
+        help="port to listen on; 0 chooses a free one (default: 8000)",
+    )
     parser.add_argument(
         "--api-key-file",
         type=Path,
         metavar="F",
-        help=f"keys, one a line, of which requests must bring one; as is ${KEY_VARIABLE}",
+        help="file with one API key per line; requests must send one of them or the key in "
+        f"${KEY_VARIABLE}",
     )
     parser.add_argument(
         "--grace-seconds",
         type=float,
         default=30.0,
         metavar="S",
-        help="for texts under way when told to stop; default 30",
+        help="time that running requests get to finish after a stop signal (default: 30)",
     )
     add_model_arguments(parser)
     add_decoding_arguments(parser, compiled=True)
@@ -59,11 +69,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Serve until a signal comes.
+    """Serve until a signal arrives.
 
     Raises:
         InputError: a setting, a key, the address, the model or the look-ahead files cannot be used.
-        KeyboardInterrupt: it was interrupted; what was under way is finished.
+        KeyboardInterrupt: the server was interrupted; running requests were given time to finish.
     """
     _check_packages()
     worker_settings, settings = _settings(arguments)
@@ -75,7 +85,8 @@ def run(arguments: argparse.Namespace) -> None:
         log_json_lines()
         if not (settings.api_keys or is_loopback(listening)):
             _log.warning(
-                "--host %s lets others in and there is no API key: give --api-key-file or set $%s",
+                "--host %s is reachable from other machines and there is no API key: give "
+                "--api-key-file or set $%s",
                 arguments.host,
                 KEY_VARIABLE,
             )
@@ -86,7 +97,8 @@ def run(arguments: argparse.Namespace) -> None:
 
         keep_large_blocks_apart()
         thread = model_thread()
-        with ending_at_once():  # a download or a conversion in another thread would be waited for
+        # Python would wait for the download or conversion in the other thread before it exits.
+        with ending_at_once():
             lm = thread.submit(loaded, arguments).result()
         worker = Worker(lm, worker_settings, thread)
         app = create_app(lm, worker, settings)
@@ -106,7 +118,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def ending_at_once() -> Iterator[None]:
-    """Let a signal that asks to stop end the process, whatever other threads do."""
+    """Make SIGINT and SIGTERM end the process immediately, without waiting for other threads."""
 
     def end(number: int, frame: object) -> None:
         os._exit(128 + number)
@@ -137,8 +149,8 @@ def _settings(arguments: argparse.Namespace) -> tuple[WorkerSettings, ServeSetti
         raise InputError(f"--grace-seconds is {arguments.grace_seconds}: it must be 0 or more")
     if not 0 <= arguments.port < 2**16:
         raise InputError(f"--port is {arguments.port}: it must lie between 0 and 65535")
-    settings = taken(ServeSettings, arguments, ("api_keys",))
-    return taken(WorkerSettings, arguments), replace(
+    settings = settings_from(ServeSettings, arguments, ("api_keys",))
+    return settings_from(WorkerSettings, arguments), replace(
         settings,
         model_name=settings.model_name or model_name(arguments.model),
         api_keys=read_keys(arguments.api_key_file, os.environ.get(KEY_VARIABLE)),
@@ -146,20 +158,20 @@ def _settings(arguments: argparse.Namespace) -> tuple[WorkerSettings, ServeSetti
 
 
 def model_name(model: str) -> str:
-    """What clients call a model: of a folder or file its own name, not where it lies."""
+    """Return the name that clients use for a model; for a folder or file, without its path."""
     path = Path(model).expanduser()
     return path.resolve().name if path.exists() else model
 
 
 def read_keys(file: Path | None, variable: str | None) -> tuple[str, ...]:
-    """The keys of a file and of the environment; none where neither is given.
+    """Return the API keys of a file and of the environment variable; none if neither is given.
 
     Args:
-        file: one key a line; empty lines and those that begin with `#` say nothing.
-        variable: what the environment variable holds.
+        file: one key per line; empty lines and lines that start with `#` are ignored.
+        variable: value of the environment variable.
 
     Raises:
-        InputError: the file cannot be read or holds no key, or a key cannot be sent in a header.
+        InputError: the file cannot be read or contains no key, or a key is not allowed in a header.
     """
     keys = [] if variable is None else [variable]
     if file is not None:
@@ -171,23 +183,23 @@ def read_keys(file: Path | None, variable: str | None) -> tuple[str, ...]:
         found = [line.strip() for line in lines]
         found = [line for line in found if line and not line.startswith("#")]
         if not found:
-            raise InputError(f"--api-key-file {file} holds no key: write one on each line")
+            raise InputError(f"--api-key-file {file} contains no key: write one key per line")
         if mode & stat.S_IROTH:
-            _log.warning("everybody on this machine can read %s: chmod 600 %s", file, file)
+            _log.warning("every user of this machine can read %s: run 'chmod 600 %s'", file, file)
         keys += found
     if not all(key.isascii() and key.isprintable() and key and " " not in key for key in keys):
         raise InputError(
-            f"a key in ${KEY_VARIABLE} or --api-key-file is empty or holds a space or a character "
-            "that no header can: give letters, digits and signs"
+            f"a key in ${KEY_VARIABLE} or --api-key-file is empty, or contains a space or a "
+            "character that is not allowed in a header: use ASCII letters, digits and punctuation"
         )
     return tuple(keys)
 
 
 def raise_file_limit() -> None:
-    """Each connection is an open file, and the usual limit is low."""
+    """Raise the limit on open files to its maximum, because each connection counts as one."""
     try:
         import resource
-    except ImportError:  # of Unix alone
+    except ImportError:  # not available on Windows
         return
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -17,8 +17,8 @@ from passlm.cli.common import (
     add_model_arguments,
     print_json,
     progress_bar,
+    settings_from,
     stop_flag,
-    taken,
 )
 from passlm.errors import InputError
 from passlm.train.config import Kind, TrainConfig
@@ -36,7 +36,7 @@ _log = logging.getLogger("passlm.train")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags."""
+    """Add the flags of this subcommand."""
     add_model_arguments(parser, dtype="float32")
     parser.add_argument(
         "--data",
@@ -44,36 +44,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="PATH",
-        help="files and folders of text, code or JSONL",
+        help="training data: text, code or JSONL files, or folders of them",
     )
     parser.add_argument(
         "--data-weights",
         nargs="+",
         type=float,
         metavar="W",
-        help="how much of the texts comes from each PATH; default by length",
+        help="share of the training data from each PATH (default: proportional to its length)",
     )
     parser.add_argument(
         "--data-licences",
         nargs="+",
         metavar="L",
-        help="licence of each PATH, for the model card",
+        help="licence of each PATH, stated in the model card",
     )
     parser.add_argument(
-        "--skip-bad", action="store_true", help="leave broken JSONL lines out, and count them"
+        "--skip-bad",
+        action="store_true",
+        help="skip and count invalid JSONL lines instead of stopping",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write")
     parser.add_argument(
-        "--start-from", metavar="NAME", help="look-ahead files to begin with; default the mean"
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder to write the look-ahead files to",
     )
-    parser.add_argument("--resume", action="store_true", help="go on from DIR's checkpoint")
-    parser.add_argument("--overwrite", action="store_true", help="start anew in a used DIR")
     parser.add_argument(
-        "--tensorboard", action="store_true", help="write event files to DIR/tensorboard as well"
+        "--start-from",
+        metavar="NAME",
+        help="look-ahead files to start from (default: the mean of the model's input embeddings)",
+    )
+    parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in DIR")
+    parser.add_argument("--overwrite", action="store_true", help="start over if DIR is not empty")
+    parser.add_argument(
+        "--tensorboard", action="store_true", help="also write event files to DIR/tensorboard"
     )
     parser.add_argument(
         "--licence",
-        help="of the files; default apache-2.0, or for a draft head that of --start-from",
+        help="licence of the files (default: apache-2.0; with --kind head, that of --start-from)",
     )
     add_fields(parser, TrainConfig)
     add_json_argument(parser)
@@ -84,19 +94,19 @@ def run(arguments: argparse.Namespace) -> None:
 
     Raises:
         InputError: the data, a setting, the model or the folder cannot be used.
-        KeyboardInterrupt: it was interrupted; a checkpoint was kept.
+        KeyboardInterrupt: it was interrupted; a checkpoint was saved.
     """
-    config = taken(TrainConfig, arguments)
+    config = settings_from(TrainConfig, arguments)
     _check_lists(arguments)
     if config.kind == "head" and arguments.start_from is None:
-        raise InputError("--kind head adds a draft head to files: name them with --start-from")
+        raise InputError("--kind head adds a draft head to look-ahead files: give --start-from")
     board = _board_writer() if arguments.tensorboard else None
     processes = _processes(arguments)
     with contextlib.nullcontext() if processes is None else processes.ending_together():
         if processes is None or processes.place[0] == 0:
             _check_folder(arguments)
         else:
-            logging.getLogger("passlm").setLevel(logging.WARNING)  # the first one says it
+            logging.getLogger("passlm").setLevel(logging.WARNING)  # the first process logs
         _train(arguments, config, board, processes)
 
 
@@ -113,17 +123,18 @@ def _train(
     windows, held_out = _texts(arguments, config, loaded)
     try:
         trainer = _trainer(arguments, config, target, windows, held_out, processes)
-        # A launcher passes a signal on to processes that may have met it already.
+        # With several processes, the launcher forwards a signal that a process may have received
+        # already.
         with stop_flag(patient=processes is not None) as stopping:
             _train_with_bar(trainer, stopping, board)
         if trainer.steps_done < config.steps:
-            _log.info("stopped after step %d: go on with --resume", trainer.steps_done)
+            _log.info("stopped after step %d: continue with --resume", trainer.steps_done)
             raise KeyboardInterrupt
         card = _finish(arguments, trainer)
     except OSError as error:
         raise InputError(
-            f"cannot write to --out {arguments.out}: {error.strerror}; the last checkpoint there "
-            "is whole"
+            f"cannot write to --out {arguments.out}: {error.strerror}; the last checkpoint is "
+            "intact"
         ) from error
     if arguments.json and trainer.writes:
         print_json({"folder": str(arguments.out), **card})
@@ -134,11 +145,14 @@ def _check_lists(arguments: argparse.Namespace) -> None:
         given = getattr(arguments, flag)
         if given is not None and len(given) != len(arguments.data):
             name = flag.replace("_", "-")
-            raise InputError(f"{len(given)} --{name} for {len(arguments.data)} paths of --data")
+            raise InputError(
+                f"--{name} has {len(given)} values for {len(arguments.data)} paths of --data: give "
+                "one for each path"
+            )
 
 
 def _processes(arguments: argparse.Namespace) -> AcceleratedProcesses | None:
-    """The processes of `accelerate launch`; None for this one alone."""
+    """Return the processes of `accelerate launch`; None if this process runs alone."""
     from passlm.train.processes import AcceleratedProcesses, launched
 
     if not launched():
@@ -163,7 +177,7 @@ def _target(
     if processes is not None:
         shards = processes.place[1] if processes.sharded else 1
         place = Place(device, shards, processes.neighbours)
-        device = "cpu" if processes.sharded else device  # it need not fit on one
+        device = "cpu" if processes.sharded else device  # the model may not fit on one device
     rows = sum(group_lengths(config))
     check(load_config(arguments.model), dtype, place, config, rows)
     loaded = load_model(arguments.model, dtype=arguments.dtype, device=device)
@@ -177,23 +191,23 @@ def _target(
 def _check_length(config: TrainConfig, target: Target) -> None:
     if target.context is not None and config.sequence_tokens > target.context:
         raise InputError(
-            f"--sequence-tokens is {config.sequence_tokens} and the model's context is "
-            f"{target.context}: give at most that"
+            f"--sequence-tokens is {config.sequence_tokens}, but the model's context is "
+            f"{target.context} tokens: choose at most that"
         )
 
 
 def _check_folder(arguments: argparse.Namespace) -> None:
     if arguments.resume and arguments.overwrite:
-        raise InputError("--resume goes on and --overwrite starts anew: give one of them")
+        raise InputError("--resume continues and --overwrite starts over: give only one of them")
     out: Path = arguments.out
     if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out} is a file: name a folder")
+        raise InputError(f"--out {out} is a file: choose a folder")
     used = out.is_dir() and any(out.iterdir())
     if used and not (arguments.resume or arguments.overwrite):
-        raise InputError(f"--out {out} is not empty: go on with --resume, or use --overwrite")
+        raise InputError(f"--out {out} is not empty: use --resume to continue, or --overwrite")
     standing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not standing.is_dir() or not os.access(standing, os.W_OK):
-        raise InputError(f"cannot write to --out {out}: {standing} is no folder to write in")
+        raise InputError(f"cannot write to --out {out}: {standing} is not a writable folder")
 
 
 def _texts(
@@ -211,12 +225,15 @@ def _texts(
             try:
                 return str(tokenizer.apply_chat_template(messages, tokenize=False))
             except TemplateError as error:
-                raise DataError(f"the chat template refuses it: {error}") from error
+                raise DataError(f"the model's chat template rejects it: {error}") from error
 
     documents = read_documents(arguments.data, _log.info, chat, arguments.skip_bad)
     weights = arguments.data_weights
     if tokenizer.eos_token_id is None:
-        raise DataError("the tokenizer has no end-of-sequence token to put between documents")
+        raise DataError(
+            "the tokenizer has no end-of-sequence token, which is needed between documents: train "
+            "with a model whose tokenizer has one"
+        )
 
     def tokenize(texts: list[str]) -> list[list[int]]:
         ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)[
@@ -232,7 +249,7 @@ def _texts(
     try:
         held_out = windows(kept)
     except DataError as error:
-        raise DataError(f"of what is held out, {error}; or hold out more: --held-out") from error
+        raise DataError(f"in the held-out data, {error}; or raise --held-out") from error
     texts = windows(train)
     _log.info("%d tokens to train on, %d held out", texts.tokens, held_out.tokens)
     return texts, held_out
@@ -276,18 +293,21 @@ def _started_from(name: str, target: Target, config: TrainConfig) -> LookAhead:
     rows.check(target)
     if rows.tokens != config.lookahead_tokens and config.kind != "head":
         raise LookAheadError(
-            f"--start-from {name} has {rows.tokens} rows and --lookahead-tokens is "
+            f"--start-from {name} has {rows.tokens} look-ahead rows, but --lookahead-tokens is "
             f"{config.lookahead_tokens}: make them equal"
         )
     return rows
 
 
 def _with_parts(rows: LookAhead, target: Target, config: TrainConfig) -> LookAhead:
-    """The rows with what `--kind` trains; parts that they have already go on from there."""
+    """Return the rows with the parts that `--kind` trains; parts that exist are trained further."""
     from passlm.lookahead.trained import LookAhead
 
     if rows.head is not None:
-        _log.warning("the draft head of --start-from is left out: train one again afterwards")
+        _log.warning(
+            "the draft head of --start-from is not kept: train a new one afterwards with --kind "
+            "head"
+        )
     rank = 0 if config.kind == "embeddings" else config.lora_rank
     width = config.sampler_width if config.kind == "sampler" else 0
     told = config.sampler_tokens
@@ -303,7 +323,11 @@ def _with_parts(rows: LookAhead, target: Target, config: TrainConfig) -> LookAhe
 
 
 def _with_head(rows: LookAhead, windows: TokenWindows, config: TrainConfig) -> LookAhead:
-    """The rows with a draft head; one that they have already goes on from there."""
+    """Return the rows with a draft head; one that exists is trained further.
+
+    Raises:
+        LookAheadError: the existing draft head differs from what the flags describe.
+    """
     from passlm.drafts.draft_head import DraftHead
     from passlm.lookahead.card import LookAheadError
     from passlm.lookahead.trained import LookAhead
@@ -320,23 +344,28 @@ def _with_head(rows: LookAhead, windows: TokenWindows, config: TrainConfig) -> L
         wanted = getattr(config, f"head_{name}")
         if has != wanted:
             raise LookAheadError(
-                f"--start-from has head-{name} {has} and --head-{name} is {wanted}: make them equal"
+                f"--start-from has head-{name} {has}, but --head-{name} is {wanted}: make them "
+                "equal"
             )
     return rows
 
 
 def _check_parts(rows: LookAhead, new: LookAhead, config: TrainConfig) -> None:
-    """Make sure that what goes on from `--start-from` is what the flags describe."""
+    """Check that the parts kept from `--start-from` match the flags.
+
+    Raises:
+        LookAheadError: a part differs from what the flags describe.
+    """
     from passlm.lookahead.card import LookAheadError
 
     found: list[tuple[str, object, object]] = []
     if rows.lora is not None and new.lora is not None:
         found.append(("lora-rank", rows.lora.rank, config.lora_rank))
         if rows.lora.rank == config.lora_rank and rows.lora.groups != new.lora.groups:
-            found.append(("lora-layers", "others", " ".join(config.lora_layers) or "all"))
+            found.append(("lora-layers", "other ones", " ".join(config.lora_layers) or "all"))
     if rows.sampler is not None and new.sampler is not None:
         found.append(("sampler-width", rows.sampler.width, config.sampler_width))
-        most = max(rows.sampler.tokens, config.sampler_tokens)  # fewer may grow
+        most = max(rows.sampler.tokens, config.sampler_tokens)  # it can be extended, not cut
         found.append(("sampler-tokens", most, config.sampler_tokens))
     kind = _kind(rows)
     if get_args(Kind).index(kind) > get_args(Kind).index(config.kind):
@@ -344,7 +373,7 @@ def _check_parts(rows: LookAhead, new: LookAhead, config: TrainConfig) -> None:
     for flag, kept, wanted in found:
         if kept != wanted:
             raise LookAheadError(
-                f"--start-from has {flag} {kept} and --{flag} is {wanted}: make them equal"
+                f"--start-from has {flag} {kept}, but --{flag} is {wanted}: make them equal"
             )
 
 
@@ -371,11 +400,11 @@ def _train_with_bar(
 
 
 def _board_writer() -> Callable[[str], Any]:
-    """What writes TensorBoard's files, given their folder."""
+    """Return the class that writes TensorBoard event files to a folder."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise InputError("--tensorboard needs a package: pip install tensorboard") from error
+        raise InputError("--tensorboard needs tensorboard: pip install tensorboard") from error
     writer: Callable[[str], Any] = SummaryWriter
     return writer
 
@@ -384,7 +413,7 @@ def _board_writer() -> Callable[[str], Any]:
 def _board(
     board: Callable[[str], Any] | None, folder: Path
 ) -> Iterator[Callable[[Progress], None]]:
-    """What takes each step's figures to TensorBoard; does nothing without."""
+    """Yield a function that writes figures to TensorBoard; without `board` it does nothing."""
     if board is None:
         yield lambda _: None
         return
@@ -423,7 +452,13 @@ def _finish(arguments: argparse.Namespace, trainer: Trainer) -> dict[str, Any]:
 
 
 def _card(arguments: argparse.Namespace, trainer: Trainer, shares: Sequence[float]) -> Card:
-    """The files' card with what was trained, and the held-out shares accepted to each row."""
+    """Return the files' card after training.
+
+    Args:
+        arguments: parsed flags.
+        trainer: the finished training.
+        shares: for each row, the held-out share of look-ahead groups accepted at least up to it.
+    """
     from passlm.lookahead.card import HELD_OUT
     from passlm.provenance import provenance
 
@@ -437,8 +472,8 @@ def _card(arguments: argparse.Namespace, trainer: Trainer, shares: Sequence[floa
         "provenance": provenance([]),
     }
     by_position = [round(share, 4) for share in shares]
-    if trainer.config.kind == "head":  # the rest of the files is as it was
-        shape = ("width", "tokens", "depths", "listed")  # figures of before are of another head
+    if trainer.config.kind == "head":  # the other parts of the files are unchanged
+        shape = ("width", "tokens", "depths", "listed")  # drops the figures of an earlier head
         card_head = {name: value for name, value in (card.head or {}).items() if name in shape}
         return replace(
             card,
@@ -458,7 +493,7 @@ def _card(arguments: argparse.Namespace, trainer: Trainer, shares: Sequence[floa
 
 
 def _described_data(arguments: argparse.Namespace) -> dict[str, str]:
-    """What was trained on, for the card: weight and licence of each path."""
+    """Return the weight and licence of each data path, for the card."""
     weights = arguments.data_weights or [None] * len(arguments.data)
     licences = arguments.data_licences or ["not stated"] * len(arguments.data)
     names = [path.resolve().name for path in arguments.data]

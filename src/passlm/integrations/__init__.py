@@ -1,4 +1,5 @@
-"""The method inside other libraries' engines.
+"""PaSS inside the generation loops of other libraries, one module per library.
 
-Each module needs its own optional dependency. Imports `planning` and what lies below it.
+A module may need an optional dependency, and no other package imports it. Modules may import
+`planning` and the packages below it, but not `cli`, `bench`, `train`, `serve` or `generate`.
 """

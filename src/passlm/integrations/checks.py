@@ -1,4 +1,4 @@
-"""Refuse what `generate` may be asked for and PaSS cannot honour, by name."""
+"""Checks that reject options of transformers' `generate` that PaSS does not support."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from passlm.model.compat import CACHE_NAMES, given_cache
 
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 _REFUSED_OPTIONS = {
-    "output_attentions": "a pass over look-ahead rows has other ones",
-    "output_hidden_states": "a pass over look-ahead rows has other ones",
-    "prefill_chunk_size": "prompts are prefilled in chunks anyway",
-    "compile_config": "PaSS calls the model as it is",
+    "output_attentions": "a pass also has look-ahead rows, so its attentions differ",
+    "output_hidden_states": "a pass also has look-ahead rows, so its hidden states differ",
+    "prefill_chunk_size": "prompts are always prefilled in chunks",
+    "compile_config": "the model is never compiled",
 }
 _STATEFUL_PROCESSORS = (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
@@ -34,7 +34,7 @@ _MODEL_INPUTS = ("attention_mask", "position_ids", *CACHE_NAMES, "use_cache", "l
 
 
 class GenerateError(InputError):
-    """Something asked of transformers' `generate` that PaSS cannot do; one line."""
+    """An option of transformers' `generate` that PaSS does not support; a message of one line."""
 
 
 def refuse(
@@ -43,16 +43,16 @@ def refuse(
     given: Mapping[str, Any],
     model_kwargs: Mapping[str, Any],
 ) -> None:
-    """Make sure that PaSS can honour what `generate` was asked for.
+    """Raise an error if `generate` was called with an option that PaSS does not support.
 
     Args:
-        config: every option, prepared.
-        processors: for the whole batch.
-        given: `generate`'s arguments that are not part of the others: `assistant_model`, ...
-        model_kwargs: what goes to the model beside the ids.
+        config: the prepared generation configuration.
+        processors: logits processors of the whole batch.
+        given: arguments of `generate` that are in none of the others, such as `assistant_model`.
+        model_kwargs: arguments for the model besides the ids.
 
     Raises:
-        GenerateError: it cannot; names the first such option and says what to do.
+        GenerateError: an option is not supported; names the first such option and what to do.
     """
     complaints = chain(
         _mode_complaints(config, given),
@@ -68,30 +68,31 @@ def _mode_complaints(config: GenerationConfig, given: Mapping[str, Any]) -> Iter
     mode = config.get_generation_mode(given.get("assistant_model"))
     if mode not in _MODES:
         yield (
-            f"generate was asked for {mode.value.replace('_', ' ')}: PaSS decodes by greedy search "
-            "or sampling, so leave out what asks for more (num_beams, assistant_model, ...)"
+            f"generate was asked for {mode.value.replace('_', ' ')}: PaSS supports greedy search "
+            "and sampling only, so leave out options such as num_beams and assistant_model"
         )
     if given.get("synced_gpus"):
-        yield "generate was given synced_gpus: PaSS decodes on one process, so leave it out"
+        yield "generate was given synced_gpus: PaSS decodes in one process, so leave it out"
     for name, reason in _REFUSED_OPTIONS.items():
         if getattr(config, name, None):
-            yield f"generate was given {name}, and with PaSS {reason}: leave it out"
+            yield f"generate was given {name}, but with PaSS {reason}: leave it out"
 
 
 def _cache_complaints(config: GenerationConfig, model_kwargs: Mapping[str, Any]) -> Iterator[str]:
     if config.cache_implementation not in (None, "dynamic"):
         yield (
-            f"generate was given cache_implementation={config.cache_implementation!r}: PaSS needs "
-            "a cache of its own, so leave it out"
+            f"generate was given cache_implementation={config.cache_implementation!r}: PaSS uses "
+            "its own cache, so leave it out"
         )
     if not model_kwargs.get("use_cache", True):
         yield "generate was given use_cache=False: PaSS needs its cache, so leave it out"
     name, cache = given_cache(model_kwargs)
-    # An empty one is prepared by `generate` itself. A user's own would be expected to be filled.
+    # `generate` itself passes an empty cache, which is ignored. A user who passes one expects it
+    # to be read and filled.
     if cache is not None and (getattr(cache, "_is_user_defined", False) or cache.get_seq_length()):
         yield (
-            f"generate was given {name}: PaSS can neither continue nor fill a cache that "
-            "is not its own, so give the whole text as input_ids and leave it out"
+            f"generate was given {name}: PaSS uses its own cache and can neither read nor fill "
+            "another one, so leave it out and give the whole text as input_ids"
         )
 
 
@@ -100,32 +101,34 @@ def _input_complaints(
 ) -> Iterator[str]:
     for name, value in model_kwargs.items():
         if value is not None and name not in _MODEL_INPUTS:
-            yield f"generate was given {name}: PaSS takes text as input_ids alone, so leave it out"
+            yield f"generate was given {name}: PaSS only takes input_ids, so leave it out"
     for processor in processors:
         if isinstance(processor, _STATEFUL_PROCESSORS):
             yield (
-                f"{type(processor).__name__} keeps a state from token to token, which refused "
-                "candidates would spoil: leave out the option or processor that asks for it"
+                f"{type(processor).__name__} keeps a state between tokens, which rejected draft "
+                "tokens would corrupt: leave out the option that adds this processor"
             )
 
 
 def seen_ids(ids: Tensor, model_kwargs: Mapping[str, Any]) -> Tensor:
-    """Which ids are text and not padding, `[B, P]` bool; padding is on the left alone.
+    """Return a mask that is True for tokens and False for left padding, `[B, P]` bool.
 
     Raises:
-        GenerateError: the mask hides something else, or positions do not count the text.
+        GenerateError: the attention mask hides anything but left padding, or the position ids do
+            not count each prompt's tokens from 0.
     """
-    mask = model_kwargs.get("attention_mask")  # `generate` drops one without padding
+    mask = model_kwargs.get("attention_mask")  # `generate` removes a mask without padding
     seen = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(ids.device) != 0
     if bool((seen[:, :-1] & ~seen[:, 1:]).any()):
         raise GenerateError(
-            "attention_mask hides ids behind the beginning of a prompt: pad on the left, with "
-            "tokenizer.padding_side='left', and hide nothing else"
+            "attention_mask hides tokens after the start of a prompt: pad on the left "
+            "(tokenizer.padding_side='left') and mask nothing else"
         )
     positions = model_kwargs.get("position_ids")
     counted = seen.long().cumsum(-1) - 1
     if positions is not None and bool(((positions.to(ids.device) != counted) & seen).any()):
         raise GenerateError(
-            "generate was given position_ids that do not count each prompt from 0: leave them out"
+            "generate was given position_ids that do not count each prompt's tokens from 0: leave "
+            "them out"
         )
     return seen

@@ -1,8 +1,8 @@
 """PaSS inside transformers: a callable for `model.generate(..., custom_generate=...)`.
 
-Transformers prepares ids, processors and stopping criteria and then calls it in the place of its
-own sampling loop. Here that loop's bookkeeping is repeated token by token; the passes themselves
-are left to `decoding/decoder.py`, and refusing what cannot be honoured to `checks.py`.
+Transformers prepares ids, logits processors and stopping criteria, and then calls it instead of its
+own sampling loop. This module repeats that loop's bookkeeping token by token. The passes themselves
+are left to `decoding/decoder.py`, and rejecting unsupported options to `checks.py`.
 """
 
 from __future__ import annotations
@@ -56,53 +56,54 @@ def custom_generate(
     draft: Draft = "sampled",
     seed: int | None = None,
 ) -> CustomGenerate:
-    """PaSS for transformers: `model.generate(..., custom_generate=passlm.custom_generate())`.
+    """Return a callable for `model.generate(..., custom_generate=passlm.custom_generate())`.
 
-    The result is `generate`'s own: greedy text token for token (in 16-bit types but for ties, which
-    passes of several rows may round the other way), sampled text of the same distribution. Several
-    threads may decode one model with it, pass by pass in turn; what else uses the model meanwhile
-    may meet it altered. Left-padded batches, processors, stopping criteria, `num_return_sequences`,
-    `streamer` and `return_dict_in_generate` work as they do there, with these differences:
+    Greedy decoding gives the same tokens as `generate` (in 16-bit types except where two tokens
+    nearly tie, because a pass of several rows can round differently). Sampling gives the same
+    distribution. Several threads may decode with one model; their passes take turns. Other code
+    that uses the model at the same time may see it while its layers are temporarily replaced.
+    Left-padded batches, logits processors, stopping criteria, `num_return_sequences`, `streamer`
+    and `return_dict_in_generate` work as in transformers, with these differences:
 
-    - Transformers takes no `stop_strings` beside a callable: give
-      `stopping_criteria=[StopStringCriteria(tokenizer, [...])]`, which does the same.
-    - Processors must be functions of their arguments, and treat the batch's rows apart.
-    - A text ends, with a warning, where the model's context does.
-    - Of `output_scores` and `output_logits`, rows that hold padding give it with certainty.
-      The result holds no key-value cache.
+    - Transformers does not accept `stop_strings` together with a callable. Use
+      `stopping_criteria=[StopStringCriteria(tokenizer, [...])]` instead.
+    - Logits processors must be stateless and must treat batch rows independently.
+    - A sequence that reaches the model's context length ends there, with a warning.
+    - In `output_scores` and `output_logits`, finished rows assign probability 1 to the padding
+    token. - The result has no key-value cache.
 
     Args:
-        lookahead: a folder, the name of shipped files, a hub id, or look-ahead rows in memory;
-            None takes what ships for the model; where nothing does, `auto` drafts from the text
-            alone.
-        method: `auto` chooses plans by what passes cost on this machine, which is measured once;
+        lookahead: a folder, the name of shipped files, a hub id, or a `LookAhead` in memory. None
+            loads what ships for the model; if nothing does, `auto` drafts by copying from the text
+            itself.
+        method: `auto` chooses plans by the measured cost of passes on this machine (measured once);
             `two-pass`, `one-pass`, or `ar` for plain decoding without look-ahead files.
-        lookahead_tokens: length of the look-ahead groups, of the longest for `auto`; None takes
-            the method's default.
+        lookahead_tokens: length of the look-ahead groups, the maximum for `auto`; None for the
+            method's default.
         judge: `coupled` or `rejection`.
         draft: `greedy` or `sampled`.
-        seed: of all draws; None draws one from torch's global generator when sampling, so that
-            `torch.manual_seed` and `transformers.set_seed` make the text reproducible. Every row
-            of a batch gets a seed of its own from it.
+        seed: random seed. None draws one from torch's global generator when sampling, so that
+            `torch.manual_seed` and `transformers.set_seed` make the output reproducible. Each batch
+            row gets a seed of its own, derived from this one.
 
     Returns:
-        The callable; it may be kept for further calls and other models, and loads the look-ahead
-        files once for each model.
+        The callable. It can be reused for further calls and other models, and loads the look-ahead
+        files once per model.
 
     Raises:
-        InputError: an argument is outside its range.
+        InputError: an argument is outside its valid range.
     """
-    if method not in METHODS:  # now, and not in the middle of `generate`
+    if method not in METHODS:  # checked here, so that the error does not come from `generate`
         raise ParameterError(f"method is {method!r}: it must be one of {', '.join(METHODS)}")
     if method == "ar" and (lookahead is not None or lookahead_tokens is not None):
-        raise ParameterError("method ar drafts nothing: leave lookahead and lookahead_tokens out")
+        raise ParameterError("method ar does not draft: leave lookahead and lookahead_tokens out")
     sampling = SamplingParams(judge=judge, draft=draft, seed=seed)
     return CustomGenerate(lookahead, method, lookahead_tokens, sampling)
 
 
 @dataclass(frozen=True, eq=False)
 class CustomGenerate:
-    """What `custom_generate` gives; see there for the fields."""
+    """Callable returned by `custom_generate`, which describes the fields."""
 
     lookahead: str | Path | LookAhead | None
     method: str
@@ -123,19 +124,19 @@ class CustomGenerate:
         streamer: BaseStreamer | None = None,
         **model_kwargs: Any,
     ) -> GenerateDecoderOnlyOutput | Tensor:
-        """Decode what transformers' `generate` has prepared; it is the one that calls this.
+        """Decode what transformers' `generate` has prepared; called by `generate`.
 
-        The model computes as it is: unlike `passlm.load`, this packs no second copy of its weights.
+        Unlike `passlm.load`, this does not keep a packed copy of the weights.
 
         Raises:
-            UnsupportedModelError: the model cannot be decoded by plans.
-            GenerateError: an option of `generate` cannot be honoured.
+            UnsupportedModelError: the model's architecture is not supported.
+            GenerateError: an option of `generate` is not supported.
             LookAheadError: the look-ahead files are missing, damaged or made for another model.
             PromptError: a prompt is empty or longer than the model's context.
         """
         target = Target(model)
         handed_on = {"synced_gpus": synced_gpus, "streamer": streamer}
-        given = _withheld(model) | {k: v for k, v in handed_on.items() if v is not None}
+        given = _dropped_arguments(model) | {k: v for k, v in handed_on.items() if v is not None}
         refuse(generation_config, logits_processor, given, model_kwargs)
         call = _Call(
             input_ids,
@@ -167,13 +168,13 @@ class CustomGenerate:
         rows = load_for(target, self.lookahead)
         if rows is None and self.method == "auto" and self.lookahead_tokens is None:
             _log.warning(
-                "no look-ahead files ship for this model: drafting from the text alone; 'passlm "
-                "train' makes some"
+                "no look-ahead files are shipped for this model: draft tokens are only copied from "
+                "the text itself; create look-ahead files with 'passlm train'"
             )
         elif rows is None:
             raise LookAheadError(
-                "no look-ahead files ship for this model: name some as lookahead=..., train some "
-                "with 'passlm train', or take method='ar'"
+                "no look-ahead files are shipped for this model: give lookahead, create look-ahead "
+                "files with 'passlm train', or use method='ar'"
             )
         return rows
 
@@ -188,18 +189,18 @@ class CustomGenerate:
 
 
 def _seeds(seed: int | None, rows: int) -> list[int]:
-    """A seed for each row: the first has the given one, the others are hashed from it."""
+    """Return one seed per batch row: the first is the given one, the others are hashed from it."""
     first = int(torch.randint(2**63 - 1, ())) if seed is None else seed
     others = [np.random.SeedSequence([first, row]) for row in range(1, rows)]
     return [first, *(int(other.generate_state(1, np.uint64)[0]) for other in others)]
 
 
-def _withheld(model: PreTrainedModel) -> dict[str, Any]:
-    """What the `generate` call under way was given and does not hand on to a callable.
+def _dropped_arguments(model: PreTrainedModel) -> dict[str, Any]:
+    """Return the arguments that the current `generate` call accepts but does not pass on.
 
-    Transformers 5 takes `streamer`, `synced_gpus` and `assistant_model` beside a callable and
-    then drops them: whoever reads the streamer would wait for ever. They are read from the frame
-    of the call, the one place where they are.
+    Transformers 5 accepts `streamer`, `synced_gpus` and `assistant_model` together with a callable
+    and then drops them, so a reader of the streamer would wait forever. They are read from the
+    frame of the call, because they are available nowhere else.
     """
     frame = inspect.currentframe()
     while frame is not None:
@@ -212,15 +213,15 @@ def _withheld(model: PreTrainedModel) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Call:
-    """What one call of `generate` has prepared.
+    """Inputs that one call of `generate` has prepared.
 
     Attributes:
         ids: the prompts, padded on the left, `[B, P]`.
         seen: False for padding, `[B, P]` bool.
-        processors: for the whole batch, warpers included.
-        criteria: when a row is finished.
-        config: every option, prepared.
-        streamer: gets each token.
+        processors: logits processors of the whole batch, including warpers.
+        criteria: stopping criteria.
+        config: the prepared generation configuration.
+        streamer: receives each token.
     """
 
     ids: Tensor
@@ -232,47 +233,48 @@ class _Call:
 
     @property
     def room(self) -> int:
-        """How many tokens each row may write."""
-        limit = self.criteria.max_length  # a user's own criterion replaces the configuration's
+        """Number of tokens that each row may generate."""
+        limit = self.criteria.max_length  # a user's criterion overrides the configuration
         length = self.config.max_length if limit is None else limit
-        return max(1, int(length) - self.ids.shape[1])  # the criteria are asked after a token
+        # At least 1, because the criteria are only checked after a token.
+        return max(1, int(length) - self.ids.shape[1])
 
     @property
     def pads(self) -> bool:
-        """Whether finished rows get padding; as in `_sample`, they go on to write otherwise."""
+        """Whether finished rows are padded; otherwise they keep generating, as in `_sample`."""
         return any(hasattr(criterion, "eos_token_id") for criterion in self.criteria)
 
     @property
     def pad(self) -> int | None:
-        """The padding token, if there is one."""
+        """Padding token; None if there is none."""
         token = self.config._pad_token_tensor
         return None if token is None else int(token)
 
     @property
     def eos(self) -> frozenset[int]:
-        """Ids that surely finish a row, so that its decoding may end with them."""
+        """Token ids that always finish a row, so that decoding can end with them."""
         criteria = [c for c in self.criteria if isinstance(c, EosTokenCriteria)]
         return frozenset(token for c in criteria for token in c.eos_token_id.flatten().tolist())
 
     @property
     def keeps(self) -> list[str]:
-        """Which of `scores` and `logits` are wanted beside the ids."""
+        """The requested ones of `scores` and `logits`."""
         if not self.config.return_dict_in_generate:
             return []
         return [kind for kind in ("scores", "logits") if getattr(self.config, f"output_{kind}")]
 
     def check_padding(self, context: int | None) -> None:
-        """Make sure that there is a padding token where one may be needed."""
+        """Raise an error if padding may be needed and there is no padding token."""
         longest = int(self.seen.sum(-1).max()) + self.room
         unequal = self.pads or (context is not None and longest > context)
         if self.pad is None and unequal and len(self.ids) > 1:
             raise GenerateError(
-                "rows of this batch may end at different lengths and there is no padding token: "
-                "give generate a pad_token_id"
+                "sequences of this batch may end at different lengths, but there is no padding "
+                "token: pass pad_token_id to generate"
             )
 
     def requests(self, plans: Strategy | Adaptive, sampling: SamplingParams) -> list[Request]:
-        """Each row's text, for the decoder."""
+        """Return the decoder's request for each row."""
         greedy = not self.config.do_sample
         seeds = [0] * len(self.ids) if greedy else _seeds(sampling.seed, len(self.ids))
         kind = _Recording if self.keeps else TokenDistribution
@@ -291,7 +293,7 @@ class _Call:
         ]
 
     def _processors(self, row: int) -> LogitsProcessorList:
-        """The prepared processors, each as it is for one row of the batch."""
+        """Return the prepared logits processors, adapted to one row of the batch."""
         padding = self.ids[row][~self.seen[row]][None]
         chosen = LogitsProcessorList()
         for one in self.processors:
@@ -301,13 +303,15 @@ class _Call:
 
 
 class _InBatch(LogitsProcessor):
-    """Shows a processor one row's ids as `generate` would: padded, and at its place in the batch.
+    """Processor for one row of a batch, which calls the batch's processor as `generate` would.
+
+    The processor sees the row's ids with their padding and at the row's index in the batch.
 
     Args:
-        processor: the one that `generate` prepared for all rows.
-        padding: the ids before the row's prompt, `[1, N]`.
-        row: the row's place.
-        size: number of rows; a processor may hold something for each of them.
+        processor: the processor that `generate` prepared for all rows.
+        padding: ids before the row's prompt, `[1, N]`.
+        row: batch index of the row.
+        size: number of batch rows; the processor may hold per-row data.
     """
 
     def __init__(self, processor: Any, padding: Tensor, row: int, size: int) -> None:
@@ -316,13 +320,14 @@ class _InBatch(LogitsProcessor):
         self.row = row
         self.size = size
         if isinstance(processor, PrefixConstrainedLogitsProcessor):
-            # It would ask about the other places too, where this row's ids make no sense.
+            # This processor calls the user's function for every batch row. Only `row` is valid
+            # here, since the other rows would be shown this row's ids.
             allowed = processor._prefix_allowed_tokens_fn
             self.processor = PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row, ids), 1)
             self.row, self.size = 0, 1
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Processed scores, `[1, V]`, of a text `[1, T]`."""
+        """Return the processed scores, `[1, V]`, for ids `[1, T]`."""
         ids = torch.cat([self.padding, input_ids.to(self.padding.device)], dim=1)
         shown = scores.to(self.padding.device).repeat(self.size, 1)
         processed: Tensor = self.processor(ids.repeat(self.size, 1), shown)
@@ -330,15 +335,15 @@ class _InBatch(LogitsProcessor):
 
 
 class _Recording(TokenDistribution):
-    """Keeps the `logits` of each position as they came and the processed `scores`, `[V]` each.
+    """Records the raw `logits` and the processed `scores` of each position, `[V]` each.
 
-    A draft writes ahead of the settled text and a later pass over it: what stands at a settled
-    position was written by the pass that settled it.
+    A position can be recorded several times, first by passes that only drafted it. The pass that
+    settles it records it last.
     """
 
     def __init__(self, processors: LogitsProcessorList, greedy: bool) -> None:
         super().__init__(processors, greedy)
-        self.takes_likeliest = False  # there is something to keep
+        self.takes_likeliest = False  # the shortcut of greedy decoding would record nothing
         self.at: dict[int, dict[str, Tensor]] = {}
 
     def _processed(self, scores: Tensor, history: Sequence[int], tail: Sequence[int]) -> Tensor:
@@ -351,8 +356,8 @@ class _Recording(TokenDistribution):
 class _Loop:
     """The loop of transformers' `_sample`, fed by a decoder whose rows may run ahead of it.
 
-    A token counts once every row has come so far: then the criteria look at the batch's ids, once
-    and in order, as they do in `generate`, and the streamer gets the tokens.
+    A token counts once every row has reached its position. Then the criteria check the batch's ids,
+    once and in order, as in `generate`, and the streamer receives the tokens.
     """
 
     def __init__(self, call: _Call, decoder: Decoder, rows: Sequence[Row]) -> None:
@@ -365,7 +370,7 @@ class _Loop:
         self.kept: dict[str, tuple[Tensor, ...]] = {kind: () for kind in call.keeps}
 
     def run(self) -> GenerateDecoderOnlyOutput | Tensor:
-        """Write tokens until every row is finished; gives what `generate` returns."""
+        """Generate until every row is finished and return the result of `generate`."""
         while any(self.unfinished):
             while any(self._next(row) is None for row in self.decoder.rows):
                 self.decoder.step()
@@ -380,16 +385,16 @@ class _Loop:
         )
 
     def _place(self, row: Row) -> int:
-        """Where in the row's text the next token to write stands."""
+        """Return the position of the row's next token to write."""
         return len(row.request.prompt) + self.written
 
     def _next(self, row: Row) -> int | None:
-        """The row's next token to write, once it is settled."""
+        """Return the row's next token to write; None if it is not settled yet."""
         place = self._place(row)
         return row.tokens[place] if place < len(row.tokens) else None
 
     def _write(self) -> None:
-        """One more token for every row, then the criteria, then the streamer."""
+        """Write one more token for every row, then apply the criteria, then call the streamer."""
         tokens = [
             self._next(row) if unfinished or not self.call.pads else None
             for row, unfinished in zip(self.rows, self.unfinished, strict=True)
@@ -406,15 +411,15 @@ class _Loop:
             self.call.streamer.put(column.cpu())  # type: ignore[no-untyped-call]
 
     def _finish(self, done: Sequence[bool]) -> None:
-        """Mark the rows that are done; those that get padding from now on leave the decoder."""
+        """Mark the rows that are done; rows that will be padded from now on leave the decoder."""
         for index, row in enumerate(self.rows):
             self.unfinished[index] &= not done[index]
             used_up = row.room == 0 and self._next(row) is None
             if self.unfinished[index] and used_up:
                 self.unfinished[index] = False
                 _log.warning(
-                    "row %d of the batch ends at the model's context of %s tokens, before "
-                    "anything else stopped it",
+                    "sequence %d of the batch ends because it reached the model's context of %s "
+                    "tokens",
                     index,
                     self.decoder.target.context,
                 )
@@ -423,10 +428,10 @@ class _Loop:
             self.decoder.leave([row for row, unfinished in pairs if not unfinished])
 
     def _record(self, own: Sequence[bool]) -> None:
-        """Keep what the next tokens are chosen from, `[B, V]`.
+        """Keep the logits and scores that the next tokens were chosen from, `[B, V]`.
 
         Args:
-            own: whether each row writes a token of its own, and not padding.
+            own: whether each row writes a token of its own instead of padding.
         """
         taken = [
             self._recording(row).at.pop(self._place(row)) if wanted else None
@@ -442,5 +447,5 @@ class _Loop:
 
     def _recording(self, row: Row) -> _Recording:
         recording = row.request.distribution
-        assert isinstance(recording, _Recording), "scores are wanted, but were not recorded"
+        assert isinstance(recording, _Recording), "scores were requested but not recorded"
         return recording
