@@ -18,6 +18,7 @@ from passlm.kernels.linear import RowsProduct, Update, block
 from passlm.layers.int8 import Int8Linear
 from passlm.layers.lora import AppliedLora, groups_of
 from passlm.layers.packed import has_product, packed_product
+from passlm.layers.swapped import Swap
 
 
 class JoinedLinears:
@@ -60,13 +61,18 @@ class JoinedLinears:
         Args:
             gate: what the update of each row is multiplied by, 0 for real rows, `[B, Q]`.
         """
+        each = gate.reshape(-1)
+        forwards = {
+            layer: forward
+            for joined in self._joined
+            for layer, forward in joined.forwards(each).items()
+        }
         try:
-            for joined in self._joined:
-                joined.begin(gate.reshape(-1))
-            yield
+            with Swap(forwards, by="fused layers"):
+                yield
         finally:
             for joined in self._joined:
-                joined.end()
+                joined.forget()
 
 
 @dataclass
@@ -85,14 +91,13 @@ class _Joined:
     _seen: Tensor | None = field(default=None, init=False)
     _made: Sequence[Tensor] = field(default=(), init=False)
 
-    def begin(self, gate: Tensor) -> None:
-        for at, layer in enumerate(self.layers):
-            vars(layer)["forward"] = self._forward(at, gate)
+    def forwards(self, gate: Tensor) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
+        """Return the forward of each layer; `gate` is `[N]`."""
+        return {layer: self._forward(at, gate) for at, layer in enumerate(self.layers)}
 
-    def end(self) -> None:
+    def forget(self) -> None:
+        """Drop the input and outputs of the last call."""
         self._seen, self._made = None, ()
-        for layer in self.layers:
-            vars(layer).pop("forward", None)
 
     def _forward(self, at: int, gate: Tensor) -> Callable[[Tensor], Tensor]:
         def forward(rows: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from passlm.errors import InputError
+from passlm.layers.swapped import Swap
 
 PROBE_ROWS = 8
 Group = tuple[str, ...]
@@ -61,6 +62,9 @@ class RowSplit:
         else:
             flat.index_add_(0, self.index, update.to(flat))
         return rows
+
+
+_EVERY_ROW = RowSplit()
 
 
 class GatedLora(nn.Module):
@@ -229,26 +233,21 @@ class AppliedLora:
         return [t for one in own.values() for t in (one.down, *one.ups)]
 
     @contextmanager
-    def applied(self, split: RowSplit) -> Iterator[None]:
+    def applied(self, split: RowSplit = _EVERY_ROW) -> Iterator[None]:
         """The layers add their updates to the look-ahead rows until the block is left.
 
         A layer whose `forward` somebody has replaced, for the time being or for good, is taken as
         it is then and left so.
         """
-        before = []
         with self._lock:  # a second thread would take the forwards away in mid-pass
+            forwards = {
+                layer: shared.around(layer.forward, split, at)
+                for layer, shared, at in self._updates
+            }
             try:
-                for layer, shared, at in self._updates:
-                    own = vars(layer)
-                    before.append((layer, own.get("forward")))
-                    own["forward"] = shared.around(layer.forward, split, at)
-                yield
+                with Swap(forwards, by="LoRA"):
+                    yield
             finally:
-                for layer, forward in before:
-                    if forward is None:
-                        del vars(layer)["forward"]
-                    else:
-                        vars(layer)["forward"] = forward
                 for _, shared, _ in self._updates:
                     shared.forget()
 

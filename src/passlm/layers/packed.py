@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from passlm.kernels import linear
+from passlm.layers.swapped import Forward, Swap
 
 _ROWS = 4  # what oneDNN's layout is chosen for; measured good from 1 row to 25
 
@@ -68,18 +69,13 @@ class PackedLinears:
         with self._lock:
             if self._weights() != self._packed_from:
                 self._pack()
-            ours = [
-                (layer, forward)
+            ours: dict[nn.Module, Forward] = {
+                layer: forward
                 for layer, forward in zip(self._layers, self._forwards, strict=True)
                 if "forward" not in vars(layer)
-            ]
-            try:
-                for layer, forward in ours:
-                    layer.forward = forward  # type: ignore[method-assign,assignment]
+            }
+            with Swap(ours, by="packed weights"):
                 yield
-            finally:
-                for layer, _ in ours:
-                    vars(layer).pop("forward", None)
 
 
 def has_product(layer: nn.Module) -> TypeGuard[nn.Linear]:
