@@ -1,4 +1,4 @@
-"""Operators of our own in C++ for CPUs, their build, and what calls them.
+"""C++ operators for CPUs, their build, and the Python code that calls them.
 
 Imports only the ground floor.
 """

@@ -1,8 +1,8 @@
-"""Packages of compiled passes (AOTInductor), opened and run.
+"""Open and run packages of compiled passes (AOTInductor).
 
-What torch gives Python for it holds Python's lock while a pass is computed, some 10 ms in which a
-server cannot read a request; and it reads anew at each pass how its arguments are nested. Where
-this machine has our own operators (`native.py`), `cpp/packages.cpp` runs one without the lock.
+Torch's Python loader holds the GIL while it computes a pass, some 10 ms in which a server cannot
+read a request, and flattens its nested arguments at every pass. Where this machine has our own
+operators (`native.py`), `cpp/packages.cpp` runs a package without the GIL.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from passlm.kernels import native
 
 Run = Callable[[list[Tensor]], Tensor]
-"""From the inputs of a pass, in the order they were traced in, to its one output."""
+"""A compiled pass: takes its inputs in the order of tracing and returns its one output."""
 
 torch.library.define("passlm::open_package", "(str path) -> int")
 torch.library.define("passlm::close_package", "(int package) -> ()")
@@ -25,10 +25,10 @@ torch.library.define("passlm::run_package", "(int package, Tensor[] inputs) -> T
 
 
 def opened(path: Path) -> Run:
-    """The pass that a package computes; it is closed when nobody holds that any more.
+    """Open a package and return its pass; the package is closed when the pass is freed.
 
     Raises:
-        RuntimeError: of torch's loader: the file is cut short, or another torch's.
+        RuntimeError: from torch's loader: the file is truncated or made by another torch version.
     """
     if native.available():
         return _Package(path)
@@ -42,7 +42,7 @@ def opened(path: Path) -> Run:
 
 
 class _Package:
-    """A package that our own operators opened."""
+    """Package opened by our own operators."""
 
     def __init__(self, path: Path) -> None:
         self._number: int = torch.ops.passlm.open_package(str(path))

@@ -1,12 +1,12 @@
-"""Products of a few rows with a matrix of weights, on a CPU (`cpp/products.cpp`).
+"""Products of a few rows with a weight matrix on a CPU (`cpp/products.cpp`).
 
-A pass of decoding reads every weight for some one to twenty rows. torch's libraries lay bfloat16
-weights out for many rows and multiply few of them at the price of twice reading the weights; here
-a pass costs little more than reading them once, and rows cost little beside each other. An output
-is summed up in one order whatever the number of rows, so that a row's result does not depend on
-the rows beside it.
+A decoding pass reads every weight for one to about twenty rows. Torch's libraries pack bfloat16
+weights for many rows, and multiply a few rows in twice the time that reading the weights takes.
+Here a pass takes little more than reading the weights once, and a further row costs little. An
+output is summed in the same order for any number of rows, so that a row's result does not depend on
+the other rows.
 
-CPUs with matrix instructions (AMX) multiply bfloat16 faster in torch's libraries.
+On CPUs with matrix instructions (AMX), torch's libraries multiply bfloat16 faster.
 """
 
 from __future__ import annotations
@@ -48,18 +48,19 @@ def _shape(
 
 @dataclass(frozen=True)
 class Update:
-    """Low-rank updates of the layers of a product, `B A x` (LoRA), for some of its rows.
+    """Low-rank updates `B A x` (LoRA) of the layers of a product, for some of its rows.
 
     Attributes:
         down: `A` of each layer, `[rank, in]`.
-        up: `B` of each layer, `[out, rank]`; of all but the last, a multiple of `block` outputs.
+        up: `B` of each layer, `[out, rank]`; the number of outputs is a multiple of `block`, except
+            in the last layer.
     """
 
     down: Sequence[Tensor]
     up: Sequence[Tensor]
 
     def packed(self) -> tuple[Tensor, Tensor, Tensor]:
-        """`A` and `B` in bfloat16, and for each register of outputs its layer's first `A x`."""
+        """Return packed bfloat16 `A` and `B`, and where the `A x` of each output register begins."""
         down, up = torch.cat(list(self.down)), torch.cat(list(self.up))
         sizes = [-(-len(up) // native.lanes()) for up in self.up]
         starts = torch.arange(len(self.up)) * up.shape[1]
@@ -68,13 +69,13 @@ class Update:
 
 
 class RowsProduct(nn.Module):
-    """A linear layer with a copy of its weights, laid out for few rows.
+    """Linear layer with a copy of its weights, packed for few rows.
 
     Args:
         weight: `[out, in]` on the CPU, bfloat16, float32 or int8.
-        scale: what one of an output's weights is worth, `[out]`, float32; 1 if not given.
-        bias: `[out]`, of the type of the rows.
-        update: what is added for rows that are gated.
+        scale: factor of each output's weights, `[out]`, float32; 1 if None.
+        bias: `[out]`, in the type of the rows.
+        update: LoRA that is added to the rows with a gate.
     """
 
     packed: Tensor
@@ -107,11 +108,11 @@ class RowsProduct(nn.Module):
 
     @classmethod
     def joined(cls, layers: Sequence[RowsProduct], update: Update | None = None) -> RowsProduct:
-        """Layers that take the same rows as one, their outputs side by side.
+        """Return layers that share an input as one layer with concatenated outputs.
 
         Args:
-            layers: with weights of one type; all have scales, or none.
-            update: of all of them.
+            layers: layers with weights of one type; either all have scales or none has.
+            update: LoRA of all layers.
         """
         weight = torch.cat([layer.weight for layer in layers])
         scales = [layer.scale[: layer.width] for layer in layers if layer.scale.numel()]
@@ -125,17 +126,17 @@ class RowsProduct(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """A copy of the weights as they were given, `[out, in]`."""
+        """A copy of the weights in their original layout, `[out, in]`."""
         inputs = self.packed.shape[1]
         return self.packed.permute(0, 3, 2, 1).reshape(-1, inputs)[: self.width]
 
     def forward(self, rows: Tensor, gate: Tensor | None = None) -> Tensor:
-        """`[..., in]` to `[..., out]` in the same type, float16 by way of float32.
+        """Map rows `[..., in]` to `[..., out]` in the same type; float16 is computed in float32.
 
         Args:
             rows: the rows.
-            gate: what each row's update is multiplied by, `[N]`, 0 for rows that have none;
-                without it no row has one.
+            gate: factor of each row's update, `[N]`, 0 for rows without one; None if no row has
+                one.
         """
         taken = rows.float() if rows.dtype == torch.float16 else rows
         made: Tensor = torch.ops.passlm.rows_product(
@@ -154,22 +155,22 @@ class RowsProduct(nn.Module):
 
 
 def block() -> int:
-    """Outputs that weights of any type lie together in whole blocks of."""
+    """Return the number of outputs that is a whole number of blocks for every weight type."""
     return native.lanes() * _WORD
 
 
 def preferred() -> bool:
-    """Whether they are the fastest products of floating-point weights on this machine."""
+    """Return whether our products are the fastest for floating-point weights on this machine."""
     return not torch.cpu._is_amx_tile_supported() and native.available()
 
 
 def described() -> str:
-    """Which products floating-point weights are multiplied by: what passes are told apart by."""
+    """Return which products are used for floating-point weights; part of a package's key."""
     return f"of few rows, {native.capability()}" if preferred() else "torch"
 
 
 def _packed(weight: Tensor) -> Tensor:
-    """Blocks of weights as the source says: `[blocks, in, lanes, weights in a word]`."""
+    """Return weights in the blocks of `cpp/products.cpp`, `[blocks, in, lanes, per word]`."""
     assert weight.dtype in _TYPES, f"no products with weights of {weight.dtype}"
     lanes, together = native.lanes(), _WORD // weight.itemsize
     outputs, inputs = weight.shape

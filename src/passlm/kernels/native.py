@@ -1,7 +1,8 @@
-"""Operators of our own in C++ (`cpp/`), compiled when first used and kept in the cache folder.
+"""Build and load our C++ operators (`cpp/`): compiled on first use and kept in the cache folder.
 
-They are for CPUs with AVX2 or AVX-512; what they compute is said in `linear.py`,
-`layers/attention.py`, `drafts/draft_head.py`, `drafts/sampler_head.py` and `philox.py`.
+They need a CPU with AVX2 or AVX-512. The modules that call them say what they compute:
+`linear.py`, `philox.py`, `aot_package.py`, `layers/attention.py`, `drafts/draft_head.py` and
+`drafts/sampler_head.py`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 from passlm.provenance import cache_folder, environment, staging
 
 SOURCES = tuple(sorted((Path(__file__).parent / "cpp").glob("*.[ch]*")))
-_LANES = {"AVX512": 16, "AVX2": 8}  # numbers of 32 bits in a register
+_LANES = {"AVX512": 16, "AVX2": 8}  # 32-bit numbers in a register
 _BUILD_SECONDS = 300
 _COMPILERS = ("g++", "clang++")
 
@@ -38,17 +39,17 @@ C_SHIMS = {
         AtenTensorHandle mask, AtenTensorHandle texts, double scale, int64_t threads,
         AtenTensorHandle* made)""",
 }
-"""How compiled passes call each operator."""
+"""C declarations through which compiled passes call each operator."""
 
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
-_loaded: ctypes.CDLL | bool | None = None  # None before it was asked for, False where it is not
+_loaded: ctypes.CDLL | bool | None = None  # None: not tried yet; False: not available
 
 
 def available() -> bool:
-    """Whether this machine has the operators; compiles them, some seconds, the first time.
+    """Return whether this machine has the operators; the first call compiles them, some seconds.
 
-    Without a C++ compiler they are not there, which is said once as a warning.
+    Logs one warning if they cannot be compiled or loaded, for example without a C++ compiler.
     """
     global _loaded
     with _lock:
@@ -58,12 +59,12 @@ def available() -> bool:
 
 
 def library() -> ctypes.CDLL | None:
-    """The library that they are in, if somebody asked before whether they are available."""
+    """Return the loaded library; None before the first call of `available` or without operators."""
     return _loaded if isinstance(_loaded, ctypes.CDLL) else None
 
 
 def version() -> str | None:
-    """What tells the operators from other ones in what they cost; None where there are none."""
+    """Return a hash of the operators' sources, on which costs depend; None without operators."""
     if not available():
         return None
     sources = "\0".join(source.read_text() for source in SOURCES)
@@ -71,22 +72,22 @@ def version() -> str | None:
 
 
 def lanes() -> int:
-    """Numbers of 32 bits in a register, where the operators are available."""
+    """Return how many 32-bit numbers a register holds; only where operators are available."""
     return _LANES[capability()]
 
 
 def capability() -> str:
-    """What torch calls the vector instructions that are used."""
+    """Return torch's name of the vector instructions in use."""
     return str(torch.backends.cpu.get_cpu_capability())
 
 
 def compiler() -> str | None:
-    """The C++ compiler: the variable `CXX`, or one that is installed."""
+    """Return the path of the C++ compiler, from the variable `CXX` or `PATH`; None without one."""
     return next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), *_COMPILERS))), None)
 
 
 def _load() -> ctypes.CDLL | Literal[False]:
-    """The library, compiled first where it is not there yet; False where it cannot be had."""
+    """Load the library, after compiling it if needed; return False if that fails."""
     using = compiler()
     if using is None:
         _log.warning("there is no C++ compiler here, so passes take longer: install g++")
@@ -101,10 +102,10 @@ def _load() -> ctypes.CDLL | Literal[False]:
             _log.info("compiling our own operators, once; kept as %s", path)
             _build(command, path)
         try:
-            # Global, since compiled passes look for its symbols.
+            # Global, because compiled passes look up its symbols.
             return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
         except OSError:
-            path.unlink()  # a file cut short: the next start makes it anew
+            path.unlink()  # a truncated file: the next start compiles it again
             raise
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
@@ -115,7 +116,7 @@ def _load() -> ctypes.CDLL | Literal[False]:
 
 
 def _command(using: str) -> list[str]:
-    """How to compile, without the names of the files."""
+    """Return the compiler command without file names."""
     torch_folder = Path(torch.__file__).parent
     flags = f"-std=c++20 -O3 -march=native -mprefer-vector-width={32 * lanes()} -ffp-contract=off"
     folders = [f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}"]
@@ -123,10 +124,10 @@ def _command(using: str) -> list[str]:
 
 
 def _build(command: Sequence[str], library: Path) -> None:
-    """Make the library; there whole or not at all.
+    """Compile the library; it appears at its path complete or not at all.
 
     Raises:
-        OSError, subprocess.SubprocessError: it cannot be compiled or written.
+        OSError, subprocess.SubprocessError: the library cannot be compiled or written.
     """
 
     def run(*arguments: str) -> None:
@@ -142,7 +143,7 @@ def _build(command: Sequence[str], library: Path) -> None:
         staged = folder / library.name
         code = [source for source in SOURCES if source.suffix == ".cpp"]
         parts = [str(folder / f"{source.stem}.o") for source in code]
-        with ThreadPoolExecutor() as pool:  # a compiler uses one core
+        with ThreadPoolExecutor() as pool:  # each compiler process uses one core
             list(pool.map(lambda s, part: run("-c", str(s), "-o", part), code, parts))
         run("-shared", *parts, "-ltorch_cpu", "-o", str(staged))
         os.replace(staged, library)

@@ -1,9 +1,10 @@
-"""Random numbers as a function of a seed, a position and a purpose: Philox4x32-10.
+"""Random numbers as a function of seed, position and purpose (Philox4x32-10).
 
-A block of four numbers is a function of its counter and a key alone (Salmon et al., "Parallel
-random numbers: as easy as 1, 2, 3", 2011). numpy's Philox has other words, and its exponential
-numbers take as many as they need, one after the other; here `cpp/noise.cpp` makes all blocks of a
-vocabulary side by side, and numpy makes the same ones where that is not available.
+A block of four numbers is a function of a counter and a key alone (Salmon et al., "Parallel random
+numbers: as easy as 1, 2, 3", 2011). numpy's own Philox generator does not fit: it uses words of
+another size, and its exponential numbers are drawn one after the other and consume a variable
+number of words. Here `cpp/noise.cpp` computes all blocks of a vocabulary in parallel; where it is
+not available, numpy operations compute the same numbers.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from passlm.kernels import native
 
-_WORDS = 4  # of a block
+_WORDS = 4  # in a block
 _ROUNDS = 10
 _FACTORS = (0xD2511F53, 0xCD9E8D57)
 _STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -26,15 +27,16 @@ _MOST = np.float32(1 - 2**-24)  # the largest float32 below 1
 
 
 def uniform(seed: int, position: int, purpose: int, size: int) -> Tensor:
-    """Numbers above 0 and below 1, `[size]` float32.
+    """Return uniform random numbers above 0 and below 1, `[size]` float32.
 
-    They are the middles of `2**32` shares, so none is 0, and small ones are as fine as those.
+    They are the midpoints of `2**32` equal intervals, so none is 0, and small ones are as fine as
+    those intervals.
 
     Args:
-        seed: 0 to 2**64 - 1: the key.
-        position: of the token, 0 to 2**64 - 1.
+        seed: the key, 0 to 2**64 - 1.
+        position: position of the token, 0 to 2**64 - 1.
         purpose: 0 to 2**32 - 1.
-        size: how many; the first ones do not depend on it.
+        size: number of random numbers; a larger size only appends further ones.
     """
     counter = (*_halves(position), purpose)
     library = native.library()
@@ -53,7 +55,7 @@ def uniform(seed: int, position: int, purpose: int, size: int) -> Tensor:
 
 
 def fine(seed: int, position: int, purpose: int) -> float:
-    """One number of `[0, 1)`, as fine as a float is; arguments as of `uniform`."""
+    """Return one number in `[0, 1)` with 53 random bits; arguments as in `uniform`."""
     words = blocks(_halves(seed), (*_halves(position), purpose), 1)[0]
     first, second = int(words[0]), int(words[1])
     return ((first << 32 | second) >> 11) * 2.0**-53
@@ -62,13 +64,13 @@ def fine(seed: int, position: int, purpose: int) -> float:
 def blocks(
     key: tuple[int, int], counter: tuple[int, int, int], count: int, first: int = 0
 ) -> NDArray[np.uint64]:
-    """Some blocks, `[count, 4]`, numbers of 32 bits.
+    """Return blocks of 32-bit random numbers, `[count, 4]`.
 
     Args:
-        key: two numbers of 32 bits.
-        counter: three; before them stands the number of the block.
-        count: of blocks.
-        first: number of the first one.
+        key: two 32-bit words.
+        counter: the last three 32-bit words of the counter; the first is the block's number.
+        count: number of blocks.
+        first: number of the first block.
     """
     shift, mask = np.uint64(32), np.uint64(_MASK)
     a = np.arange(first, first + count, dtype=np.uint64)

@@ -1,4 +1,4 @@
-"""What stands in for a layer of the model during a pass: packed, rounded, fused, with LoRA.
+"""Replacements for a model's layers during a pass: packed, int8, fused, with LoRA.
 
 Imports `kernels` and the ground floor.
 """

@@ -1,13 +1,14 @@
-"""Attention of a few rows over a long cache on a CPU, keys and values read once for all rows.
+"""Attention of a few rows over a long KV cache on a CPU, reading keys and values once for all rows.
 
-Handed to models through transformers' own table of attention functions, for the time of a pass.
-Where this machine has our own operators (`kernels/native.py`), `cpp/attention.cpp` computes it:
-what a row gives does not depend on the rows beside it. Elsewhere torch's does. Transformers copies
-keys and values that several query heads share for each of them before it calls that with a mask;
-here the heads' queries stand below each other instead, as further rows with their row's mask.
+Models get this function through transformers' table of attention functions, for the duration of a
+pass. Where this machine has our operators (`kernels/native.py`), `cpp/attention.cpp` computes it,
+and the output of a row does not depend on the other rows. Elsewhere torch's kernel does. With
+grouped-query attention and a mask, transformers copies the keys and values for every query head
+before it calls that kernel; here the queries of heads that share keys are stacked as further rows
+instead, each with the mask of its row.
 
-Rows of several texts may stand in one line, so that a text costs its own rows and not those of the
-longest.
+The rows of several sequences can be packed into one line, so that each sequence costs its own rows
+and not as many as the longest one has.
 """
 
 from __future__ import annotations
@@ -26,7 +27,12 @@ from transformers.masking_utils import sdpa_mask
 from passlm.kernels import native
 
 NAME = "passlm_grouped"
-_ELSEWHERE = ("position_bias", "cache", "softcap", "output_attentions")  # what sdpa knows as well
+_ELSEWHERE = (
+    "position_bias",
+    "cache",
+    "softcap",
+    "output_attentions",
+)  # options left to transformers
 _TYPES = (torch.bfloat16, torch.float32)
 _OPERATOR = "passlm::rows_attention"
 
@@ -51,7 +57,7 @@ def _shape(
     return query.new_empty(lines, rows, heads, width)
 
 
-_texts: ContextVar[Tensor | None] = ContextVar("texts", default=None)  # of the rows in one line
+_texts: ContextVar[Tensor | None] = ContextVar("texts", default=None)  # see `grouped`
 
 
 def grouped_attention(
@@ -63,23 +69,23 @@ def grouped_attention(
     scaling: float | None = None,
     **given: Any,
 ) -> tuple[Tensor, None]:
-    """As transformers' `sdpa_attention_forward`, for `query` `[B, heads, Q, d_head]`.
+    """Compute attention with the signature of transformers' `sdpa_attention_forward`.
 
-    Where rows of several texts stand in one line, `query` is `[1, heads, N, d_head]` and the mask
-    likewise, while keys and values are those of all texts.
+    Where the rows of several sequences are packed into one line, `query` is
+    `[1, heads, N, d_head]` and the mask `[1, 1, N, S]`; `key` and `value` hold every sequence.
 
     Args:
         module: the layer.
         query: `[B, heads, Q, d_head]`.
         key: `[B, key heads, S, d_head]`.
         value: like `key`.
-        attention_mask: `[B, 1, Q, S]`, numbers that are added; with one for each head transformers'
-            function is called.
-        scaling: of the products.
-        **given: whatever else the layer says.
+        attention_mask: additive, `[B, 1, Q, S]`. A mask with one entry for each head is passed on
+            to transformers' function.
+        scaling: factor of the scores; `d_head ** -0.5` if None.
+        **given: further options of the layer.
 
     Returns:
-        `[B, Q, heads, d_head]`, and no weights.
+        The output, `[B, Q, heads, d_head]`, and None for the attention weights.
     """
     groups, width = query.shape[1] // key.shape[1], query.shape[-1]
     special = any(given.get(name) is not None for name in _ELSEWHERE)
@@ -96,7 +102,7 @@ def grouped_attention(
             torch.get_num_threads(),
         )
         return computed, None
-    if texts is not None:  # each row as a text of its own
+    if texts is not None:  # each row as a sequence of its own
         apart = None if attention_mask is None else attention_mask.transpose(0, 2)
         single, _ = sdpa_attention_forward(
             module, query.transpose(0, 2), key[texts], value[texts], apart, scaling=scaling, **given
@@ -113,11 +119,11 @@ def grouped_attention(
 def _stacked(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None
 ) -> Tensor:
-    """With heads that share keys below each other, `[B, Q, heads, d_head]`."""
+    """Attend with the query heads that share keys stacked as rows; `[B, Q, heads, d_head]`."""
     batch, heads, rows, width = query.shape
     groups = heads // key.shape[1]
-    # Copied outright: `reshape` and `contiguous` ask whether there is one row, which a graph for
-    # any number of rows cannot tell.
+    # `clone` copies unconditionally. `reshape` and `contiguous` check whether there is one row,
+    # which a graph traced for any number of rows cannot tell.
     stacked = query.clone(memory_format=torch.contiguous_format)
     output = torch.nn.functional.scaled_dot_product_attention(
         stacked.view(batch, key.shape[1], groups * rows, width),
@@ -131,8 +137,8 @@ def _stacked(
 
 
 def _has_operator(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    """Whether our own operator computes this."""
-    # Without a mask several rows may mean a causal one.
+    """Return whether our own operator supports these tensors."""
+    # Without a mask, several rows may imply causal attention.
     plain = query.shape[2] == 1 if mask is None else mask.dtype in _TYPES
     same = query.dtype in _TYPES and key.shape[-1] == value.shape[-1] == query.shape[-1]
     return plain and same and native.available()
@@ -143,9 +149,9 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def can_group(model: PreTrainedModel) -> bool:
-    """Whether its layers take their attention from transformers' table, and gain by ours.
+    """Return whether a model looks up its attention in transformers' table and is faster with ours.
 
-    On a GPU torch's kernels share keys and values on their own.
+    On a GPU, torch's kernels share keys and values between heads themselves.
     """
     config: Any = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", 1)
@@ -156,21 +162,22 @@ def can_group(model: PreTrainedModel) -> bool:
 
 
 def can_stand_in_line(model: PreTrainedModel) -> bool:
-    """Whether rows of several texts can stand in one line without a copy of the cache for each row.
+    """Return whether rows of several sequences can share one line without copying the KV cache.
 
-    Layers whose attention our operator does not know after all make that copy.
+    A layer with attention options that our operator does not support still makes that copy, one for
+    each row.
     """
     return can_group(model) and native.available() and model.dtype in _TYPES
 
 
 @contextmanager
 def grouped(model: PreTrainedModel, texts: Tensor | None = None) -> Iterator[None]:
-    """Its layers' attention is `grouped_attention` for the time being.
+    """Make `grouped_attention` the attention of a model's layers inside a `with` block.
 
     Args:
         model: the model.
-        texts: which text of the cache each row is of, `[N]`, where all rows stand in one line;
-            None where every text has a line of its own.
+        texts: the batch row of the cache that each row belongs to, `[N]`, where all rows are packed
+            into one line; None where every sequence has a line of its own.
     """
     config: Any = model.config.get_text_config()
     before, token = config._attn_implementation, _texts.set(texts)

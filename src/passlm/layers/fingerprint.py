@@ -1,7 +1,7 @@
-"""What tells one model from another: its shape and some of its weights.
+"""Fingerprint of a model: its shape and a sample of its weights.
 
-A look-ahead folder names the model that it was trained for by a fingerprint, and so do the kept
-cost curves.
+A look-ahead folder identifies the model it was trained for by its fingerprint. Stored cost curves
+do the same.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-_SAMPLES = 32  # weights of each of two matrices
-# bfloat16 rounds a weight by up to 0.4 %, on average 0.14 %; other weights differ by far more.
+_SAMPLES = 32  # weights taken from each of two matrices
+# bfloat16 rounds a weight by up to 0.4 %, 0.14 % on average; other models differ by far more.
 _SAME_WEIGHTS = 0.004
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What tells one target from another.
+    """Shape of a target model and a sample of its weights.
 
     Attributes:
-        model_type: the architecture's name in transformers.
+        model_type: name of the architecture in transformers.
         d_model: width of an input embedding.
         vocabulary: number of token ids.
         layers: number of decoder layers.
-        sample: weights at fixed places of the input embeddings and of a middle layer.
+        sample: weights at fixed positions of the input embeddings and of a middle layer.
     """
 
     model_type: str
@@ -39,7 +39,7 @@ class Fingerprint:
 
     @property
     def shape(self) -> str:
-        """The part that must agree, in words."""
+        """Description of the part that must be equal."""
         return (
             f"{self.model_type} with d_model {self.d_model}, {self.layers} layers, "
             f"vocabulary {self.vocabulary}"
@@ -55,11 +55,11 @@ class Fingerprint:
 
 @runtime_checkable
 class RoundedLayer(Protocol):
-    """A layer whose weights are rounded and that keeps some of them as they were.
+    """A layer with rounded weights that keeps a sample of the original ones.
 
     Attributes:
-        sample: what `sample_weights` gave of the weights before rounding.
-        weight: the weights before rounding, where the layer keeps them as well.
+        sample: the result of `sample_weights` for the original weights.
+        weight: the original weights, if the layer keeps them; else None.
     """
 
     sample: Tensor
@@ -67,8 +67,8 @@ class RoundedLayer(Protocol):
 
 
 def sample_weights(weight: Tensor) -> Tensor:
-    """Return weights at fixed places of a matrix, `[32]`, float32 on the CPU."""
-    whole = weight.full_tensor() if isinstance(weight, DTensor) else weight  # of sharded layers
+    """Return the weights at fixed positions of a matrix, `[32]`, float32 on the CPU."""
+    whole = weight.full_tensor() if isinstance(weight, DTensor) else weight  # sharded
     flat = whole.detach().reshape(-1)
     places = torch.linspace(0, flat.numel() - 1, _SAMPLES, dtype=torch.float64).long()
     return flat[places.to(flat.device)].float().cpu()
@@ -79,7 +79,7 @@ def fingerprint_of(model: PreTrainedModel, embedding: nn.Embedding) -> Fingerpri
 
     Args:
         model: the model.
-        embedding: its input embeddings.
+        embedding: the model's input embeddings.
     """
     config: Any = model.config.get_text_config()
     matrices = _matrices(model)
@@ -99,7 +99,7 @@ def _sample(weight: Tensor | RoundedLayer) -> Tensor:
 
 
 def _matrices(model: nn.Module) -> list[Tensor | RoundedLayer]:
-    """Return the model's weight matrices in the order of its parameters, each once."""
+    """Return the weight matrices of a model in the order of its parameters, each once."""
     found: dict[int, Tensor | RoundedLayer] = {}
     for module in model.modules():
         if isinstance(module, RoundedLayer):

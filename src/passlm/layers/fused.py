@@ -1,8 +1,8 @@
-"""Linear layers that take one input, multiplied in one call, their LoRA included: for a compiler.
+"""Fuse linear layers that share an input, and their LoRA, into one call, for compiled passes.
 
-A pass of few rows has some hundred products of a few microseconds each, so that every call costs.
-The look-ahead rows' updates are added where an output's sum ends (`kernels/linear.py`); which
-layers take one input is found by running the model.
+A pass of few rows has some hundred matrix products of a few microseconds each, so the overhead of a
+call matters. `kernels/linear.py` adds the LoRA of look-ahead rows at the end of an output's sum.
+Which layers share an input is found by running the model (`lora.groups_of`).
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from passlm.kernels.linear import RowsProduct, Update, block
 from passlm.layers.int8 import Int8Linear
 from passlm.layers.lora import AppliedLora, groups_of
 from passlm.layers.packed import has_product, packed_product
+from passlm.layers.swapped import Swap
 
 
 class JoinedLinears:
-    """Joined copies of a model's linear layers.
+    """Fused copies of a model's linear layers.
 
     Args:
-        model: its layers that `kernels/linear.py` has products for are joined; others stay as they
-            are.
-        probe: runs the model on a short text; see `lora.groups_of`.
-        lora: what acts on look-ahead rows; None for none.
+        model: the model. Layers that `kernels/linear.py` supports are fused; others are left alone.
+        probe: runs the model on a short sequence; see `lora.groups_of`.
+        lora: updates of look-ahead rows, or None.
 
     Attributes:
-        layers: those that are joined.
+        layers: the layers that are fused.
     """
 
     def __init__(
@@ -55,28 +55,35 @@ class JoinedLinears:
 
     @contextmanager
     def applied(self, gate: Tensor) -> Iterator[None]:
-        """The layers compute together until the block is left.
+        """Make the layers compute with the fused copies inside a `with` block.
 
         Args:
-            gate: what the update of each row is multiplied by, 0 for real rows, `[B, Q]`.
+            gate: factor of each row's update, 0 for real rows, `[B, Q]`.
         """
+        each = gate.reshape(-1)
+        forwards = {
+            layer: forward
+            for joined in self._joined
+            for layer, forward in joined.forwards(each).items()
+        }
         try:
-            for joined in self._joined:
-                joined.begin(gate.reshape(-1))
-            yield
+            with Swap(forwards, by="fused layers"):
+                yield
         finally:
             for joined in self._joined:
-                joined.end()
+                joined.forget()
 
 
 @dataclass
 class _Joined:
-    """Layers of one input, in the order in which they are called.
+    """Layers that share an input, in the order in which they are called.
+
+    The first layer that is called computes the outputs of all.
 
     Attributes:
         layers: the layers.
-        product: all of them.
-        sizes: numbers that each gives.
+        product: the fused product of all layers.
+        sizes: number of outputs of each layer.
     """
 
     layers: list[nn.Module]
@@ -85,14 +92,13 @@ class _Joined:
     _seen: Tensor | None = field(default=None, init=False)
     _made: Sequence[Tensor] = field(default=(), init=False)
 
-    def begin(self, gate: Tensor) -> None:
-        for at, layer in enumerate(self.layers):
-            vars(layer)["forward"] = self._forward(at, gate)
+    def forwards(self, gate: Tensor) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
+        """Return the forward of each layer; `gate` is `[N]`."""
+        return {layer: self._forward(at, gate) for at, layer in enumerate(self.layers)}
 
-    def end(self) -> None:
+    def forget(self) -> None:
+        """Drop the input and outputs of the last call."""
         self._seen, self._made = None, ()
-        for layer in self.layers:
-            vars(layer).pop("forward", None)
 
     def _forward(self, at: int, gate: Tensor) -> Callable[[Tensor], Tensor]:
         def forward(rows: Tensor) -> Tensor:
@@ -105,7 +111,7 @@ class _Joined:
 
 
 def joinable(layer: nn.Module) -> bool:
-    """Whether the layer has a product of ours."""
+    """Return whether `kernels/linear.py` has a product for the layer."""
     return isinstance(layer, Int8Linear) or has_product(layer)
 
 
@@ -117,7 +123,7 @@ def _product(layer: nn.Module) -> RowsProduct:
 
 
 def _fit(products: Sequence[RowsProduct], another: RowsProduct) -> bool:
-    """Whether another layer's outputs can stand behind theirs: in blocks of its own."""
+    """Return whether another layer can be appended: same type, and it begins in a new block."""
     alike = products[0].packed.dtype == another.packed.dtype
     return alike and all(product.width % block() == 0 for product in products)
 

@@ -1,9 +1,9 @@
-"""Int8 weights for a CPU.
+"""Int8 weight quantization for CPUs.
 
-Weights are rounded once, with a scale for each output; they are unpacked to float32 in registers
-and multiplied with rows as they are (`kernels/linear.py`). Nothing but the weights is rounded, and
-what a row gives does not depend on the rows beside it: validated rows give what plain decoding
-gives. The rounded model is another model, and decoding is lossless with respect to it.
+Weights are rounded once, with one scale for each output. A product unpacks them to float32 in
+registers and multiplies them with the unrounded rows (`kernels/linear.py`). Only the weights are
+rounded, and the output of a row does not depend on the other rows, so verified rows equal those of
+plain decoding. The quantized model is a different model; decoding is lossless with respect to it.
 """
 
 from __future__ import annotations
@@ -20,20 +20,23 @@ from passlm.kernels import linear, native
 from passlm.layers.fingerprint import sample_weights
 from passlm.params import QUANTIZED
 
-_LARGEST = 127  # of a rounded weight
-_SMALLEST_SCALE = 1e-12  # of an output of zeros alone
-_TYPES = (torch.bfloat16, torch.float32)  # of rows that are multiplied as they are
+_LARGEST = 127  # absolute value of a rounded weight
+_SMALLEST_SCALE = 1e-12  # for outputs whose weights are all zero
+_TYPES = (torch.bfloat16, torch.float32)  # of rows that products take without conversion
 
 
 class QuantizeError(InputError):
-    """A model or a machine that int8 weights cannot be had for; one line."""
+    """A model or machine that does not support int8 weights; the message is one line."""
 
 
 def rounded(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """A matrix as int8 numbers, `[rows, columns]`, and what one is worth in each row, `[rows]`.
+    """Round a matrix to int8 with one scale for each row.
 
     Args:
-        matrix: float32.
+        matrix: `[rows, columns]`, float32.
+
+    Returns:
+        The int8 weights, `[rows, columns]`, and the scales they are multiplied by, `[rows]`.
     """
     largest = matrix.abs().amax(1, keepdim=True)
     scale = (largest / _LARGEST).clamp(min=_SMALLEST_SCALE)
@@ -44,14 +47,14 @@ class Int8Linear(nn.Module):
     """A linear layer with int8 weights.
 
     Args:
-        layer: the layer it stands for, `nn.Linear` or the transposed `Conv1D` of gpt2.
-        keep: keep the layer's own weights as well, as `weight`: for whoever reads rows of them.
+        layer: the layer to replace, an `nn.Linear` or gpt2's transposed `Conv1D`.
+        keep: keep the original weights as well, as `weight`, for code that reads rows of them.
 
     Attributes:
-        in_features: numbers that it takes.
-        out_features: numbers that it gives.
-        product: what multiplies.
-        sample: some of the weights as they were, by which a model is known.
+        in_features: number of inputs.
+        out_features: number of outputs.
+        product: the matrix product.
+        sample: sample of the original weights, for the model's fingerprint.
     """
 
     sample: Tensor
@@ -72,24 +75,26 @@ class Int8Linear(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that a pass reads."""
+        """Number of bytes that a pass reads."""
         return self.in_features * self.out_features + self.product.scale.nbytes
 
     def forward(self, rows: Tensor) -> Tensor:
-        """`[..., in]` to `[..., out]`, in the type of `rows`."""
+        """Map rows `[..., in]` to `[..., out]`, in the type of `rows`."""
         return self.product.forward(rows)
 
 
 def quantized(model: PreTrainedModel, kind: str = "int8") -> PreTrainedModel:
-    """A model with rounded linear layers; all else is shared with the given one, which stays.
+    """Return a copy of a model with quantized linear layers.
+
+    The copy shares all other tensors with the given model, which is not changed.
 
     Args:
-        model: on a CPU. Layers other than `nn.Linear` and `Conv1D` are taken as they are.
+        model: a model on a CPU. Only its `nn.Linear` and `Conv1D` layers are quantized.
         kind: one of `QUANTIZED`.
 
     Raises:
-        QuantizeError: an unknown kind, a model that is not on a CPU or has no such layers, or a
-            machine without `kernels/linear.py`.
+        QuantizeError: the kind is unknown, the model is not on a CPU or has no such layers, or this
+            machine lacks the operators of `kernels/linear.py`.
     """
     if kind not in QUANTIZED:
         raise QuantizeError(f"quantize is {kind!r}: it must be one of {', '.join(QUANTIZED)}")
@@ -106,17 +111,17 @@ def quantized(model: PreTrainedModel, kind: str = "int8") -> PreTrainedModel:
     output: nn.Module = made.get_output_embeddings()  # type: ignore[no-untyped-call]
     names = [name for name, module in made.named_modules() if _is_linear(module)]
     if not names:
-        raise QuantizeError(f"{type(model).__name__} has no linear layers that int8 is known for")
+        raise QuantizeError(f"{type(model).__name__} has no linear layers that int8 supports")
     for name in names:
         parent, _, own = name.rpartition(".")
         layer = made.get_submodule(name)
-        # A sampler head reads rows of the output layer, which mostly is the table of embeddings.
+        # A sampler head reads rows of the output layer, which often is the embedding table.
         setattr(made.get_submodule(parent), own, Int8Linear(layer, keep=layer is output))
     return made
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Whether the model has layers of `quantized`."""
+    """Return whether a model has layers made by `quantized`."""
     return any(isinstance(module, Int8Linear) for module in model.modules())
 
 

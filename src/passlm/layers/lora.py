@@ -1,7 +1,7 @@
-"""Gated LoRA: low-rank updates of linear layers that act on look-ahead rows alone.
+"""Gated LoRA: low-rank updates of linear layers that act on look-ahead rows only.
 
-Real rows go through the layers as they are, and outside a `with` block nothing is changed. Which
-rows of a pass are look-ahead is left to `model/target.py`, what the updates hold to training.
+Real rows pass through the layers unchanged, and outside a `with` block the model is unchanged.
+`model/target.py` decides which rows of a pass are look-ahead rows; training makes the updates.
 
 LoRA: Hu et al., arXiv 2106.09685. Gating it by row: Samragh et al., "Your LLM knows the future",
 arXiv 2507.11851.
@@ -22,35 +22,37 @@ import torch
 from torch import Tensor, nn
 
 from passlm.errors import InputError
+from passlm.layers.swapped import Swap
 
 PROBE_ROWS = 8
 Group = tuple[str, ...]
-"""Names of the layers that take one and the same input, in the order they are called in."""
+"""Names of layers that share an input, in the order in which they are called."""
 
 
 class LoraError(InputError):
-    """Layers or a rank that cannot be had; one line."""
+    """Layers, a rank or tensors that do not fit the model; the message is one line."""
 
 
 @dataclass(frozen=True)
 class RowSplit:
-    """The look-ahead rows among the rows of a pass, `[B, Q, ...]`.
+    """Which rows of a pass, `[B, Q, ...]`, are look-ahead rows.
 
     Attributes:
-        start: for a single text, they are the rows from here on.
-        index: for several, their places in the rows of all texts, `[N]`; None for a single one.
+        start: for a single sequence, the index of the first look-ahead row; the rest are, too.
+        index: for several sequences, the indices of the look-ahead rows among the rows of all
+            sequences, `[N]`; None for a single one.
     """
 
     start: int = 0
     index: Tensor | None = None
 
     def take(self, rows: Tensor) -> Tensor:
-        """The look-ahead rows, `[N, d]`."""
-        flat = rows.reshape(-1, rows.shape[-1])  # some models flatten them before
+        """Return the look-ahead rows, `[N, d]`."""
+        flat = rows.reshape(-1, rows.shape[-1])  # some models have flattened them
         return flat[self.start :] if self.index is None else flat.index_select(0, self.index)
 
     def add(self, rows: Tensor, update: Tensor) -> Tensor:
-        """`rows` with `update`, `[N, d]`, added to the look-ahead ones; in place where it may."""
+        """Add `update`, `[N, d]`, to the look-ahead rows; in place for inference tensors."""
         if not rows.is_inference():
             if self.index is None and self.start == 0:
                 return rows + update.view(rows.shape)
@@ -63,16 +65,19 @@ class RowSplit:
         return rows
 
 
+_EVERY_ROW = RowSplit()
+
+
 class GatedLora(nn.Module):
     """Low-rank updates `B A x` of some linear layers of a model.
 
     Args:
-        groups: the layers, by the input they share; see `groups_of`.
-        down: `A` of each group, those of its layers joined, `[layers * rank, in]`.
+        groups: the layers, grouped by shared input; see `groups_of`.
+        down: for each group, the `A` of its layers joined, `[layers * rank, in]`.
         up: `B` of each layer, `[out, rank]`.
 
     Raises:
-        LoraError: the tensors do not fit the groups or each other.
+        LoraError: the tensors do not match the groups or each other.
     """
 
     def __init__(
@@ -94,10 +99,10 @@ class GatedLora(nn.Module):
     def start(
         cls, model: nn.Module, groups: Sequence[Group], rank: int, seed: int = 0
     ) -> GatedLora:
-        """Updates that change nothing yet: `A` random, `B` zero.
+        """Return updates that change nothing yet: `A` is random, `B` zero.
 
         Raises:
-            LoraError: the rank is not between 1 and the layers' own.
+            LoraError: the rank is not between 1 and the smaller side of every layer.
         """
         generator = torch.Generator().manual_seed(seed)
         down: list[Tensor] = []
@@ -113,20 +118,20 @@ class GatedLora(nn.Module):
         return cls(groups, down, up)
 
     def description(self) -> dict[str, object]:
-        """What a look-ahead card says of it."""
+        """Return the description for a look-ahead card."""
         return {"rank": self.rank, "groups": [list(group) for group in self.groups]}
 
     def tensors(self) -> dict[str, Tensor]:
-        """All parameters by the name they are stored under."""
+        """Return all parameters by their names in a file."""
         down = {f"lora.A.{group[0]}": t for group, t in zip(self.groups, self.down, strict=True)}
         return down | {f"lora.B.{name}": t for name, t in zip(self.names, self.up, strict=True)}
 
     @classmethod
     def of_tensors(cls, groups: Sequence[Group], tensors: Mapping[str, Tensor]) -> GatedLora:
-        """The inverse of `tensors`.
+        """Return the updates that `tensors` gave; the inverse of it.
 
         Raises:
-            LoraError: one is missing, or they do not fit each other.
+            LoraError: a tensor is missing, or they do not match each other.
         """
         if not groups or not all(groups):
             raise LoraError("the groups of layers are empty or name one twice")
@@ -138,10 +143,10 @@ class GatedLora(nn.Module):
         return cls(groups, down, up)
 
     def check(self, model: nn.Module) -> None:
-        """Make sure that the model has these layers, in these sizes.
+        """Check that the model has these layers, in these sizes.
 
         Raises:
-            LoraError: it has not; names the first that differs.
+            LoraError: it does not; the message names the first layer that differs.
         """
         layers = dict(model.named_modules())
         for group, down in zip(self.groups, self.down, strict=True):
@@ -153,12 +158,12 @@ class GatedLora(nn.Module):
                     raise LoraError(f"layer {name!r} of {wanted} inputs and outputs {found}")
 
     def on(self, model: nn.Module, dtype: torch.dtype | None = None) -> AppliedLora:
-        """These updates bound to a model's layers; the model keeps no trace of it.
+        """Bind these updates to a model's layers, without changing the model.
 
         Args:
             model: the model.
-            dtype: for decoding: copies in this type, where the layers lie. None for training:
-                the parameters themselves, which get gradients.
+            dtype: for decoding: bind copies in this type, on the layers' device. None for training:
+                bind the parameters themselves, which get gradients.
         """
         return AppliedLora(model, self, dtype)
 
@@ -190,7 +195,7 @@ class AppliedLora:
         layers = dict(model.named_modules())
         self._bound = model, lora
         self._lock = threading.RLock()
-        self._updates: list[tuple[nn.Module, _Shared, int]] = []  # the last: which of its group
+        self._updates: list[tuple[nn.Module, _Shared, int]] = []  # with the index in its group
         others = set(without)
         ups = iter(lora.up)
         for group, down in zip(lora.groups, lora.down, strict=True):
@@ -208,12 +213,12 @@ class AppliedLora:
             ]
 
     def traced(self, without: Collection[nn.Module] = ()) -> AppliedLora:
-        """The same updates in words for a compiler, of all layers but some."""
+        """Return the same updates in a form for a compiler, except those of some layers."""
         model, lora = self._bound
         return AppliedLora(model, lora, None, traced=True, without=without)
 
     def of_layers(self) -> dict[nn.Module, tuple[Tensor, Tensor]]:
-        """`A`, `[rank, in]`, and `B`, `[out, rank]`, of each layer."""
+        """Return `A`, `[rank, in]`, and `B`, `[out, rank]`, of each layer."""
         model, lora = self._bound
         ups = iter(lora.up)
         return {
@@ -224,42 +229,39 @@ class AppliedLora:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The matrices, those that layers share once."""
+        """All matrices; those that layers share are listed once."""
         own = {id(shared): shared for _, shared, _ in self._updates}
         return [t for one in own.values() for t in (one.down, *one.ups)]
 
     @contextmanager
-    def applied(self, split: RowSplit) -> Iterator[None]:
-        """The layers add their updates to the look-ahead rows until the block is left.
+    def applied(self, split: RowSplit = _EVERY_ROW) -> Iterator[None]:
+        """Make the layers add their updates to the look-ahead rows inside a `with` block.
 
-        A layer whose `forward` somebody has replaced, for the time being or for good, is taken as
-        it is then and left so.
+        A layer whose `forward` has been replaced before is used with that one, and gets it back.
+
+        Args:
+            split: the look-ahead rows; by default every row.
         """
-        before = []
-        with self._lock:  # a second thread would take the forwards away in mid-pass
+        with self._lock:  # another thread would undo the swap during a pass
+            forwards = {
+                layer: shared.around(layer.forward, split, at)
+                for layer, shared, at in self._updates
+            }
             try:
-                for layer, shared, at in self._updates:
-                    own = vars(layer)
-                    before.append((layer, own.get("forward")))
-                    own["forward"] = shared.around(layer.forward, split, at)
-                yield
+                with Swap(forwards, by="LoRA"):
+                    yield
             finally:
-                for layer, forward in before:
-                    if forward is None:
-                        del vars(layer)["forward"]
-                    else:
-                        vars(layer)["forward"] = forward
                 for _, shared, _ in self._updates:
                     shared.forget()
 
 
 @dataclass
 class _Shared:
-    """The updates of the layers of one group, computed once for an input.
+    """Updates of the layers of one group, computed once for each input.
 
     Attributes:
-        down: the joined `A`.
-        ups: `B` of each layer.
+        down: the joined `A`, `[layers * rank, in]`.
+        ups: `B` of each layer, `[out, rank]`.
     """
 
     down: Tensor
@@ -268,9 +270,9 @@ class _Shared:
     _updates: Sequence[Tensor] = field(default=(), init=False)
 
     def copied(self, device: torch.device, dtype: torch.dtype) -> _Copied:
-        """For decoding: without gradients, the `B` of several layers in one matrix."""
+        """Return a copy for decoding, without gradients, with all `B` in one matrix."""
         if device.type == "cpu":
-            dtype = torch.float32  # products this small take a sixth of bfloat16's time there
+            dtype = torch.float32  # there, products this small take a sixth of the time of bfloat16
         down = self.down.detach().to(device, dtype)
         ups = [up.detach().to(device, dtype) for up in self.ups]
         block = torch.block_diag(*ups)  # type: ignore[no-untyped-call]
@@ -278,7 +280,7 @@ class _Shared:
         return _Copied(columns[0], columns[1:], [len(up) for up in ups])
 
     def of(self, rows: Tensor, split: RowSplit) -> Sequence[Tensor]:
-        """The update of each layer, `[N, out]`; `rows` is the input of all of them."""
+        """Return the update of each layer, `[N, out]`; `rows` is their shared input."""
         if self._seen is not rows:
             self._seen, self._updates = rows, self._computed(split.take(rows))
         return self._updates
@@ -286,7 +288,7 @@ class _Shared:
     def around(
         self, forward: Callable[[Tensor], Tensor], split: RowSplit, at: int
     ) -> Callable[[Tensor], Tensor]:
-        """The forward of the `at`th layer, with its update."""
+        """Return a forward that adds the update of the layer at index `at` to the given one."""
 
         def updated(rows: Tensor) -> Tensor:
             return split.add(forward(rows), self.of(rows, split)[at])
@@ -299,16 +301,18 @@ class _Shared:
         return [nn.functional.linear(p, up.to(p)) for p, up in zip(parts, self.ups, strict=True)]
 
     def forget(self) -> None:
-        """Keep no input alive once its pass is over."""
+        """Drop the input and updates of the last call, so that they do not outlive the pass."""
         self._seen, self._updates = None, ()
 
 
 @dataclass
 class _Copied(_Shared):
-    """The same for decoding: `down` transposed, and all `B` in one matrix, so in one product.
+    """Updates for decoding: one product with `A`, and one with the `B` of all layers.
+
+    `down` is transposed, and `ups` holds one transposed block-diagonal matrix.
 
     Attributes:
-        sizes: numbers that each layer gives.
+        sizes: number of outputs of each layer.
     """
 
     sizes: list[int]
@@ -319,10 +323,10 @@ class _Copied(_Shared):
 
 
 class _Traced(_Shared):
-    """The same for a compiler, in float32 and as sums.
+    """Updates for a compiler, in float32 and written as sums.
 
-    Library calls for products this small cost more than the products; loops are fused with what
-    comes before and after them.
+    For products this small, a library call costs more than the product itself; a compiler fuses the
+    loops of a sum with the operations around them.
     """
 
     def _computed(self, taken: Tensor) -> Sequence[Tensor]:
@@ -332,10 +336,10 @@ class _Traced(_Shared):
 
 
 def features(layer: nn.Module) -> tuple[int, int] | None:
-    """Numbers that a linear layer takes and gives; None where it is none.
+    """Return the numbers of inputs and outputs of a linear layer; None for other modules.
 
-    Knows torch's own layers and those made after them (of quantised models, too), and the
-    transposed one of gpt2.
+    Supports torch's own layers and those with the same attributes (also of quantized models), and
+    gpt2's transposed `Conv1D`.
     """
     names = ("nx", "nf") if type(layer).__name__ == "Conv1D" else ("in_features", "out_features")
     sizes = [getattr(layer, name, None) for name in names]
@@ -345,7 +349,7 @@ def features(layer: nn.Module) -> tuple[int, int] | None:
 
 
 def _device(layer: nn.Module) -> torch.device:
-    held = chain(layer.parameters(), layer.buffers())  # quantised weights are no parameters
+    held = chain(layer.parameters(), layer.buffers())  # quantized weights are buffers
     return next(held).device
 
 
@@ -363,20 +367,20 @@ def _checked_size(model: nn.Module, name: str, rank: int) -> tuple[int, int]:
 def groups_of(
     model: nn.Module, probe: Callable[[], object], patterns: Sequence[str] = ()
 ) -> list[Group]:
-    """The linear layers that match, by the input they share, in the order they are called in.
+    """Return the linear layers that match, grouped by shared input, in the order of their calls.
 
     Args:
-        model: the model; its output layer gets no update, since it is not run for every row.
-        probe: runs the model on a text of `PROBE_ROWS` tokens; the layers that get all of them
-            count (an expert of a mixture does not).
-        patterns: shell patterns of names, whole or of their last parts (`q_proj`,
-            `layers.[0-9].mlp.*`); none takes all.
+        model: the model. Its output layer is left out, since it does not run for every row.
+        probe: runs the model on a sequence of `PROBE_ROWS` tokens. Only layers that get all of them
+            are returned, which leaves out the experts of a mixture.
+        patterns: shell patterns of whole names or of their last parts (`q_proj`,
+            `layers.[0-9].mlp.*`); an empty sequence matches every layer.
 
     Raises:
-        LoraError: a pattern matches nothing; names the nearest layers.
+        LoraError: a pattern matches nothing; the message names the closest layers.
     """
     called: dict[str, int] = {}
-    inputs: list[Any] = []  # kept alive, so that no two have the same id
+    inputs: list[Any] = []  # kept alive, so that ids stay unique
 
     def note(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:

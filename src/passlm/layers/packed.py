@@ -1,10 +1,10 @@
-"""Linear layers in a layout for passes of few rows on a CPU.
+"""Weights packed once for passes of few rows on a CPU.
 
-Torch hands oneDNN a plain weight matrix, which is laid out anew in every product of more than one
-row: in bfloat16 five rows then cost 1.7 times one row. Weights are laid out once: for our own
-products (`kernels/linear.py`) where the machine has them, else, in bfloat16, for oneDNN's. The
-price is a second copy of the weights. The weights themselves are not touched: the layers compute
-with the copies inside a `with` block only.
+Torch hands oneDNN a plain weight matrix, which oneDNN packs again in every product of more than one
+row: in bfloat16, five rows then cost 1.7 times as much as one. Here weights are packed once: for
+our own products (`kernels/linear.py`) where the machine supports them, else, in bfloat16, for
+oneDNN's. This takes a second copy of the weights. The model's own weights are not changed: layers
+compute with the copies inside a `with` block only.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from passlm.kernels import linear
+from passlm.layers.swapped import Forward, Swap
 
-_ROWS = 4  # what oneDNN's layout is chosen for; measured good from 1 row to 25
+_ROWS = 4  # rows to choose oneDNN's layout for; measured to be good from 1 row to 25
 
 
 def can_pack(model: nn.Module) -> bool:
-    """Whether packing pays: weights on a CPU in a type that it has fast products for."""
+    """Return whether a model has layers on a CPU in a type with faster packed products."""
     return any(_packable(module) for module in model.modules())
 
 
@@ -31,9 +32,9 @@ class PackedLinears:
     """Packed copies of a model's linear layers.
 
     Args:
-        model: its plain `nn.Linear` layers are packed where `can_pack` says so; others stay as
-            they are.
-        without: layers of it that stay as they are, too.
+        model: the model. Its plain `nn.Linear` layers are packed where that pays; others are left
+            alone.
+        without: further layers to leave alone.
     """
 
     def __init__(self, model: nn.Module, without: Collection[nn.Module] = ()) -> None:
@@ -42,7 +43,7 @@ class PackedLinears:
         self._layers = [layer for layer in found if layer not in others]
         self._forwards: list[Callable[[Tensor], Tensor]] = []
         self._packed_from: list[tuple[int, int, int]] = []
-        self._lock = threading.RLock()  # a second thread would take the forwards away in mid-pass
+        self._lock = threading.RLock()  # another thread would undo the swap during a pass
         self._pack()
 
     def _pack(self) -> None:
@@ -51,44 +52,43 @@ class PackedLinears:
             self._forwards = [_packed_forward(layer) for layer in self._layers]
 
     def _weights(self) -> list[tuple[int, int, int]]:
-        """What changes when a weight is replaced, moved or written to."""
+        """Return a key of each weight that changes when it is replaced, moved or written to."""
         weights = [layer.weight for layer in self._layers]
         return [
-            (id(w), w.data_ptr(), 0 if w.is_inference() else w._version)  # those keep no version
+            (
+                id(w),
+                w.data_ptr(),
+                0 if w.is_inference() else w._version,
+            )  # inference tensors have no version
             for w in weights
         ]
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The model computes with its packed weights until the block is left, by whatever way.
+        """Make the model compute with its packed weights inside a `with` block.
 
-        Weights changed since the last time are packed anew; a layer whose `forward` somebody has
-        replaced keeps theirs.
+        Weights that have changed since the last time are packed again. A layer whose `forward` has
+        been replaced already keeps that one.
         """
         with self._lock:
             if self._weights() != self._packed_from:
                 self._pack()
-            ours = [
-                (layer, forward)
+            ours: dict[nn.Module, Forward] = {
+                layer: forward
                 for layer, forward in zip(self._layers, self._forwards, strict=True)
                 if "forward" not in vars(layer)
-            ]
-            try:
-                for layer, forward in ours:
-                    layer.forward = forward  # type: ignore[method-assign,assignment]
+            }
+            with Swap(ours, by="packed weights"):
                 yield
-            finally:
-                for layer, _ in ours:
-                    vars(layer).pop("forward", None)
 
 
 def has_product(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether it is a plain layer with a product of few rows, and no other is faster here."""
+    """Return whether a layer is plain and our product for few rows is the fastest for it here."""
     return _packable(layer) and linear.preferred()
 
 
 def packed_product(layer: nn.Linear) -> linear.RowsProduct:
-    """The product of such a layer."""
+    """Return our product with the weights of a layer that `has_product`."""
     return linear.RowsProduct(layer.weight, bias=layer.bias)
 
 
