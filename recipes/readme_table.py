@@ -121,7 +121,7 @@ def table(runs: list[Run]) -> str:
     for method, tokens in rows:
         label = NAMES.get(method, method) + (f", L = {tokens}" if tokens else "")
         own = figures[method, tokens]
-        cells = [" / ".join(own.get((s, t), "–") for t in temperatures) for s in suites]
+        cells = [" / ".join(own.get((s, t), "-") for t in temperatures) for s in suites]
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -161,7 +161,7 @@ def source(found: dict[str, dict[str, Any]], runs: list[Run]) -> str:
     return (
         f"{prompts} prompts of each suite, {settings['max_new_tokens']} new tokens, {weights}, "
         f"{passes} passes, {machine['threads']} threads of {machine['processor']}, commit "
-        f"`{facts['commit'][:7]}`. Intervals and settings: {links}."
+        f"`{facts['commit']}`. Intervals and settings: {links}."
     )
 
 
