@@ -1,4 +1,4 @@
-"""The README's commands and snippets, run as they stand with the real model."""
+"""The commands and snippets of README and docs/usage.md, run as written with the real model."""
 
 import json
 import re
@@ -11,17 +11,23 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PAGES = [(ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/usage.md")]
+README = PAGES[0]
+SNIPPETS = [s for page in PAGES for s in re.findall(r"```python\n(.*?)```", page, re.DOTALL)]
+SHELL = [s for page in PAGES for s in re.findall(r"```sh\n(.*?)```", page, re.DOTALL)]
 COMMANDS = [
     line
-    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    for block in SHELL
     for line in block.splitlines()
     if line.startswith("passlm ")
     and not line.startswith("passlm serve ")  # it runs until it is stopped
     and not re.search(r"\b[A-Z]{3,}\b", line.split('"')[-1])
 ]
-SERVER, REQUEST = re.findall(r"```sh\n(passlm serve .*?)\n(curl .*?)\n```", README, re.DOTALL)[0]
+((SERVER, REQUEST),) = [
+    found
+    for s in SHELL
+    for found in re.findall(r"^(passlm serve .*?)\n(curl .*?)\n$", s, re.DOTALL)
+]
 
 pytestmark = [pytest.mark.model, pytest.mark.readme]
 
@@ -39,9 +45,24 @@ def test_no_placeholder_is_left() -> None:
 
 
 def test_the_readme_has_what_is_run_here() -> None:
-    """Catches a change of the README's form that leaves nothing to test."""
+    """Catches a change of the pages' form that leaves nothing to test."""
     assert len(SNIPPETS) == 2
     assert len(COMMANDS) == 5
+
+
+def test_the_readme_is_one_page() -> None:
+    """Catches a README that grows again: further text belongs in docs/usage.md."""
+    assert len(README.splitlines()) <= 100
+
+
+def test_the_links_lead_somewhere() -> None:
+    """Catches links of the front pages to files that were moved."""
+    for page in ("README.md", "CONTRIBUTING.md", "docs/usage.md", "docs/design.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text)
+        local = [target for target in targets if "://" not in target]
+        missing = [t for t in local if not (ROOT / page).parent.joinpath(t).exists()]
+        assert not missing, f"{page} links to {missing}"
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=["python", "transformers"])
@@ -84,4 +105,4 @@ def test_demo_writes_equal_texts() -> None:
     """Catches `make demo` failing, and decoding with the real model that is not lossless."""
     done = run([sys.executable, "examples/demo.py"])
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("equal") == 3
+    assert done.stdout.count("equal") == 4

@@ -14,8 +14,8 @@ import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PAGES = [(ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/usage.md")]
+SNIPPETS = [s for page in PAGES for s in re.findall(r"```python\n(.*?)```", page, re.DOTALL)]
 
 COMMANDS = {
     "generate": "generate PROMPT --max-new-tokens 8 --stats",
