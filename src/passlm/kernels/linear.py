@@ -60,7 +60,7 @@ class Update:
     up: Sequence[Tensor]
 
     def packed(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return packed bfloat16 `A` and `B`, and where the `A x` of each output register begins."""
+        """Return packed bfloat16 `A` and `B`, and where `A x` of each output register begins."""
         down, up = torch.cat(list(self.down)), torch.cat(list(self.up))
         sizes = [-(-len(up) // native.lanes()) for up in self.up]
         starts = torch.arange(len(self.up)) * up.shape[1]
