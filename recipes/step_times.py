@@ -54,8 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
     """A table with a column for each method."""
     lm = loaded(arguments)
     seconds: defaultdict[str, float] = defaultdict(float)
-    model = "_call_compiled" if arguments.compile else "_call_model"
-    watched = {**PARTS, "model": (Target, model, ())}
+    watched = {**PARTS, "model": (Target, "_call", ())}
     for name, (kind, method, _) in watched.items():
         setattr(kind, method, timed(getattr(kind, method), name, seconds))
     extend = Target.extend

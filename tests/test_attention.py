@@ -84,7 +84,7 @@ def test_a_model_takes_it_for_the_time_of_a_pass(monkeypatch: pytest.MonkeyPatch
     with_groups = target.run(target.prefill([1, 2, 3, 4]), rows, None).logits
     assert set(calls) == {heads}, "keys were copied"
     assert model.config._attn_implementation == "sdpa"
-    target._grouped = False
+    target.inputs.grouped = False
     calls.clear()
     without = target.run(target.prefill([1, 2, 3, 4]), rows, None).logits
     assert set(calls) != {heads}

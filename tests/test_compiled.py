@@ -205,7 +205,7 @@ def test_packages_are_kept(
         asked.append(path)
         raise compiled.CompileError("not again")
 
-    monkeypatch.setattr(compiled, "_compile", refuse)
+    monkeypatch.setattr(compiled, "compile_to", refuse)
     texts(Target(roomy_llama(), compiled=folder), look_ahead, TwoPass(2), GREEDY)
     assert asked == []
     other = roomy_llama()
@@ -270,7 +270,7 @@ def test_a_whole_package_that_cannot_be_opened_is_kept(
     def full(path: Path) -> None:
         raise RuntimeError("no space left on device")
 
-    monkeypatch.setattr(compiled.packages, "opened", full)
+    monkeypatch.setattr(compiled.aot_package, "opened", full)
     target = Target(roomy_llama(), compiled=folder)
     with caplog.at_level(logging.WARNING):
         texts(target, None, autoregressive, GREEDY, PROMPTS[:1])

@@ -233,7 +233,7 @@ def test_costs_of_passes_that_do_not_compile_are_those_of_eager_ones(
     def refuse(_: object, path: Path) -> None:
         raise compiled.CompileError("no compiler")
 
-    monkeypatch.setattr(compiled, "_compile", refuse)
+    monkeypatch.setattr(compiled, "compile_to", refuse)
     Costs(target).curve(1, 20)
     assert target.engine == "eager"
     assert [json.loads(file.read_text())["key"]["engine"] for file in files(folder)] == ["eager"]

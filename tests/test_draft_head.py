@@ -24,6 +24,7 @@ from passlm.kernels.linear import preferred
 from passlm.lookahead import trained
 from passlm.lookahead.trained import LookAhead, LookAheadError
 from passlm.model.target import Target
+from passlm.model.training import hidden_states
 from passlm.params import Draft, SamplingParams
 from passlm.plan import ByHead, Chain, Limits, autoregressive
 from passlm.planning.auto import AutoPlan
@@ -216,7 +217,7 @@ def test_a_head_that_knows_the_model_knows_its_draws(
         decoder = Decoder(llama, rows)
         row = decoder.join(Request.of([1, 2, 3], sampling, 60, ByHead(1)))
         while decoder.rows:
-            truth.copy_(llama.logits(llama.hidden(torch.tensor([row.tokens])))[0, -1])
+            truth.copy_(llama.logits(hidden_states(llama, torch.tensor([row.tokens])))[0, -1])
             ((_, step),) = decoder.step()
             met[draft] += step.accepted
     assert met["sampled"] > better * met["greedy"], met
@@ -325,7 +326,7 @@ def test_it_drafts_behind_the_row_that_was_accepted_last(llama: Target) -> None:
             chains = drafter.propose(texts)
         for chain, (text, hidden) in zip(chains, before, strict=True):
             # The state of the row that the root was drawn from: the last but one token's.
-            truth = llama.hidden(torch.tensor([text]))[0, -2]
+            truth = hidden_states(llama, torch.tensor([text]))[0, -2]
             assert hidden is not None
             torch.testing.assert_close(hidden, truth, rtol=1e-4, atol=1e-4)
             sampler = HeadSampler(rows.head, [truth], [1])

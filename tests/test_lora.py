@@ -21,6 +21,7 @@ from passlm.layers.lora import PROBE_ROWS, GatedLora, LoraError, RowSplit, group
 from passlm.layers.packed import can_pack
 from passlm.model.pass_records import LookAheadRows, PassRow
 from passlm.model.target import Target
+from passlm.model.training import look_ahead_pass
 from passlm.plan import Plan
 
 EVERY = ARCHITECTURES | MORE_ARCHITECTURES
@@ -168,7 +169,7 @@ def test_hung_rows_with_a_lora_are_those_of_decoding(name: str) -> None:
     text = tiny.prompt(16)
     plan = Plan(15, tuple({2: 3, 9: 2}.get(row, 0) for row in range(16)))
     training = look_ahead.trained_rows(target)
-    hung = target.hang(torch.tensor([text]), [plan.layout()], training)
+    hung = look_ahead_pass(target, torch.tensor([text]), [plan.layout()], training)
     logits = target.logits(hung.hidden)
     for anchor, rows in ((2, slice(0, 3)), (9, slice(3, 5))):
         drafting = PassRow([text[anchor]], Plan(0, (rows.stop - rows.start,)))
@@ -201,12 +202,15 @@ def test_rows_for_decoding_are_copies_and_those_for_training_are_not() -> None:
     decoding, training = look_ahead.rows(target), look_ahead.trained_rows(target)
     layout = Plan(5, (0, 0, 3, 0, 0, 0)).layout()
     text = torch.tensor([tiny.prompt(6)])
-    before = given(target, [0], decoding)[0], target.hang(text, [layout], training).hidden
+    before = (
+        given(target, [0], decoding)[0],
+        look_ahead_pass(target, text, [layout], training).hidden,
+    )
     with torch.no_grad():
         for parameter in look_ahead.parameters():
             parameter.mul_(1.5)
     assert torch.equal(given(target, [0], decoding)[0], before[0])
-    assert not torch.equal(target.hang(text, [layout], training).hidden, before[1])
+    assert not torch.equal(look_ahead_pass(target, text, [layout], training).hidden, before[1])
     assert decoding.sampler is not None
     assert look_ahead.sampler is not None
     torch.testing.assert_close(look_ahead.sampler.out, 1.5 * decoding.sampler.out)

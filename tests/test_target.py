@@ -24,6 +24,7 @@ from passlm.model.cache import BLOCK
 from passlm.model.pass_records import LookAheadRows, PassRow
 from passlm.model.supported import UnsupportedModelError, check_supported
 from passlm.model.target import Target
+from passlm.model.training import look_ahead_pass
 from passlm.params import SamplingParams
 from passlm.plan import OnePass, Plan
 
@@ -146,7 +147,7 @@ def test_hung_rows_are_those_of_decoding(target: Target) -> None:
     decoding, training = LookAheadRows(look_ahead.detach()), LookAheadRows(look_ahead)
     anchors = [{2: 3, 9: 2, 14: 3}, {1: 3, 12: 3, 15: 2}]
     plans = [Plan(15, tuple(chosen.get(row, 0) for row in range(16))) for chosen in anchors]
-    hung = target.hang(torch.tensor(texts), [plan.layout() for plan in plans], training)
+    hung = look_ahead_pass(target, torch.tensor(texts), [plan.layout() for plan in plans], training)
     logits, text_logits = target.logits(hung.hidden), target.logits(hung.text_hidden)
     for index, (text, chosen) in enumerate(zip(texts, anchors, strict=True)):
         start = 0

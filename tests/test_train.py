@@ -38,6 +38,7 @@ from passlm.decoding.decoder import Decoder
 from passlm.decoding.text import Request
 from passlm.model.pass_records import Hung, LookAheadRows
 from passlm.model.target import Target
+from passlm.model.training import look_ahead_pass
 from passlm.outputs import Stats
 from passlm.params import SamplingParams
 from passlm.plan import OnePass, Plan, Strategy, TwoPass
@@ -496,7 +497,7 @@ def hung_on(
     """Groups of these lengths hung on these real rows of one text, and all of them as a part."""
     lengths = [groups.get(place, 0) for place in range(len(text))]
     layout = Plan(len(text) - 1, tuple(lengths)).layout()
-    hung = target.hang(text[None], [layout], rows)
+    hung = look_ahead_pass(target, text[None], [layout], rows)
     [(_, part)] = parts(target, hung, text[None])
     return hung, part
 
@@ -677,7 +678,7 @@ def naive_gradients(folder: Path, config: TrainConfig) -> tuple[float, dict[str,
     texts = config.accumulate * config.sequences
     text = torch.stack([run.windows.window(index) for index in range(texts)])
     rows, target = run.look_ahead.trained_rows(run.target), run.target
-    hung = target.hang(text, [run._layout(index) for index in range(texts)], rows)
+    hung = look_ahead_pass(target, text, [run._layout(index) for index in range(texts)], rows)
     logits = target.logits(hung.hidden)
     total, weights = torch.zeros(()), 0.0
     with torch.no_grad():

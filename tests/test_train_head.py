@@ -18,6 +18,7 @@ from passlm.decoding.decoder import Decoder
 from passlm.decoding.text import Request
 from passlm.lookahead.trained import LookAhead
 from passlm.model.target import Target
+from passlm.model.training import hidden_states
 from passlm.params import SamplingParams
 from passlm.plan import ByHead, Plan, make_layout
 from passlm.planning.auto import AutoPlan
@@ -69,7 +70,7 @@ def test_anchors_come_from_the_last_texts(tmp_path: Path) -> None:
     assert hung.depth.shape == hung.position.shape == hung.text.shape
     assert len(set(hung.text.flatten().tolist())) > 2
     anchors = hung.position - hung.depth
-    truth = torch.stack([run.target.hidden(one[None])[0] for one in text])
+    truth = torch.stack([hidden_states(run.target, one[None])[0] for one in text])
     torch.testing.assert_close(hung.hidden, truth[hung.text, anchors])
     assert int(hung.position.max()) + 1 < CONFIG.sequence_tokens
     assert torch.bincount(hung.depth.flatten()).tolist() == [0, 24, 12, 6]

@@ -1,36 +1,30 @@
 """Passes compiled once by torch's inductor and kept on disk, for a CPU.
 
-The body of the model, from input embeddings to the last hidden states, is exported with any number
-of texts, rows and cache slots, its weights frozen into the layout the machine multiplies fastest,
-and packed into a file that a later start only loads (AOTInductor). The output layer is left out:
-which rows need logits is known only to `decoding/decoder.py`.
+A package holds the body of the model; a later start only loads it (AOTInductor). The output layer
+is left out, since only `decoding/decoder.py` knows which rows need logits. Tracing and compiling
+are in `traced.py`.
 
-Where look-ahead rows are to be expected, the package computes their LoRA as well, multiplied by 0
-for real rows: that adds an exact zero to what the untouched weights give. Our own products skip it
-in passes without such rows; where a machine has others, those passes have a package of their own.
+Where look-ahead rows are expected, the package computes their LoRA as well, multiplied by 0 for
+real rows, which adds an exact zero. Our own products skip it in passes without such rows. With
+other products, those passes have a package of their own.
 
-Where our own attention computes them, the rows of all texts stand in one line, and a text costs its
-own rows; elsewhere every text has as many as the longest.
+Where our own attention is available, the rows of all sequences are packed into one line, so that a
+sequence costs its own rows. Elsewhere every sequence costs as many rows as the longest has.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import os
 import threading
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, StaticLayer
 
 import passlm.kernels.linear
 import passlm.layers.attention
@@ -38,154 +32,24 @@ import passlm.layers.fused
 import passlm.layers.int8
 import passlm.layers.lora
 import passlm.layers.packed
-from passlm.kernels import aot_package, linear, native
-from passlm.layers.attention import can_group, can_stand_in_line, grouped
-from passlm.layers.fused import JoinedLinears, joinable
-from passlm.layers.lora import AppliedLora, RowSplit
-from passlm.layers.packed import PackedLinears
-from passlm.model.compat import cache_name
-from passlm.provenance import environment, staging
+from passlm.kernels import aot_package, linear
+from passlm.layers.attention import can_stand_in_line
+from passlm.layers.fused import joinable
+from passlm.layers.lora import AppliedLora
+from passlm.model import traced
+from passlm.model.cache import RowCache
+from passlm.model.pass_inputs import PassInputs, padded
+from passlm.model.pass_records import PassRow
+from passlm.model.traced import CompileError, Shapes, Trace, compile_to, first_line
+from passlm.provenance import environment
 
-MOST_ROWS = 2**16  # of one pass, all texts together
-_MOST_TEXTS = 256
-_MOST_SLOTS = 2**20
 _PARTS = (
     *(passlm.layers.attention, passlm.layers.fused, passlm.layers.lora),
-    *(passlm.layers.packed, passlm.kernels.linear, passlm.layers.int8),
+    *(passlm.layers.packed, passlm.kernels.linear, passlm.layers.int8, traced),
 )
-_TRACED = (__file__, *(str(part.__file__) for part in _PARTS))  # what a package is made by
-_EXAMPLE = (2, 5, 256)  # texts, rows and slots to trace with: any would do
+_SOURCES = (__file__, *(str(part.__file__) for part in _PARTS))  # what a package depends on
 
-_log = logging.getLogger(__name__)
-
-
-class CompileError(Exception):
-    """Passes that cannot be compiled here, and why; one line."""
-
-
-class _SlotLayer(StaticLayer):  # type: ignore[no-untyped-call]  # its base's hook
-    """A cache layer of tensors that are inputs of the traced pass.
-
-    Args:
-        keys: `[B, heads, S, d_head]`.
-        values: likewise.
-        slots: where each row is written, `[B, Q]`, or `[1, N]` in one line.
-        texts: which text each row of one line is of, `[N]`; None where each text has a line.
-    """
-
-    def __init__(self, keys: Tensor, values: Tensor, slots: Tensor, texts: Tensor | None) -> None:
-        super().__init__(max_cache_len=0)
-        self.keys, self.values = keys, values
-        self.slots, self.texts = slots, texts
-        self.is_initialized = True
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        """Write the pass's keys and values `[B, heads, Q, d_head]`; give all slots."""
-        assert self.keys is not None, "made with tensors"
-        assert self.values is not None, "made with tensors"
-        for stored, states in ((self.keys, key_states), (self.values, value_states)):
-            if (stored.shape[1], stored.shape[3]) != (states.shape[1], states.shape[3]):
-                raise CompileError("keys and values are not of the sizes that the cache has")
-            if self.texts is None:
-                places = self.slots[:, None, :, None].expand_as(states)
-                stored.scatter_(2, places, states)
-            else:
-                heads = torch.arange(stored.shape[1])
-                rows = self.texts[:, None], heads[None], self.slots[0][:, None]
-                stored.index_put_(rows, states[0].transpose(0, 1))
-        return self.keys, self.values
-
-    def get_seq_length(self) -> int:
-        """Positions are given, so nothing is counted."""
-        return 0
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """All slots, from the first."""
-        assert self.keys is not None, "made with tensors"
-        return int(self.keys.shape[2]), 0
-
-
-class _GatedSplit(RowSplit):
-    """All rows get the update of theirs times `gate`, 0 for real ones."""
-
-    def __init__(self, gate: Tensor) -> None:
-        super().__init__()
-        object.__setattr__(self, "gate", gate.reshape(-1, 1))  # [B * Q, 1]
-
-    gate: Tensor
-
-    def take(self, rows: Tensor) -> Tensor:
-        return rows.reshape(-1, rows.shape[-1]) * self.gate
-
-    def add(self, rows: Tensor, update: Tensor) -> Tensor:
-        return (rows + update.view(rows.shape)).to(rows.dtype)
-
-
-class _Body(nn.Module):
-    """The pass as a function of tensors alone."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        joined: JoinedLinears,
-        lora: AppliedLora | None,
-        in_line: bool,
-    ) -> None:
-        super().__init__()
-        self.body: nn.Module = getattr(model, str(model.base_model_prefix))
-        self.joined = joined
-        self.lora = lora  # of layers that are not joined
-        self.in_line = in_line
-        self.cache_name = str(cache_name(self.body.forward))
-        self._model = [model]  # no part of it
-
-    def forward(
-        self,
-        inputs: Tensor,
-        positions: Tensor,
-        mask: Any,
-        slots: Tensor,
-        texts: Tensor,
-        gate: Tensor,
-        keys: list[Tensor],
-        values: list[Tensor],
-    ) -> Tensor:
-        line = texts[0] if self.in_line else None
-        layers = [_SlotLayer(k, v, slots, line) for k, v in zip(keys, values, strict=True)]
-        with ExitStack() as stack:
-            if can_group(self._model[0]):
-                stack.enter_context(grouped(self._model[0], line))
-            if self.lora is not None:
-                stack.enter_context(self.lora.applied(_GatedSplit(gate)))
-            stack.enter_context(self.joined.applied(gate))
-            output = self.body(
-                inputs_embeds=inputs,
-                position_ids=positions,
-                attention_mask=mask,
-                use_cache=True,
-                **{self.cache_name: Cache(layers=list(layers))},
-            )
-        hidden: Tensor = output.last_hidden_state
-        return hidden
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """What a traced pass is given.
-
-    Attributes:
-        d_model: numbers in an input embedding.
-        layers: heads of keys and values, and numbers in each, for each layer.
-        mask_kinds: names of the masks; one alone is given without its name.
-        mask_type: of the masks.
-    """
-
-    d_model: int
-    layers: tuple[tuple[int, int], ...]
-    mask_kinds: tuple[str, ...]
-    mask_type: torch.dtype
+__all__ = ["CompileError", "CompiledPasses", "Given", "Shapes"]
 
 
 class Given(NamedTuple):
@@ -288,6 +152,46 @@ class CompiledPasses:
         before, after = (given.inputs, given.positions), (given.slots, given.texts)
         return run([*before, *masks, *after, gate.to(given.inputs.dtype), *keys, *values])
 
+    def run(
+        self,
+        cache: RowCache,
+        rows: Sequence[PassRow],
+        inputs: PassInputs,
+        lora: AppliedLora | None,
+        call: Callable[..., Any],
+    ) -> list[Tensor]:
+        """Run a pass and return each sequence's hidden states, `[Q_b, d_model]`.
+
+        Args:
+            cache: a cache with one batch row for each of `rows`; written to.
+            rows: tokens and plan of each batch row.
+            inputs: built for the whole cache.
+            lora: updates of look-ahead rows; None without such rows.
+            call: calls the compiled pass.
+
+        Raises:
+            CompileError: it has to be compiled and cannot be.
+        """
+        longest, numbers = inputs.longest, [row.plan.rows for row in rows]
+        gate = None
+        if any(max(row.plan.groups) for row in rows):
+            gate = padded([layout.look_ahead for layout in inputs.layouts], longest) > 0
+        given = Given(
+            inputs.embeddings,
+            inputs.positions,
+            inputs.mask,
+            inputs.lengths + torch.arange(longest),
+            torch.arange(len(rows))[:, None].expand(-1, longest).contiguous(),
+            gate,
+        )
+        if self.in_line and len(rows) > 1:
+            given = given.in_line(numbers, longest)
+        layers = cache.slots(self.shapes.layers, self._model.dtype)
+        hidden: Tensor = call(self, given, lora, layers)
+        if self.in_line:
+            return list(torch.split(hidden[0], numbers))
+        return [own[:number] for own, number in zip(hidden, numbers, strict=True)]
+
     def expect(self, lora: AppliedLora | None) -> None:
         """Hear what acts on look-ahead rows to come: its package then serves all passes."""
         skipped = lora is not None and all(map(joinable, lora.of_layers()))
@@ -305,7 +209,7 @@ class CompiledPasses:
 
     def _made(self, lora: AppliedLora | None, path: Path) -> aot_package.Run:
         if not path.is_file():
-            _compile(self._example(lora), path)
+            compile_to(self._example(lora), path)
         try:
             return aot_package.opened(path)
         except Exception as error:  # of torch's loader: a file cut short, or no room for its parts
@@ -313,7 +217,7 @@ class CompiledPasses:
             if not zipfile.is_zipfile(path):
                 path.unlink(missing_ok=True)
                 what = ", deleted"
-            raise CompileError(f"cannot load {path}{what}: {_first_line(error)}") from error
+            raise CompileError(f"cannot load {path}{what}: {first_line(error)}") from error
 
     def _key(self, lora: AppliedLora | None) -> str:
         if self._digest is None:
@@ -325,114 +229,13 @@ class CompiledPasses:
             "in_line": self.in_line,
             "lora": None if lora is None else _digest(lora.tensors),
             "products": linear.described(),
-            "traced": [hashlib.sha256(Path(m).read_bytes()).hexdigest() for m in _TRACED],
+            "traced": [hashlib.sha256(Path(m).read_bytes()).hexdigest() for m in _SOURCES],
             "environment": environment(),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
-    def _example(self, lora: AppliedLora | None) -> _Traced:
-        return _Traced(self._model, self.shapes, lora, self._probe, self.in_line)
-
-
-@dataclass(frozen=True)
-class _Traced:
-    """What is traced, with example inputs."""
-
-    model: PreTrainedModel
-    shapes: Shapes
-    lora: AppliedLora | None
-    probe: Callable[[], object]
-    in_line: bool
-
-    def exported(self) -> torch.export.ExportedProgram:
-        """The pass for any number of texts, rows and slots."""
-        texts = torch.export.Dim("texts", min=1, max=_MOST_TEXTS)
-        rows = torch.export.Dim("rows", min=1, max=MOST_ROWS)
-        slots = torch.export.Dim("slots", min=2, max=_MOST_SLOTS)
-        layers = len(self.shapes.layers)
-        lines: dict[int, Any] = {} if self.in_line else {0: texts}
-        mask = {**lines, 2: rows, 3: slots}
-        by_row = {**lines, 1: rows}
-        kinds = self.shapes.mask_kinds
-        stored = [{0: texts, 2: slots}] * layers
-        dynamic = (
-            by_row,
-            by_row,
-            mask if len(kinds) == 1 else dict.fromkeys(kinds, mask),
-            by_row,
-            by_row,
-            by_row,
-            stored,
-            stored,
-        )
-        joined = JoinedLinears(self.model, self.probe, self.lora)
-        lora = self.lora and self.lora.traced(without=joined.layers)
-        body = _Body(self.model, joined, lora, self.in_line)
-        with ExitStack() as stack:
-            if linear.preferred():
-                stack.enter_context(PackedLinears(body.body, without=joined.layers).applied())
-            return torch.export.export(
-                body,
-                self._inputs(),
-                dynamic_shapes=dynamic,
-                strict=False,
-            )
-
-    def _inputs(self) -> tuple[Any, ...]:
-        texts, rows, slots = _EXAMPLE
-        shapes, weight = self.shapes, next(self.model.parameters())
-        new = weight.new_zeros
-        lines = 1 if self.in_line else texts
-        places = torch.arange(rows).repeat(lines, 1)
-        mask = torch.ones(lines, 1, rows, slots, dtype=torch.bool).to(shapes.mask_type)
-        masks = {kind: mask.clone() for kind in shapes.mask_kinds}
-        keys, values = ([new(texts, h, slots, d) for h, d in shapes.layers] for _ in range(2))
-        return (
-            new(lines, rows, shapes.d_model),
-            places,
-            masks if len(masks) > 1 else mask,
-            places.clone(),
-            torch.zeros_like(places),
-            new(lines, rows),
-            keys,
-            values,
-        )
-
-
-def _compile(traced: _Traced, path: Path) -> None:
-    """Make the package; there whole or not at all.
-
-    Raises:
-        CompileError: there is no compiler, or the model cannot be traced.
-    """
-    _log.info("compiling passes, once: it takes minutes; kept as %s", path)
-    try:
-        with staging(path.parent) as folder, torch.no_grad(), _settings():
-            staged = folder / path.name
-            torch._inductor.aoti_compile_and_package(traced.exported(), package_path=str(staged))
-            os.replace(staged, path)
-    except Exception as error:  # whatever torch, transformers, the compiler or the disk raise
-        _log.debug("compiling failed", exc_info=True)
-        raise CompileError(_first_line(error)) from error
-
-
-@contextmanager
-def _settings() -> Iterator[None]:
-    """Inductor's settings while it compiles."""
-    import torch._inductor.config as inductor
-    import torch.fx.experimental._config as symbols
-
-    if native.compiler() is None:
-        raise CompileError("there is no C++ compiler here: install g++")
-    oblivious: Any = symbols
-    # Layers of one input are computed in one call.
-    options: dict[str, Any] = {"freezing": True, "cpp.enable_concat_linear": True}
-    if native.available():
-        options["aot_inductor.custom_ops_to_c_shims"] = {
-            getattr(torch.ops.passlm, name).default: [shim] for name, shim in native.C_SHIMS.items()
-        }
-    with inductor.patch(options), oblivious.patch(backed_size_oblivious=True):
-        yield  # oblivious: a graph traced with 2 texts and 5 rows serves 1 of each as well
+    def _example(self, lora: AppliedLora | None) -> Trace:
+        return Trace(self._model, self.shapes, lora, self._probe, self.in_line)
 
 
 def _digest(tensors: Any) -> str:
@@ -441,7 +244,3 @@ def _digest(tensors: Any) -> str:
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from passlm.drafts.draft_head import DraftHead
 from passlm.lookahead.trained import LookAhead
 from passlm.model.pass_records import Hung
+from passlm.model.training import hidden_states
 from passlm.plan import Layout
 from passlm.train.loop import Trainer, group_lengths
 from passlm.train.loss import PART_NUMBERS, Guess, KnownRows, Part, row_losses, spans
@@ -110,7 +111,7 @@ class HeadTrainer(Trainer):
         """A text of this number; the last ones are remembered."""
         if window not in self._known:
             tokens = self.windows.window(window).to(self.target.device)
-            hidden = self.target.hidden(tokens[None])[0]
+            hidden = hidden_states(self.target, tokens[None])[0]
             rows = torch.split(hidden, max(1, PART_NUMBERS // self.target.vocabulary))
             chances = torch.cat([self._chances(part) for part in rows])
             self._known[window] = ReadText(tokens, hidden, chances)
@@ -138,7 +139,7 @@ class HeadTrainer(Trainer):
 
     def hang(self, text: Tensor, layouts: Sequence[Layout]) -> Hung:
         """Rows with the hidden states of their anchors; a guess stands where its row would."""
-        hidden = self.target.hidden(text)
+        hidden = hidden_states(self.target, text)
         rows = text.shape[1]
         depth = torch.stack([layout.look_ahead[rows:] for layout in layouts]).to(text.device)
         position = torch.stack([layout.offset[rows:] for layout in layouts]).to(text.device)

@@ -24,6 +24,7 @@ from passlm.lookahead.trained import LookAhead
 from passlm.model.pass_records import Hung, LookAheadRows
 from passlm.model.supported import UnsupportedModelError
 from passlm.model.target import Target
+from passlm.model.training import look_ahead_pass
 from passlm.plan import Layout, Plan, make_layout
 from passlm.provenance import write_atomically
 from passlm.train.config import TrainConfig
@@ -217,7 +218,9 @@ class Trainer:
 
     def hang(self, text: Tensor, layouts: Sequence[Layout]) -> Hung:
         """The rows that are trained, hung on some texts, `[B, S]`."""
-        return self.target.hang(text, layouts, self._rows, self.config.gradient_checkpointing)
+        return look_ahead_pass(
+            self.target, text, layouts, self._rows, self.config.gradient_checkpointing
+        )
 
     def _layout(self, window: int) -> Layout:
         config = self.config
@@ -401,7 +404,7 @@ def check_logits(target: Target) -> None:
     rows = LookAheadRows(target.embed(torch.tensor([0], device=target.device)))
     text = torch.tensor([[0, 1]], device=target.device)
     with torch.no_grad():
-        ours = target.logits(target.hang(text, [layout], rows).text_hidden).float()
+        ours = target.logits(look_ahead_pass(target, text, [layout], rows).text_hidden).float()
         truth = target.model(input_ids=text, use_cache=False).logits.float()
     if not torch.allclose(ours, truth, rtol=0.02, atol=0.02 * float(truth.abs().max())):
         raise UnsupportedModelError(

@@ -13,14 +13,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from passlm.decoding.decoder import Decoder
 from passlm.decoding.text import Request, Row
 from passlm.errors import InputError
 from passlm.model.cache import RowCache
-from passlm.model.compiled import CompiledPasses
 from passlm.model.pass_records import LookAheadRows, PassOutput, PassRow
 from passlm.model.target import Target
 from passlm.outputs import Stats, Step
@@ -129,15 +127,9 @@ class TimedTarget(Target):
         """Whether a pass is over when `run` returns; elsewhere waiting for it would slow it."""
         return self.device.type == "cpu"
 
-    def _call_model(self, **inputs: Any) -> Any:
+    def _call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         begun = time.perf_counter()
-        output = super()._call_model(**inputs)
-        self.seconds += time.perf_counter() - begun
-        return output
-
-    def _call_compiled(self, compiled: CompiledPasses, *inputs: Any) -> Tensor:
-        begun = time.perf_counter()
-        output = super()._call_compiled(compiled, *inputs)
+        output = super()._call(function, *args, **kwargs)
         self.seconds += time.perf_counter() - begun
         return output
 
