@@ -121,7 +121,7 @@ def test_an_interrupted_run_says_how_to_go_on(
     line = arguments(folder, "--methods", "ar,hf")
     stop_at(monkeypatch, 3, number)
     assert main([*line, "--out", str(tmp_path), "--overwrite"]) == 130
-    assert "go on with --resume in place of --overwrite" in caplog.text
+    assert "continue with --resume instead of --overwrite" in caplog.text
     assert len(lines_in(tmp_path)) == 3
     assert not (tmp_path / "results.json").exists()
     assert signal.getsignal(signal.SIGTERM) == before

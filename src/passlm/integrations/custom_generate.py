@@ -74,8 +74,7 @@ def custom_generate(
 
     Args:
         lookahead: a folder, the name of shipped files, a hub id, or a `LookAhead` in memory. None
-            loads what ships for the model; if nothing does, `auto` drafts by copying from the text
-            itself.
+            loads what ships for the model; if nothing does, `auto` drafts by prompt lookup only.
         method: `auto` chooses plans by the measured cost of passes on this machine (measured once);
             `two-pass`, `one-pass`, or `ar` for plain decoding without look-ahead files.
         lookahead_tokens: length of the look-ahead groups, the maximum for `auto`; None for the
@@ -168,8 +167,8 @@ class CustomGenerate:
         rows = load_for(target, self.lookahead)
         if rows is None and self.method == "auto" and self.lookahead_tokens is None:
             _log.warning(
-                "no look-ahead files are shipped for this model: draft tokens are only copied from "
-                "the text itself; create look-ahead files with 'passlm train'"
+                "no look-ahead files are shipped for this model: drafting by prompt lookup only; "
+                "create look-ahead files with 'passlm train'"
             )
         elif rows is None:
             raise LookAheadError(
