@@ -63,8 +63,8 @@ def load(
         device: torch device for the model.
         pack: on a CPU, in bfloat16 or float32, keep a second copy of the weights in a faster layout
             where this helps.
-        compile: on a CPU, use compiled passes. Compiling takes minutes and a C++ compiler; the
-            result is kept in the user's cache folder. If compiling fails, a warning is logged and
+        compile: on a CPU, use compiled passes. Compiling needs a C++ compiler and takes minutes;
+            the result is kept in the user's cache folder. If compiling fails, a warning is logged and
             passes run eagerly.
         quantize: `"int8"` rounds the linear layers of a model on a CPU. The rounded model is then
             decoded losslessly; see `quantized`. None leaves the weights as they are.
@@ -92,8 +92,8 @@ def _look_ahead(name: str | Path | None, target: Target) -> LookAhead | None:
     rows = load_for(target, name)
     if rows is None:
         _log.warning(
-            "no look-ahead files are shipped for this model: drafting by prompt lookup only; create "
-            "look-ahead files with 'passlm train'"
+            "no look-ahead files are shipped for this model: drafting by prompt lookup only; "
+            "create look-ahead files with 'passlm train'"
         )
     return rows
 

@@ -70,7 +70,8 @@ def custom_generate(
     - Logits processors must be stateless and must treat batch rows independently.
     - A sequence that reaches the model's context length ends there, with a warning.
     - In `output_scores` and `output_logits`, finished rows assign probability 1 to the padding
-    token. - The result has no key-value cache.
+      token.
+    - The result has no key-value cache.
 
     Args:
         lookahead: a folder, the name of shipped files, a hub id, or a `LookAhead` in memory. None
@@ -336,8 +337,8 @@ class _InBatch(LogitsProcessor):
 class _Recording(TokenDistribution):
     """Records the raw `logits` and the processed `scores` of each position, `[V]` each.
 
-    A position can be recorded several times, first by passes that only drafted it. The pass that
-    settles it records it last.
+    A pass also records positions after a rejected candidate. A later pass overwrites them, so that
+    the record of a settled position comes from the pass that settled it.
     """
 
     def __init__(self, processors: LogitsProcessorList, greedy: bool) -> None:
