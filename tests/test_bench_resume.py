@@ -127,7 +127,7 @@ def test_an_interrupted_run_says_how_to_go_on(
     assert signal.getsignal(signal.SIGTERM) == before
     stop_at(monkeypatch, 0, number)
     assert main(line) == 130
-    assert "nothing is kept without --out" in caplog.text
+    assert "finished runs are lost without --out" in caplog.text
 
 
 def test_a_killed_process_loses_one_prompt_at_most(folder: Path, tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def load(
         pack: on a CPU, in bfloat16 or float32, keep a second copy of the weights in a faster layout
             where this helps.
         compile: on a CPU, use compiled passes. Compiling needs a C++ compiler and takes minutes;
-            the result is kept in the user's cache folder. If compiling fails, a warning is logged and
+            the result is kept in the user's cache folder. If it fails, a warning is logged and
             passes run eagerly.
         quantize: `"int8"` rounds the linear layers of a model on a CPU. The rounded model is then
             decoded losslessly; see `quantized`. None leaves the weights as they are.

@@ -258,7 +258,10 @@ is most likely to be sampled, given the predetermined noise of the draw.
 
 @runtime_checkable
 class Adaptive(Protocol):
-    """Strategy whose plans depend on what a sequence accepts."""
+    """Strategy that makes a chooser for each sequence.
+
+    The chooser can, for example, adapt its plans to what the sequence accepts.
+    """
 
     def begin(self, guessing: Guessing = "likeliest") -> Chooser:
         """Return a chooser for one sequence, whose candidates are chosen as `guessing` says."""
