@@ -45,7 +45,7 @@ def _is_whole(value: object) -> bool:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is sampled. The defaults give greedy decoding.
+    """Parameters for sampling the next token. The defaults give greedy decoding.
 
     Raises:
         ParameterError: a value is outside its valid range.
@@ -184,7 +184,7 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class StopParams:
-    """When a generation ends.
+    """Conditions that end a generation.
 
     Raises:
         ParameterError: a value is outside its valid range.

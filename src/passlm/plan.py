@@ -249,7 +249,7 @@ class Chooser(Protocol):
 
 
 Guessing = Literal["likeliest", "drawn", "knowing"]
-"""How candidates are chosen from the logits of look-ahead rows or of a draft head.
+"""Method of choosing candidates from the logits of look-ahead rows or of a draft head.
 
 `likeliest` takes the most likely tokens. `drawn` samples from `q`. `knowing` takes the token that
 is most likely to be sampled, given the predetermined noise of the draw.

@@ -241,7 +241,7 @@ class _Call:
 
     @property
     def pads(self) -> bool:
-        """Whether finished rows are padded; otherwise they keep generating, as in `_sample`."""
+        """True if finished rows are padded; otherwise they keep generating, as in `_sample`."""
         return any(hasattr(criterion, "eos_token_id") for criterion in self.criteria)
 
     @property
