@@ -346,7 +346,7 @@ def test_answers_that_exist_are_not_lost(
     assert "--overwrite" in line
     assert "give one of them" in complaint(capsys, command(prompts, "--resume", "--overwrite"))
     over = command(prompts, "--overwrite", "--out", str(prompts))
-    assert "is a file of prompts" in complaint(capsys, over)
+    assert "is one of the --prompts files" in complaint(capsys, over)
     assert "is no file" in complaint(capsys, command(prompts, "--out", str(tmp_path)))
     assert out.read_text() == "mine\n"
     assert main(command(prompts, "--overwrite")) == DONE

@@ -525,7 +525,7 @@ def test_json_is_the_last_line_and_ar_is_added(
         (("--lookahead", "none"), "look-ahead files"),
         (("--limit", "0"), "limit is 0"),
         (("--repeats", "0"), "repeats is 0"),
-        (("--run-generated-code",), "suite humaneval: name it"),
+        (("--run-generated-code",), "suite humaneval: add it"),
         (("--compare", "a", "b"), "leave --prompts out"),
         (("--suite", "code", "--prompts", "code.jsonl"), "rename"),
         (("--overwrite",), "--out"),

@@ -121,13 +121,13 @@ def test_an_interrupted_run_says_how_to_go_on(
     line = arguments(folder, "--methods", "ar,hf")
     stop_at(monkeypatch, 3, number)
     assert main([*line, "--out", str(tmp_path), "--overwrite"]) == 130
-    assert "go on with --resume in place of --overwrite" in caplog.text
+    assert "continue with --resume instead of --overwrite" in caplog.text
     assert len(lines_in(tmp_path)) == 3
     assert not (tmp_path / "results.json").exists()
     assert signal.getsignal(signal.SIGTERM) == before
     stop_at(monkeypatch, 0, number)
     assert main(line) == 130
-    assert "nothing is kept without --out" in caplog.text
+    assert "finished runs are lost without --out" in caplog.text
 
 
 def test_a_killed_process_loses_one_prompt_at_most(folder: Path, tmp_path: Path) -> None:

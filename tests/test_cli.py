@@ -60,7 +60,7 @@ def test_generate_streams_text_and_gives_json_last(
     assert result["tokens"] == list(expected.tokens)
     assert "\n".join(text) == expected.text == result["text"]
     assert result["stats"]["tokens"] == len(expected.tokens)
-    assert "tokens a pass" in captured.err
+    assert "tokens per pass" in captured.err
 
 
 def test_json_holds_the_text_that_was_shown(
@@ -230,11 +230,11 @@ def test_train_refuses_text_it_cannot_use(
     assert "nowhere" in complaint(capsys, nowhere)
     weighted = [*train_arguments(folders[0], text, out), "--data-weights", "1", "2"]
     assert main(weighted) == USAGE
-    assert "2 --data-weights for 1 paths" in capsys.readouterr().err
+    assert "--data-weights has 2 values for 1 paths" in capsys.readouterr().err
     long = [*train_arguments(folders[0], text, out), "--sequence-tokens", "500"]
     assert "the model's context is 192" in complaint(capsys, long)
     inside = train_arguments(folders[0], text, text / "0.txt" / "out")
-    assert "no folder to write in" in complaint(capsys, inside)
+    assert "not a writable folder" in complaint(capsys, inside)
     assert not out.exists()
 
 
@@ -304,5 +304,5 @@ def test_what_may_not_be_read_is_told_in_one_line(
     monkeypatch.setattr(Path, "exists", refused)
     assert main(["train", "--model", "m", "--data", "/closed/x", "--out", "y"]) == USAGE
     said = capsys.readouterr().err
-    assert "Permission denied: give another path" in said
+    assert "Permission denied: choose another path" in said
     assert said.count("\n") == 1

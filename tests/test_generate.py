@@ -223,6 +223,6 @@ def test_load_from_folders(
     assert torch.equal(lm.look_ahead.embeddings, byte_generator().look_ahead.embeddings)  # type: ignore[union-attr]
     with caplog.at_level(logging.WARNING):
         assert load(str(model), dtype="float32").look_ahead is None
-    assert "drafting from the text alone" in caplog.text
+    assert "drafting by prompt lookup only" in caplog.text
     with pytest.raises(InputError, match="nowhere"):
         load(str(model), lookahead="nowhere", dtype="float32")

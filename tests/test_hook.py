@@ -387,7 +387,7 @@ def test_auto_is_the_default_and_needs_no_files(
             PROMPT, do_sample=False, max_new_tokens=40, custom_generate=custom_generate()
         )
     assert torch.equal(written, plain)
-    assert "drafting from the text alone" in caplog.text
+    assert "drafting by prompt lookup only" in caplog.text
 
 
 def test_the_models_context_ends_the_text(

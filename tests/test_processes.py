@@ -176,7 +176,7 @@ def ended(process: subprocess.Popen[bytes], out: Path) -> int:
     """What it did when it was told to stop; the step that was kept."""
     _, said = process.communicate(timeout=120)
     assert process.returncode != DONE
-    assert said.count(b"go on with --resume") == 1, said.decode()
+    assert said.count(b"continue with --resume") == 1, said.decode()
     assert b"is gone" not in said, "all stop at the same step, with nobody left waiting"
     step = steps_kept(out)
     assert f"stopped after step {step}:".encode() in said

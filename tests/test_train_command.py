@@ -127,7 +127,7 @@ def test_lists_of_another_length_than_the_paths_are_refused(
     capsys: pytest.CaptureFixture[str], run: Run, flag: str
 ) -> None:
     """Catches a weight or licence that goes to the wrong text."""
-    assert f"2 {flag} for 1 paths" in complaint(capsys, run(flag, "1", "2"))
+    assert f"{flag} has 2 values for 1 paths" in complaint(capsys, run(flag, "1", "2"))
 
 
 def test_answers_of_distill_data_are_trained_on_as_text(

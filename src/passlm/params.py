@@ -45,7 +45,7 @@ def _is_whole(value: object) -> bool:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is sampled. The defaults give greedy decoding.
+    """Parameters for sampling the next token. The defaults give greedy decoding.
 
     Raises:
         ParameterError: a value is outside its valid range.
@@ -105,13 +105,16 @@ class SamplingParams:
     )
     seed: int | None = field(
         default=None,
-        metadata={"help": "random seed, which makes the output reproducible; default: a new one"},
+        metadata={
+            "help": "random seed; the same seed gives the same output (default: a new seed each "
+            "time)"
+        },
     )
     judge: Judge = field(
         default="coupled",
         metadata={
-            "help": "how draft tokens are accepted; both keep the model's distribution, and with "
-            "coupled the output for a seed does not depend on the drafts"
+            "help": "rule that accepts draft tokens; both keep the model's distribution, and with "
+            "coupled the output depends on the seed but not on the drafts"
         },
     )
     draft: Draft = field(
@@ -181,7 +184,7 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class StopParams:
-    """When a generation ends.
+    """Conditions that end a generation.
 
     Raises:
         ParameterError: a value is outside its valid range.

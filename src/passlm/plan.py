@@ -249,7 +249,7 @@ class Chooser(Protocol):
 
 
 Guessing = Literal["likeliest", "drawn", "knowing"]
-"""How candidates are chosen from the logits of look-ahead rows or of a draft head.
+"""Method of choosing candidates from the logits of look-ahead rows or of a draft head.
 
 `likeliest` takes the most likely tokens. `drawn` samples from `q`. `knowing` takes the token that
 is most likely to be sampled, given the predetermined noise of the draw.
@@ -258,7 +258,10 @@ is most likely to be sampled, given the predetermined noise of the draw.
 
 @runtime_checkable
 class Adaptive(Protocol):
-    """Strategy whose plans depend on what a sequence accepts."""
+    """Strategy that makes a chooser for each sequence.
+
+    The chooser can, for example, adapt its plans to what the sequence accepts.
+    """
 
     def begin(self, guessing: Guessing = "likeliest") -> Chooser:
         """Return a chooser for one sequence, whose candidates are chosen as `guessing` says."""

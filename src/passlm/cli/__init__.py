@@ -111,7 +111,6 @@ def _usage() -> str:
             "Faster decoding of language models with PaSS (Parallel Speculative Sampling).",
             "",
             "commands:",
-            "",
             *lines,
             "",
             "Run 'passlm COMMAND --help' for the options of a command.",

@@ -35,8 +35,8 @@ def add_model_arguments(parser: argparse.ArgumentParser, dtype: str = "bfloat16"
     parser.add_argument(
         "--model",
         default=DEFAULT_MODEL,
-        help="Hugging Face hub id, folder, .gguf file, or the name of the built-in model "
-        f"(default: {DEFAULT_MODEL})",
+        help=f"Hugging Face hub id, folder or .gguf file, or {DEFAULT_MODEL} for "
+        f"SmolLM2-135M-Instruct (default: {DEFAULT_MODEL})",
     )
     parser.add_argument(
         "--dtype", choices=DTYPES, default=dtype, help=f"data type of the model (default: {dtype})"

@@ -43,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method",
         choices=METHODS,
-        help="auto chooses each pass by its cost, which is measured once per machine; ar is plain "
-        "decoding without drafts; two-pass and one-pass always draft (default: auto)",
+        help="auto chooses the fastest plan for each pass, by costs measured once per machine; ar "
+        "is plain decoding without drafts; two-pass and one-pass always draft (default: auto)",
     )
     parser.add_argument(
         "--lookahead-tokens",

@@ -14,7 +14,7 @@ from passlm.cli.common import add_json_argument, print_json
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this subcommand."""
     parser.add_argument(
-        "name", help="model (hub id, folder, .gguf file or built-in name) or look-ahead folder"
+        "name", help="model (hub id, folder, .gguf file or smollm2-135m) or look-ahead folder"
     )
     add_json_argument(parser)
 

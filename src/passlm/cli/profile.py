@@ -37,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="context length in tokens (default: 128)",
     )
     parser.add_argument(
-        "--kept", action="store_true", help="show costs measured earlier, if there are any"
+        "--kept",
+        action="store_true",
+        help="show the costs measured earlier instead of measuring again, if there are any",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="write profile.png to this folder")
     add_json_argument(parser)

@@ -198,7 +198,7 @@ def _check_length(config: TrainConfig, target: Target) -> None:
 
 def _check_folder(arguments: argparse.Namespace) -> None:
     if arguments.resume and arguments.overwrite:
-        raise InputError("--resume continues and --overwrite starts over: give only one of them")
+        raise InputError("--resume continues and --overwrite starts over: give one of them")
     out: Path = arguments.out
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file: choose a folder")
@@ -293,7 +293,7 @@ def _started_from(name: str, target: Target, config: TrainConfig) -> LookAhead:
     rows.check(target)
     if rows.tokens != config.lookahead_tokens and config.kind != "head":
         raise LookAheadError(
-            f"--start-from {name} has {rows.tokens} look-ahead rows, but --lookahead-tokens is "
+            f"--start-from {name} has {rows.tokens} rows and --lookahead-tokens is "
             f"{config.lookahead_tokens}: make them equal"
         )
     return rows
@@ -305,7 +305,7 @@ def _with_parts(rows: LookAhead, target: Target, config: TrainConfig) -> LookAhe
 
     if rows.head is not None:
         _log.warning(
-            "the draft head of --start-from is not kept: train a new one afterwards with --kind "
+            "the draft head of --start-from is left out: train a new one afterwards with --kind "
             "head"
         )
     rank = 0 if config.kind == "embeddings" else config.lora_rank
@@ -344,8 +344,7 @@ def _with_head(rows: LookAhead, windows: TokenWindows, config: TrainConfig) -> L
         wanted = getattr(config, f"head_{name}")
         if has != wanted:
             raise LookAheadError(
-                f"--start-from has head-{name} {has}, but --head-{name} is {wanted}: make them "
-                "equal"
+                f"--start-from has head-{name} {has} and --head-{name} is {wanted}: make them equal"
             )
     return rows
 
@@ -373,7 +372,7 @@ def _check_parts(rows: LookAhead, new: LookAhead, config: TrainConfig) -> None:
     for flag, kept, wanted in found:
         if kept != wanted:
             raise LookAheadError(
-                f"--start-from has {flag} {kept}, but --{flag} is {wanted}: make them equal"
+                f"--start-from has {flag} {kept} and --{flag} is {wanted}: make them equal"
             )
 
 

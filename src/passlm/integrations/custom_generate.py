@@ -70,12 +70,12 @@ def custom_generate(
     - Logits processors must be stateless and must treat batch rows independently.
     - A sequence that reaches the model's context length ends there, with a warning.
     - In `output_scores` and `output_logits`, finished rows assign probability 1 to the padding
-    token. - The result has no key-value cache.
+      token.
+    - The result has no key-value cache.
 
     Args:
         lookahead: a folder, the name of shipped files, a hub id, or a `LookAhead` in memory. None
-            loads what ships for the model; if nothing does, `auto` drafts by copying from the text
-            itself.
+            loads what ships for the model; if nothing does, `auto` drafts by prompt lookup only.
         method: `auto` chooses plans by the measured cost of passes on this machine (measured once);
             `two-pass`, `one-pass`, or `ar` for plain decoding without look-ahead files.
         lookahead_tokens: length of the look-ahead groups, the maximum for `auto`; None for the
@@ -168,8 +168,8 @@ class CustomGenerate:
         rows = load_for(target, self.lookahead)
         if rows is None and self.method == "auto" and self.lookahead_tokens is None:
             _log.warning(
-                "no look-ahead files are shipped for this model: draft tokens are only copied from "
-                "the text itself; create look-ahead files with 'passlm train'"
+                "no look-ahead files are shipped for this model: drafting by prompt lookup only; "
+                "create look-ahead files with 'passlm train'"
             )
         elif rows is None:
             raise LookAheadError(
@@ -241,7 +241,7 @@ class _Call:
 
     @property
     def pads(self) -> bool:
-        """Whether finished rows are padded; otherwise they keep generating, as in `_sample`."""
+        """True if finished rows are padded; otherwise they keep generating, as in `_sample`."""
         return any(hasattr(criterion, "eos_token_id") for criterion in self.criteria)
 
     @property
@@ -337,8 +337,8 @@ class _InBatch(LogitsProcessor):
 class _Recording(TokenDistribution):
     """Records the raw `logits` and the processed `scores` of each position, `[V]` each.
 
-    A position can be recorded several times, first by passes that only drafted it. The pass that
-    settles it records it last.
+    A pass also records positions after a rejected candidate. A later pass overwrites them, so that
+    the record of a settled position comes from the pass that settled it.
     """
 
     def __init__(self, processors: LogitsProcessorList, greedy: bool) -> None:
