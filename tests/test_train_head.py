@@ -145,11 +145,13 @@ def test_a_step_depends_on_its_number_alone(tmp_path: Path) -> None:
     """Catches anchors that a restart changes, and texts that are read once more for each step."""
     run, again = head_trainer(tmp_path), head_trainer(tmp_path)
     read = []
-    hidden, target = run.target.hidden, run.target
+    hidden = hidden_states
     for step in range(3):
         run.batch([2 * step, 2 * step + 1])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(target, "hidden", lambda text: read.append(1) or hidden(text))
+        patch.setattr(
+            "passlm.train.head.hidden_states", lambda *given: read.append(1) or hidden(*given)
+        )
         text, one = run.batch([6, 7])
     assert len(read) == 2
     its_text, other = again.batch([6, 7])
