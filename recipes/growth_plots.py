@@ -1,6 +1,6 @@
 """Draws how accepted length grows with anchors, rank, layers and rows trained.
 
-Reads docs/results/growth/growth.json, which docs/training.md tells of; writes growth.png beside it.
+Reads docs/results/acceptance-by-training/growth.json, described in docs/training.md, and write growth.png beside it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-FOLDER = Path(__file__).parents[1] / "docs" / "results" / "growth"
+FOLDER = Path(__file__).parents[1] / "docs" / "results" / "acceptance-by-training"
 LAYERS = {
     "all": (),
     "attention": ("self_attn.*",),
