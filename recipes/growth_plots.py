@@ -1,6 +1,6 @@
-"""Draws how accepted length grows with anchors, rank, layers and rows trained.
+"""Draw accepted length over anchors, rank, layers and rows trained.
 
-Reads docs/results/acceptance-by-training/growth.json, described in docs/training.md, and write growth.png beside it.
+Read docs/results/acceptance-by-training/growth.json (see docs/training.md), write growth.png beside it.
 """
 
 from __future__ import annotations
