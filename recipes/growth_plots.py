@@ -1,6 +1,7 @@
 """Draw accepted length over anchors, rank, layers and rows trained.
 
-Read docs/results/acceptance-by-training/growth.json (see docs/training.md), write growth.png beside it.
+Read docs/results/acceptance-by-training/growth.json and write growth.png, which docs/training.md
+shows, beside it.
 """
 
 from __future__ import annotations
