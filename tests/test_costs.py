@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,8 @@ from passlm.model.target import Target
 from passlm.plan import Chain
 from passlm.planning import kept_costs
 from passlm.planning.cost_curve import CostCurve
-from passlm.planning.kept_costs import GROUPS, REAL_ROWS, Costs, measure, rising
+from passlm.planning.kept_costs import Costs
+from passlm.planning.measure import GROUPS, REAL_ROWS, measure, rising
 
 CURVE = CostCurve((1, 2), (1.0, 1.5), (1, 2), (0.25, 0.5), 0.125)
 Calls = list[tuple[int, int]]
@@ -74,14 +74,19 @@ def test_real_passes_are_measured(
     assert bare.groups == ()
     head = random_look_ahead(target, 3, head_width=8).rows(target)
     asked: list[int] = []
-    draw = Row.draw
+    draw, now = Row.draw, [0.0]
+
+    def clock() -> float:
+        now[0] += 0.001
+        return now[0]
 
     def slowly(self: Row, *given: Any) -> None:
-        time.sleep(0.005)
+        now[0] += 0.005
         draw(self, *given)
 
     with monkeypatch.context() as patch:
         patch.setattr(Row, "draw", slowly)
+        patch.setattr("passlm.planning.measure.time.perf_counter", clock)
         drawn = measure(
             target,
             random_look_ahead(target, 3, sampler_width=8).rows(target),

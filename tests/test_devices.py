@@ -18,7 +18,7 @@ from passlm.params import SamplingParams
 from passlm.plan import Adaptive, ByHead, OnePass, Strategy, TwoPass, autoregressive
 from passlm.planning.auto import AutoPlan
 from passlm.planning.cost_curve import CostCurve
-from passlm.planning.kept_costs import measure
+from passlm.planning.measure import measure
 
 CHEAP = CostCurve((1, 41), (1.0, 1.2), (1, 6), (0.02, 0.02), head_seconds=(0.01, 0.01, 0.01))
 PLANS: dict[str, Strategy | Adaptive] = {

@@ -15,7 +15,7 @@ from passlm.cli.profile import cost_table, predicted, rate_table
 from passlm.model.target import Target
 from passlm.planning import kept_costs
 from passlm.planning.cost_curve import CostCurve
-from passlm.planning.kept_costs import read_bandwidth, weight_bytes
+from passlm.planning.measure import read_bandwidth, weight_bytes
 
 CURVE = CostCurve((1, 9), (1.0, 2.0), (1, 4), (0.5, 0.5), 0.1)
 

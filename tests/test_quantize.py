@@ -21,7 +21,8 @@ from passlm.layers.int8 import Int8Linear, QuantizeError, is_quantized, quantize
 from passlm.lookahead.trained import LookAhead, load_for
 from passlm.model.target import Target
 from passlm.plan import OnePass, Strategy, TwoPass, autoregressive
-from passlm.planning.kept_costs import Costs, weight_bytes
+from passlm.planning.kept_costs import Costs
+from passlm.planning.measure import weight_bytes
 
 needs_operators = pytest.mark.skipif(
     not native.available(), reason="this machine has no AVX2, or no C++ compiler"

@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name) < 1:
             raise InputError(f"--{name} is {getattr(arguments, name)}: it must be 1 or more")
     from passlm.planning.cost_curve import BATCHES
-    from passlm.planning.kept_costs import read_bandwidth, weight_bytes
+    from passlm.planning.measure import read_bandwidth, weight_bytes
 
     if arguments.batch > BATCHES[-1]:
         raise InputError(f"--batch is {arguments.batch}: choose a batch size up to {BATCHES[-1]}")

@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
+from typing import get_args
 
 from passlm.plan import Chain, Choice, Guessing, Limits, Plan, Shared, Source
 from passlm.planning.acceptance import NO_CHAIN, Key, Observed, expected_length, kind_of, levels
@@ -37,17 +38,18 @@ _PRIOR_PASSES = 4.0  # that the first guess of the rate is worth
 
 @dataclass(frozen=True)
 class AutoPlan:
-    """Chooses each pass's plan; every text has a chooser of its own.
+    """Settings of adaptive planning; every sequence has a chooser of its own.
 
     Attributes:
-        curve: costs of a pass, for the batch's size.
-        prior: chance of each look-ahead candidate once those before it are accepted, from the
-            files' card; empty where nothing may be hung on real rows.
-        lookup: whether chains found in the text are candidates.
-        curves: costs in a batch of so many texts, None where they are not known; no function for
-            texts that stay with `curve`.
-        head: chance of each of the draft head's tokens once those before it are accepted; empty
-            where it may not draft.
+        curve: cost of a pass at the current batch size.
+        prior: probability that each look-ahead candidate is accepted if those before it are, from
+            the look-ahead files' card. Empty where no look-ahead rows may be used.
+        lookup: whether candidates copied from the sequence are used.
+        curves: returns the costs for a batch size, None where they are not known; no function for
+            sequences that stay with `curve`.
+        head: probability that each token of the draft head is accepted if those before it are.
+            Empty where no draft head may be used.
+        sizes: plans made by `resized`, by their curve; shared among them.
     """
 
     curve: CostCurve
@@ -57,20 +59,21 @@ class AutoPlan:
         default=None, repr=False, compare=False
     )
     head: tuple[float, ...] = ()
-    _resized: dict[CostCurve, AutoPlan] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
-    _drawing: dict[Guessing, AutoPlan] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
+    sizes: dict[CostCurve, AutoPlan] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.prior and not self.curve.groups:
             raise ValueError("a cost curve without groups cannot say what look-ahead rows cost")
-        object.__setattr__(self, "cost", lru_cache(maxsize=4096)(self._cost))
+
+    @cached_property
+    def cost(self) -> Callable[[int, int, int, Shared | None], float]:
+        """`cost(real, look_ahead, drafted, shared)`: seconds of a pass, remembered.
+
+        Infinite for a pass that does not fit what the batch agreed on.
+        """
+        return lru_cache(maxsize=4096)(self._cost)
 
     def _cost(self, real: int, look_ahead: int, drafted: int, shared: Shared | None) -> float:
-        """Seconds of a pass; infinite for one that is not what was agreed on."""
         seconds = self._seconds(real, look_ahead, drafted, shared)
         rows = real + look_ahead if shared is None else shared.rows
         return seconds if rows == 1 else seconds * _CAUTION
@@ -86,47 +89,41 @@ class AutoPlan:
 
     @property
     def _least_group(self) -> float:
-        """What look-ahead rows cost a pass even for the texts that have none."""
+        """Cost of look-ahead rows in a pass for the sequences that have none."""
         return min(self.curve.group_seconds, default=0.0)
 
     @property
     def passes(self) -> tuple[Shared, ...]:
-        """See `plan.Chooser`: as many rows as were measured."""
+        """Kinds of passes to agree on, with the numbers of rows that were measured."""
         kinds = (False, True) if self.prior else (False,)
         rows = self.curve.rows
         return tuple(Shared(n, kind) for kind in kinds for n in rows if n > 1 or not kind)
 
     @property
     def head_depths(self) -> int:
-        """Tokens that the draft head may guess: those that it is known what they cost."""
+        """Number of tokens that the draft head may propose: those whose cost was measured."""
         return min(len(self.head), len(self.curve.head_seconds))
 
     def resized(self, texts: int) -> AutoPlan:
-        """The same in a batch of so many texts, where its costs are known."""
+        """Return the plan for another batch size, or this one where its costs are not known."""
         curve = None if self.curves is None else self.curves(texts)
         if curve is None or curve == self.curve:
             return self
-        if curve not in self._resized:
-            other = replace(self, curve=curve)
-            object.__setattr__(other, "_resized", self._resized)
-            self._resized.update({self.curve: self, curve: other})
-        return self._resized[curve]
+        if curve not in self.sizes:
+            self.sizes.update({self.curve: self, curve: replace(self, curve=curve)})
+        return self.sizes[curve]
 
     @cached_property
     def first_weighing(self) -> tuple[list[float], list[float]]:
-        """What a text knows as it begins: what guesses of the head and what groups are worth."""
+        """Values of draft-head guesses and of groups, in tokens, before anything is counted."""
         chooser = AutoChooser(self, weighed=([], [0.0] * (1 + len(self.prior))))
         for _ in range(_FIRST_ROUNDS):
             chooser.weigh_first()
         return chooser.weighed
 
-    cost: Callable[[int, int, int, Shared | None], float] = field(
-        init=False, repr=False, compare=False
-    )
-
     @property
     def first_rate(self) -> float:
-        """Tokens a second of the best fixed method, as far as the prior tells."""
+        """Tokens per second of the best fixed method, by the prior."""
         rates = [self.curve.plain()]
         for rows in range(1, 1 + len(self.prior)):
             expected = expected_length(self.prior[:rows])
@@ -136,24 +133,24 @@ class AutoPlan:
         return max(rates)
 
     def begin(self, guessing: Guessing = "likeliest") -> AutoChooser:
-        """For one text."""
-        return AutoChooser(self.drawing(guessing), known=guessing == "knowing")
+        """Return the chooser of one sequence whose candidates are made in this way."""
+        return AutoChooser(self._by_guessing[guessing], known=guessing == "knowing")
 
-    def drawing(self, guessing: Guessing) -> AutoPlan:
-        """The same where candidates are made so, which may take longer."""
-        if guessing not in self._drawing:
-            curves = self.curves
+    @cached_property
+    def _by_guessing(self) -> dict[Guessing, AutoPlan]:
+        return {guessing: self._drawing(guessing) for guessing in get_args(Guessing)}
 
-            def of(texts: int) -> CostCurve | None:
-                known = None if curves is None else curves(texts)
-                return None if known is None else known.drawing(guessing)
+    def _drawing(self, guessing: Guessing) -> AutoPlan:
+        """Return the plan with the costs of a way of guessing, which may be higher."""
+        curve, curves = self.curve.drawing(guessing), self.curves
+        if curve == self.curve:
+            return self
 
-            curve = self.curve.drawing(guessing)
-            other = (
-                self if curve == self.curve else replace(self, curve=curve, curves=curves and of)
-            )
-            self._drawing[guessing] = other
-        return self._drawing[guessing]
+        def of(texts: int) -> CostCurve | None:
+            known = None if curves is None else curves(texts)
+            return None if known is None else known.drawing(guessing)
+
+        return replace(self, curve=curve, curves=curves and of, sizes={})
 
 
 class AutoChooser:
