@@ -157,7 +157,7 @@ def test_what_cannot_be_rounded_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     """Catches a traceback out of torch, and a model silently left as it is."""
     with pytest.raises(QuantizeError, match="quantize is 'int3': it must be one of int8"):
         quantized(small_llama(), "int3")
-    with pytest.raises(QuantizeError, match="for CPUs alone, the model is on meta"):
+    with pytest.raises(QuantizeError, match="on CPUs only: the model is on meta"):
         quantized(small_llama().to("meta"))
     monkeypatch.setattr(native, "available", lambda: False)
     with pytest.raises(QuantizeError, match="AVX2 or AVX-512, and a C\\+\\+ compiler"):
