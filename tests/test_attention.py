@@ -1,4 +1,5 @@
-"""Attention without copies of shared keys and values: the same numbers as transformers' own."""
+"""Attention without copies of shared keys and values gives the same results as transformers'
+own."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ AVAILABLE = native.available()
 
 
 class Layer(nn.Module):
-    """What transformers' function asks of a layer."""
+    """The attributes of a layer that transformers' function reads."""
 
     num_key_value_groups = 3
     is_causal = True
@@ -41,7 +42,8 @@ def drawn(rows: int, masked: bool = True) -> tuple[Any, ...]:
 def test_it_gives_what_transformers_gives(
     rows: int, own: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches heads given another's keys, and rows given another's mask."""
+    """Catches heads that get the keys of another head, and rows that get the mask of another
+    row."""
     monkeypatch.setattr(native, "available", lambda: own and AVAILABLE)
     given = drawn(rows)
     expected, _ = sdpa(Layer(), *given, scaling=0.3)
@@ -55,8 +57,8 @@ def test_it_gives_what_transformers_gives(
 
 @pytest.mark.parametrize("per_head", [False, True])
 def test_what_it_does_not_know_goes_to_transformers(per_head: bool) -> None:
-    """Catches masks of each head taken for one of all, and causal rows without a mask that see
-    those behind them."""
+    """Catches a mask for each head treated as one for all heads, and causal rows without a mask
+    that see later rows."""
     query, key, value, mask = drawn(4)
     mask = mask.expand(2, 6, 4, 20) if per_head else None
     expected, _ = sdpa(Layer(), query, key, value, mask, scaling=0.3)
@@ -65,7 +67,8 @@ def test_what_it_does_not_know_goes_to_transformers(per_head: bool) -> None:
 
 
 def test_a_model_takes_it_for_the_time_of_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a model that is changed for good, one that never takes it, and another result."""
+    """Catches a model that stays changed, one that never uses our attention, and a different
+    result."""
     monkeypatch.setattr(native, "available", lambda: False)
     model = small_llama()
     calls: list[int] = []
@@ -92,7 +95,7 @@ def test_a_model_takes_it_for_the_time_of_a_pass(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_fault_in_a_pass_leaves_the_model_as_it_was() -> None:
-    """Catches a model left with our attention by a pass that raises."""
+    """Catches a model left with our attention after a pass that raises."""
     model = small_llama()
     with pytest.raises(RuntimeError), grouped(model):
         raise RuntimeError
@@ -100,7 +103,8 @@ def test_a_fault_in_a_pass_leaves_the_model_as_it_was() -> None:
 
 
 def test_models_that_gain_nothing_keep_their_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches models that have nothing to gain, or do not look into transformers' table."""
+    """Catches our attention used for models that gain nothing or do not read transformers'
+    table."""
     model = small_llama()
     model._supports_attention_backend = False
     assert not can_group(model)
@@ -117,7 +121,7 @@ def test_rows_that_our_attention_does_not_know_stand_in_no_line() -> None:
     assert not can_stand_in_line(small_llama().half())
 
 
-SHAPES = (  # texts, heads, heads of keys, rows, slots, numbers of a head
+SHAPES = (  # sequences, heads, key heads, rows, slots, d_head
     (1, 9, 3, 1, 256, 64),
     (1, 9, 3, 5, 200, 64),
     (2, 9, 3, 7, 129, 64),
@@ -131,7 +135,7 @@ SHAPES = (  # texts, heads, heads of keys, rows, slots, numbers of a head
 def asked(
     shape: tuple[int, ...], dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries, keys, values and a mask of numbers, of which one row in five sees one slot."""
+    """Return queries, keys, values and an additive mask; one row in five sees a single slot."""
     texts, heads, key_heads, rows, slots, width = shape
     generator = torch.Generator().manual_seed(sum(shape))
     query = torch.randn(texts, rows, heads, width, generator=generator).transpose(1, 2)
@@ -163,7 +167,8 @@ def computed(
 
 
 def in_line(query: Any, mask: Any, texts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Some rows of each text behind each other, `texts` saying of which: its next one each time."""
+    """Pack some rows of each sequence into one line, in turns; `texts` holds the sequence of
+    each row."""
     places = [(int(text), int((texts[:at] == text).sum())) for at, text in enumerate(texts)]
     line = torch.stack([query[text, :, row] for text, row in places], 1)[None]
     return line, torch.stack([mask[text, 0, row] for text, row in places])[None, None]
@@ -178,8 +183,8 @@ needs_operators = pytest.mark.skipif(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_our_own_attention_is_attention(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Catches a head given another's keys, slots or numbers left out at the ends, and a mask of
-    another row or text."""
+    """Catches heads that get the keys of another head, slots or numbers left out at the ends,
+    and a mask of another row or sequence."""
     query, key, value, mask = asked(shape, dtype)
     for given in (mask, mask[:1], None):
         repeats = shape[1] // shape[2]
@@ -200,8 +205,8 @@ def test_our_own_attention_is_attention(shape: tuple[int, ...], dtype: torch.dty
 def test_a_row_attends_the_same_whatever_is_beside_it(
     shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    """Catches sums in another order for other rows, or for a longer cache: validated tokens would
-    differ from plain decoding's where two are about as likely."""
+    """Catches sums whose order depends on the other rows or on the length of the cache: a
+    verified token would differ from plain decoding's where two tokens are almost equally likely."""
     query, key, value, mask = asked(shape, dtype)
     together = computed(query, key, value, mask)
     for row in range(shape[3]):
@@ -221,8 +226,8 @@ TEXTS = [2, 2, 2, 0, 1, 1, 1, 1, 1, 1, 1, 0]
 @needs_operators
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_in_one_line_attend_to_their_own_text(dtype: torch.dtype) -> None:
-    """Catches a row given the keys of its neighbour's text, and texts that have to follow each
-    other in the cache's order or be there all."""
+    """Catches rows that get the keys of a neighbouring row's sequence, and sequences that must
+    come in the order of the cache or be complete."""
     query, key, value, mask = asked((4, 9, 3, 7, 129, 64), dtype)
     texts = torch.tensor(TEXTS)
     line, own = in_line(query, mask, texts)
@@ -233,7 +238,7 @@ def test_rows_in_one_line_attend_to_their_own_text(dtype: torch.dtype) -> None:
 
 
 def test_rows_in_one_line_without_our_own_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches layers that our operator does not know and that get another text's keys."""
+    """Catches layers that our operator does not support and that get another sequence's keys."""
     query, key, value, mask = asked((4, 9, 3, 7, 129, 64), torch.float32)
     texts = torch.tensor(TEXTS)
     line, own = in_line(query, mask, texts)
@@ -248,7 +253,7 @@ def test_rows_in_one_line_without_our_own_attention(monkeypatch: pytest.MonkeyPa
 
 @needs_operators
 def test_a_row_that_sees_nothing_gives_zeros() -> None:
-    """Catches fillers of a batch that are no numbers, and spread through the pass."""
+    """Catches padding rows that become NaN and spread through the pass."""
     query, key, value, mask = asked(SHAPES[2], torch.float32)
     mask[0, 0, 3] = torch.finfo(torch.float32).min
     found = computed(query, key, value, mask)
@@ -259,7 +264,7 @@ def test_a_row_that_sees_nothing_gives_zeros() -> None:
 
 @needs_operators
 def test_large_scores_and_far_ones() -> None:
-    """Catches an exponential that overflows, or gives what is far below the largest a share."""
+    """Catches an exponential that overflows, and a weight for scores far below the largest."""
     query = torch.full((1, 1, 1, 32), 30.0)
     key = torch.stack([torch.full((32,), x) for x in (1.0, 0.99, -1.0, 0.5)])[None, None]
     value = torch.eye(4, 32)[None, None]
@@ -273,7 +278,7 @@ def test_large_scores_and_far_ones() -> None:
     "what", ["float16", "mixed", "strided", "boolean", "short", "values", "texts", "many"]
 )
 def test_what_the_operator_cannot_take_is_refused(what: str) -> None:
-    """Catches memory read that is none of ours."""
+    """Catches reads of memory outside the tensors."""
     query, key, value, mask = asked(SHAPES[0], torch.float32)
     if what == "float16":
         query, key, value = query.half(), key.half(), value.half()

@@ -1,4 +1,4 @@
-"""The best tokens by blocks are those that torch finds, ties and odd vocabularies included."""
+"""Argmax and top-k by blocks equal torch's, with ties and odd vocabulary sizes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SIZES = [(1, 64), (3, 8_192), (2, 49_152), (4, 8_191), (2, 100)]
 
 
 def rows(count: int, size: int, coarse: bool) -> Tensor:
-    """Random logits; coarse ones tie often."""
+    """Return random logits; coarse ones have many ties."""
     made = torch.randn(count, size, generator=torch.Generator().manual_seed(count + size))
     return (2 * made).round() if coarse else made
 
@@ -23,17 +23,17 @@ def rows(count: int, size: int, coarse: bool) -> Tensor:
 def test_the_likeliest_token_is_torchs(
     count: int, size: int, dtype: torch.dtype, coarse: bool
 ) -> None:
-    """Catches the last of equal tokens, which transformers' greedy decoding does not take, and
-    places in a block taken for tokens."""
+    """Catches the last of tied tokens, where transformers' greedy decoding takes the first, and
+    indices within a block taken for token ids."""
     logits = rows(count, size, coarse).to(dtype)
     assert likeliest(logits).tolist() == logits.float().argmax(-1).tolist()
-    # As a slice of a larger tensor, whose rows do not follow each other.
+    # A slice of a larger tensor: its rows are not contiguous.
     wide = torch.cat([logits, logits.flip(0)]).view(2, count, size)[:, 0]
     assert likeliest(wide).tolist() == wide.float().argmax(-1).tolist()
 
 
 def test_forbidden_and_missing_numbers_are_taken_as_torch_does() -> None:
-    """Catches tokens of minus infinity, and NaN that goes unnoticed."""
+    """Catches tokens of minus infinity chosen, and NaN that goes unnoticed."""
     logits = torch.full((3, 128), -torch.inf)
     logits[0, 100] = -1e30
     logits[2, 70] = torch.nan
@@ -46,7 +46,7 @@ def test_forbidden_and_missing_numbers_are_taken_as_torch_does() -> None:
 def test_the_shortlist_has_the_best_tokens_in_order(
     count: int, size: int, wanted: int, coarse: bool
 ) -> None:
-    """Catches a token that is missed since its block is not looked at, and one listed twice."""
+    """Catches a token missed because its block is not searched, and one listed twice."""
     logits = rows(count, size, coarse)
     best, tokens = shortlist(logits, wanted)
     assert best.tolist() == logits.topk(wanted).values.tolist()

@@ -1,6 +1,6 @@
-"""Gated LoRA: which layers it updates, that only look-ahead rows feel it, and nobody afterwards.
+"""Gated LoRA: which layers it updates, on look-ahead rows only, and a clean model afterwards.
 
-Real rows are compared bit by bit: whatever is one rounding off could flip a token.
+Real rows are compared bit by bit, because a single rounding error could change a token.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ every_architecture = pytest.mark.parametrize("name", EVERY)
 
 @cache
 def target_of(name: str, kind: str = "float32") -> Target:
-    """A tiny target in one of `TYPES`; tests leave it as it is."""
+    """Return a tiny target in one of `TYPES`; tests do not change it."""
     dtype = torch.float32 if kind == "float32" else torch.bfloat16
     target = Target(EVERY[name].build().to(dtype).requires_grad_(False), pack=kind == "packed")
     if kind == "packed" and not can_pack(target.model):
@@ -41,17 +41,17 @@ def target_of(name: str, kind: str = "float32") -> Target:
 
 
 def rows_of(target: Target) -> LookAheadRows:
-    """Look-ahead rows with a LoRA and a sampler head that change much."""
+    """Return look-ahead rows with a LoRA and a sampler head whose effect is large."""
     return tiny.random_look_ahead(target, ROWS, rank=3, sampler_width=8).rows(target)
 
 
 def without_lora(rows: LookAheadRows) -> LookAheadRows:
-    """The same inputs alone."""
+    """Return the same look-ahead rows without LoRA and sampler head."""
     return LookAheadRows(rows.inputs)
 
 
 def forwards(model: nn.Module) -> dict[str, Any]:
-    """The forwards that layers have of their own, which none has from the start."""
+    """Return the forwards in the layers' own `__dict__`; an unaltered model has none."""
     return {
         name: vars(module)["forward"]
         for name, module in model.named_modules()
@@ -66,11 +66,11 @@ PASSES = [
     ([5], Plan(0, (1,)), 7),
     ([9, 2], Plan(1, (0, 0)), 12),
     ([6, 5, 3], Plan(2, (0, 3, 1)), 1),
-]  # tokens, plan, and how long a text stands before them
+]  # tokens, plan, and the number of cached tokens before them
 
 
 def given(target: Target, which: list[int], rows: LookAheadRows | None) -> list[Tensor]:
-    """Logits of some of the passes in one batch, each cut to its own rows."""
+    """Return the logits of some of the passes in one batch, each cut to its own rows."""
     texts = target.new_cache(batch=0)
     for index in which:
         texts.append(target.prefill(tiny.prompt(PASSES[index][2])))
@@ -82,9 +82,9 @@ def given(target: Target, which: list[int], rows: LookAheadRows | None) -> list[
 @pytest.mark.parametrize("kind", TYPES)
 @every_architecture
 def test_real_rows_are_the_targets_own_to_the_bit(name: str, kind: str) -> None:
-    """Catches an update that reaches a real row, a row of another text or a filler between them,
-    and a hidden state that is written to: alone and in a ragged batch, in every architecture.
-    Look-ahead rows do feel the update."""
+    """Catches an update that reaches a real row, a row of another sequence or a padding row, and
+    a hidden state modified in place. Alone and in a ragged batch, in every architecture;
+    look-ahead rows must be affected."""
     target = target_of(name, kind)
     rows = rows_of(target)
     for which in ([0], [3], [0, 1, 2, 3], [2, 1]):
@@ -103,7 +103,8 @@ def test_real_rows_are_the_targets_own_to_the_bit(name: str, kind: str) -> None:
 @pytest.mark.parametrize("kind", TYPES)
 @every_architecture
 def test_a_pass_of_real_rows_alone_is_the_targets_own_to_the_bit(name: str, kind: str) -> None:
-    """Catches a validating pass that pays for, or is changed by, look-ahead rows it has not."""
+    """Catches a verifying pass without look-ahead rows that still pays for the LoRA or is
+    changed by it."""
     target = target_of(name, kind)
     for tokens in ([7], [7, 1, 2]):
         plan = Plan(len(tokens) - 1, (0,) * len(tokens))
@@ -112,7 +113,7 @@ def test_a_pass_of_real_rows_alone_is_the_targets_own_to_the_bit(name: str, kind
             target.run(cache_, [PassRow(tokens, plan)], rows) for rows in (None, rows_of(target))
         ]
         assert torch.equal(outputs[0].logits, outputs[1].logits)
-        assert outputs[1].hidden is None  # nothing was put around the pass
+        assert outputs[1].hidden is None  # no forward was swapped
 
 
 # The update itself
@@ -120,7 +121,7 @@ def test_a_pass_of_real_rows_alone_is_the_targets_own_to_the_bit(name: str, kind
 
 @contextmanager
 def merged(model: nn.Module, lora: GatedLora, real: int) -> Iterator[None]:
-    """The rows from `real` on go through `W + BA`, layer by layer, matrix by matrix."""
+    """Multiply rows from `real` on by `W + BA`, layer by layer and matrix by matrix."""
     tensors, hooks = lora.tensors(), []
     for group in lora.groups:
         for at, name in enumerate(group):
@@ -147,8 +148,8 @@ def _merged(update: Tensor, real: int) -> Callable[..., Tensor]:
 
 @every_architecture
 def test_updates_are_those_of_each_layers_own_matrices(name: str) -> None:
-    """Catches A or B of another layer of the group, a block out of its place, a transposed matrix,
-    an update of the wrong rows, and one added before the layer instead of behind it."""
+    """Catches A or B of another layer of the group, a misplaced block, a transposed matrix, an
+    update of the wrong rows, and one added before the layer instead of after it."""
     target = target_of(name)
     look_ahead = tiny.random_look_ahead(target, ROWS, rank=3)
     rows, lora = look_ahead.rows(target), look_ahead.lora
@@ -163,7 +164,7 @@ def test_updates_are_those_of_each_layers_own_matrices(name: str) -> None:
 @every_architecture
 def test_hung_rows_with_a_lora_are_those_of_decoding(name: str) -> None:
     """Catches a LoRA that training applies to other rows or in another way than decoding, and a
-    parameter that gets no gradient."""
+    parameter without gradient."""
     target = target_of(name)
     look_ahead = tiny.random_look_ahead(target, 3, rank=2)
     text = tiny.prompt(16)
@@ -184,7 +185,7 @@ def test_hung_rows_with_a_lora_are_those_of_decoding(name: str) -> None:
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_a_fresh_lora_changes_nothing(kind: str) -> None:
-    """Catches a start of training that throws the embeddings' training away."""
+    """Catches new updates that undo what the look-ahead embeddings have learned."""
     target = target_of("llama", kind)
     plain = tiny.random_look_ahead(target, ROWS)
     fresh = plain.extended(target, 5, (), 8)
@@ -195,8 +196,8 @@ def test_a_fresh_lora_changes_nothing(kind: str) -> None:
 
 
 def test_rows_for_decoding_are_copies_and_those_for_training_are_not() -> None:
-    """Catches a decoder whose drafts change while training goes on, and a step that does not
-    reach the evaluation behind it."""
+    """Catches a decoder whose drafts change while training goes on, and a training step that the
+    following evaluation does not see."""
     target = target_of("llama")
     look_ahead = tiny.random_look_ahead(target, ROWS, rank=2, sampler_width=4)
     decoding, training = look_ahead.rows(target), look_ahead.trained_rows(target)
@@ -233,8 +234,8 @@ def test_rows_for_decoding_are_copies_and_those_for_training_are_not() -> None:
 def test_a_split_takes_and_adds_to_its_rows_alone(
     split: RowSplit, places: list[int], shape: tuple[int, ...]
 ) -> None:
-    """Catches rows of a batch counted text by text instead of through it, also where a model
-    flattens them; and gradients of the layer's own output overwritten in place."""
+    """Catches row indices counted per sequence instead of over the whole batch, also where a
+    model flattens the rows; and a layer output overwritten in place that autograd needs."""
     rows = torch.randn(shape, requires_grad=True)
     update = torch.randn(len(places), 5, requires_grad=True)
     expected = rows.detach().clone().reshape(6, 5)
@@ -274,9 +275,9 @@ GROUPS = {
 
 @every_architecture
 def test_layers_are_grouped_by_the_input_they_share(name: str) -> None:
-    """Catches layers joined that take different inputs, layers computed apart that share one, a
-    transposed or fused one that is not found, and an update of the output layer, whose real rows
-    are wanted."""
+    """Catches layers grouped that take different inputs, layers with a shared input left apart,
+    transposed or fused layers that are not found, and an update of the output layer, which real
+    rows need unchanged."""
     target = target_of(name)
     groups = groups_of(target.model, target.probe)
     layers = int(target.config.num_hidden_layers)
@@ -307,8 +308,8 @@ def test_layers_are_grouped_by_the_input_they_share(name: str) -> None:
     ],
 )
 def test_patterns_choose_layers(llama: Target, patterns: list[str], expected: Any) -> None:
-    """Catches a pattern that must match the whole name, one that matches inside a part of it, and
-    an order that is not the one they are called in."""
+    """Catches a pattern that must match the whole name, one that matches inside a part of it,
+    and an order other than that of the calls."""
     groups = groups_of(llama.model, llama.probe, patterns)
     names = [name.removeprefix("model.layers.") for group in groups for name in group]
     if expected == "all":
@@ -329,7 +330,7 @@ def test_patterns_choose_layers(llama: Target, patterns: list[str], expected: An
 def test_a_pattern_that_matches_nothing_names_the_nearest(
     llama: Target, pattern: str, near: str
 ) -> None:
-    """Catches a typing error that trains fewer layers than meant, without a word."""
+    """Catches a typing error that silently trains fewer layers than intended."""
     with pytest.raises(LoraError) as caught:
         groups_of(llama.model, llama.probe, ["o_proj", pattern])
     message = str(caught.value)
@@ -339,7 +340,7 @@ def test_a_pattern_that_matches_nothing_names_the_nearest(
 
 
 class Mixture(nn.Module):
-    """Two experts that get half of the rows each, between layers that get all of them."""
+    """Two experts that get half of the rows each, between layers that get all rows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -356,7 +357,8 @@ class Mixture(nn.Module):
 
 
 def test_experts_that_see_some_rows_are_left_out() -> None:
-    """Catches a layer whose rows are not those of the pass: its updates would reach real ones."""
+    """Catches a layer whose rows are not the rows of the pass: its updates would reach real
+    rows."""
     model = Mixture()
     assert groups_of(model, lambda: model(torch.zeros(PROBE_ROWS, 4))) == [("first",)]
     with pytest.raises(RuntimeError, match="probe"):
@@ -370,8 +372,8 @@ def _broken() -> None:
 
 @pytest.mark.parametrize("rank", [0, -1, 33])
 def test_a_rank_that_a_layer_cannot_have_is_refused(llama: Target, rank: int) -> None:
-    """Catches updates of rank 0, which learn nothing, and matrices larger than the layer's own;
-    the narrowest layer counts: 32 inputs, 16 outputs."""
+    """Catches updates of rank 0, which learn nothing, and matrices larger than the layer's own.
+    The narrowest layer sets the limit: 32 inputs, 16 outputs."""
     groups = groups_of(llama.model, llama.probe, ["q_proj", "o_proj"])
     assert GatedLora.start(llama.model, groups, 32).rank == 32
     with pytest.raises(LoraError, match=f"lora-rank is {rank}: layer .*q_proj.* 1 to 32"):
@@ -381,14 +383,14 @@ def test_a_rank_that_a_layer_cannot_have_is_refused(llama: Target, rank: int) ->
 
 
 def _tensors() -> tuple[list[tuple[str, ...]], list[Tensor], dict[str, Tensor]]:
-    """Groups, A and B of rank 2."""
+    """Return groups, A and B of rank 2."""
     up = {"a": torch.ones(5, 2), "b": torch.ones(3, 2), "c": torch.ones(4, 2)}
     return [("a", "b"), ("c",)], [torch.ones(4, 4), torch.ones(2, 5)], up
 
 
 @pytest.mark.parametrize("damage", ["none", "twice", "empty", "rank", "short", "flat", "no-groups"])
 def test_tensors_that_do_not_fit_each_other_are_refused(damage: str) -> None:
-    """Catches files whose parts are of different trainings."""
+    """Catches files whose parts come from different trainings."""
     groups, down, up = _tensors()
     match damage:
         case "none":
@@ -414,7 +416,7 @@ def test_tensors_that_do_not_fit_each_other_are_refused(damage: str) -> None:
 
 
 def test_another_model_is_refused_by_its_layers(llama: Target) -> None:
-    """Catches updates bound to layers that are not there or of another size."""
+    """Catches updates bound to layers that do not exist or have another size."""
     lora = tiny.random_look_ahead(llama, 2, rank=2).lora
     assert lora is not None
     lora.check(llama.model)
@@ -431,7 +433,8 @@ def test_another_model_is_refused_by_its_layers(llama: Target) -> None:
 def test_the_model_has_its_own_layers_after_a_pass_that_raises(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Catches updates that stay when a pass breaks off half-way, and a split kept for the next."""
+    """Catches updates that stay after a pass that raises, and its row split reused in the next
+    pass."""
     target = Target(ARCHITECTURES["llama"].build())
     rows = rows_of(target)
     before = given(target, [0], rows)[0]
@@ -449,7 +452,7 @@ def _raise(_: Tensor) -> Tensor:
 
 
 def test_a_forward_somebody_replaced_is_used_and_left_in_place() -> None:
-    """Catches a hook of another library that is bypassed, or thrown away, by the update."""
+    """Catches another library's forward that the update bypasses or drops."""
     target = Target(ARCHITECTURES["llama"].build())
     rows = rows_of(target)
     layer = target.model.model.layers[0].self_attn.q_proj
@@ -471,8 +474,8 @@ def test_a_forward_somebody_replaced_is_used_and_left_in_place() -> None:
 
 
 def test_updates_lie_around_packed_weights() -> None:
-    """Catches packed products that put the update aside, and packing undone by it: look-ahead rows
-    get the packed layers' outputs and the update, and both are gone afterwards."""
+    """Catches packed products that drop the update, and updates that undo packing. Look-ahead
+    rows get the output of the packed layers plus the update, and both are gone afterwards."""
     packed, plain = target_of("llama", "packed"), target_of("llama", "bfloat16")
     mine, theirs = (given(target, [0], rows_of(target))[0].float() for target in (packed, plain))
     without = given(packed, [0], without_lora(rows_of(packed)))[0].float()
@@ -482,7 +485,7 @@ def test_updates_lie_around_packed_weights() -> None:
 
 
 def test_no_input_is_kept_alive_behind_a_pass() -> None:
-    """Catches the last pass's hidden states held until the next, of every layer."""
+    """Catches hidden states of every layer kept in memory until the next pass."""
     layer = nn.Linear(4, 4)
     model = nn.ModuleDict({"layer": layer})
     lora = GatedLora([("layer",)], [torch.ones(2, 4)], {"layer": torch.ones(4, 2)})
@@ -496,7 +499,7 @@ def test_no_input_is_kept_alive_behind_a_pass() -> None:
 
 
 def test_a_layer_called_twice_in_a_pass_gets_an_update_for_each_input() -> None:
-    """Catches the first call's update added to the second: models exist that share layers."""
+    """Catches the update of the first call added in the second; some models share layers."""
     layer = nn.Linear(2, 2, bias=False)
     nn.init.zeros_(layer.weight)
     lora = GatedLora([("layer",)], [torch.ones(1, 2)], {"layer": torch.ones(2, 1)})

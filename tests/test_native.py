@@ -1,4 +1,4 @@
-"""Our own operators: compiled once, and done without loudly where that cannot be."""
+"""C++ operators: compiled once, and a warning instead of them where that is not possible."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from passlm.layers.packed import can_pack
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """As in a process that has not asked for them, with a cache folder of its own."""
+    """Reset the module as in a new process, with a cache folder of its own."""
     monkeypatch.setattr(native, "_loaded", None)
     monkeypatch.setattr(native, "cache_folder", lambda: tmp_path)
     return tmp_path / "native"
 
 
 def test_the_library_is_compiled_once(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches seconds of compiling in every process, and half a library left in the folder."""
+    """Catches seconds of compiling in every process, and an incomplete library left in the
+    folder."""
     if native.compiler() is None or native.capability() not in ("AVX2", "AVX512"):
         pytest.skip("there is no C++ compiler here")
     built: list[Path] = []
@@ -55,7 +56,7 @@ def test_the_library_is_compiled_once(fresh: Path, monkeypatch: pytest.MonkeyPat
 def test_without_a_compiler_passes_run_by_torch(
     fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Catches a crash, a warning for every layer, and int8 weights promised for nothing."""
+    """Catches a crash, a warning for every layer, and int8 accepted where it cannot work."""
     monkeypatch.setattr(native.shutil, "which", lambda _: None)
     with caplog.at_level(logging.WARNING, "passlm"):
         assert not native.available()
@@ -71,7 +72,7 @@ def test_without_a_compiler_passes_run_by_torch(
 def test_a_compiler_that_fails_is_told(
     fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Catches a traceback, a silent fallback, and files that a failed try leaves behind."""
+    """Catches a traceback, a silent fallback, and files left behind by a failed build."""
     if native.capability() not in ("AVX2", "AVX512"):
         pytest.skip("this CPU has no AVX2")
 
@@ -90,7 +91,7 @@ def test_a_compiler_that_fails_is_told(
 def test_a_library_that_cannot_be_loaded_is_told(
     fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Catches a file cut short by a full disk that ends every later start."""
+    """Catches a file truncated by a full disk that breaks every later start."""
     if native.compiler() is None or native.capability() not in ("AVX2", "AVX512"):
         pytest.skip("there is no C++ compiler here")
 
@@ -106,7 +107,7 @@ def test_a_library_that_cannot_be_loaded_is_told(
 
 
 def test_other_processors_do_without(monkeypatch: pytest.MonkeyPatch, fresh: Path) -> None:
-    """Catches a compiler started, or a warning, where there is nothing to gain."""
+    """Catches a compiler run, or a warning, on a CPU that the operators do not support."""
     monkeypatch.setattr(native, "capability", lambda: "DEFAULT")
     monkeypatch.setattr(native, "compiler", lambda: pytest.fail("asked for a compiler"))
     assert not native.available()

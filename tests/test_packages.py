@@ -1,4 +1,4 @@
-"""Packages of compiled passes: the same numbers as torch's own call, without Python's lock."""
+"""Packages of compiled passes: the same results as torch's own loader, without the GIL."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from passlm.kernels import aot_package, native
 
 
 class _Body(nn.Module):
-    """Any pass will do: several inputs, one output."""
+    """A small pass with several inputs and one output."""
 
     def forward(self, rows: Tensor, others: list[Tensor]) -> Tensor:
         return torch.tanh(rows @ others[0]) + others[1]
@@ -29,7 +29,7 @@ INPUTS = [torch.randn(512, 1024) / 32, torch.randn(1024, 1024), torch.rand(1024)
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A package of one small pass."""
+    """Return the path of a package of one small pass."""
     if native.compiler() is None:
         pytest.skip("there is no C++ compiler here")
     rows, *others = INPUTS
@@ -41,14 +41,14 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def own_operators() -> None:
-    """Skip where a package is run by torch's own call."""
+    """Skip the test where torch's own loader runs packages."""
     if not native.available():
         pytest.skip("this machine has not our own operators")
 
 
 @pytest.fixture
 def asked_for() -> Iterator[None]:
-    """A thread gives Python's lock to another when it chooses to, never because time is up."""
+    """Make threads release the GIL only explicitly, never because their time slice is over."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1000)
     yield
@@ -71,20 +71,20 @@ def test_what_a_package_gives(package: Path, own: bool, monkeypatch: pytest.Monk
 def test_other_threads_work_during_a_pass(
     package: Path, own_operators: None, asked_for: None
 ) -> None:
-    """Catches a server that cannot read a request while a pass is computed."""
+    """Catches a server that cannot read a request during a pass."""
     run, turns, ended = aot_package.opened(package), 0, threading.Event()
 
     def work() -> None:
         nonlocal turns
         while not ended.is_set():
             turns += 1
-            time.sleep(0)  # gives the lock to the other
+            time.sleep(0)  # releases the GIL
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
-    most = 0  # turns in one pass; torch gives the lock up once as it frees a tensor
+    most = 0  # turns in one pass; torch releases the GIL once as it frees a tensor
     try:
-        for _ in range(100):  # the system need not wake the other thread in the first
+        for _ in range(100):  # the system may not wake the other thread during the first
             before = turns
             run(list(INPUTS))
             most = max(most, turns - before)
@@ -97,7 +97,7 @@ def test_other_threads_work_during_a_pass(
 
 
 def test_threads_share_a_package(package: Path, own_operators: None) -> None:
-    """Catches texts of two threads that get each other's numbers, with no lock to part them."""
+    """Catches results mixed up between two threads that run one package without a lock."""
     run, (_, *others) = aot_package.opened(package), INPUTS
     every = [torch.randn(512, 1024) / 32 for _ in range(16)]
     with ThreadPoolExecutor(4) as pool:
@@ -109,7 +109,7 @@ def test_threads_share_a_package(package: Path, own_operators: None) -> None:
 def test_a_package_is_closed(
     package: Path, own_operators: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches files and weights that stay when the last one who used them is gone."""
+    """Catches files and weights that remain after the last user of a package is gone."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     runs = [aot_package.opened(package) for _ in range(2)]
     assert len(list(tmp_path.iterdir())) == 2
@@ -120,6 +120,6 @@ def test_a_package_is_closed(
 
 
 def test_a_package_that_is_not_open_is_refused(own_operators: None) -> None:
-    """Catches a crash of the process where an error would do."""
+    """Catches a crash of the process instead of an error."""
     with pytest.raises(RuntimeError, match="closed"):
         torch.ops.passlm.run_package(10**6, INPUTS)

@@ -1,4 +1,4 @@
-"""Packed linear layers: the same numbers, only inside the block, never stale."""
+"""Packed linear layers: same results, only inside the block, never stale."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def small_model() -> nn.Sequential:
 
 @pytest.fixture(params=["own", "oneDNN"])
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Whose products are used."""
+    """Return which products are used: our own or oneDNN's."""
     if request.param == "own" and not linear.preferred():
         pytest.skip("this machine has products of its own, or none")
     if request.param == "oneDNN":
@@ -29,7 +29,7 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 @pytest.mark.usefixtures("kind")
 @pytest.mark.parametrize("rows", [1, 2, 5, 40])
 def test_packed_rows_equal_plain_ones_up_to_rounding(rows: int) -> None:
-    """Catches a layout that fits one number of rows only, and a lost bias."""
+    """Catches a layout that works for one number of rows only, and a lost bias."""
     model = small_model()
     inputs = torch.randn(2, rows, 32, dtype=torch.bfloat16)
     with torch.inference_mode():
@@ -42,7 +42,7 @@ def test_packed_rows_equal_plain_ones_up_to_rounding(rows: int) -> None:
 
 @pytest.mark.usefixtures("kind")
 def test_the_model_is_its_own_again_after_the_block_and_after_an_exception() -> None:
-    """Catches a model that keeps computing with the copies once we are done."""
+    """Catches a model that keeps using the packed copies after the block."""
     model = small_model()
     packed = PackedLinears(model)
     with packed.applied():
@@ -55,7 +55,7 @@ def test_the_model_is_its_own_again_after_the_block_and_after_an_exception() -> 
 
 @pytest.mark.usefixtures("kind")
 def test_weights_changed_in_place_are_packed_anew() -> None:
-    """Catches copies that go on answering for weights that are no longer there."""
+    """Catches stale copies of weights that have changed."""
     model = small_model()
     packed = PackedLinears(model)
     inputs = torch.randn(1, 2, 32, dtype=torch.bfloat16)
@@ -66,7 +66,7 @@ def test_weights_changed_in_place_are_packed_anew() -> None:
 
 @pytest.mark.usefixtures("kind")
 def test_a_layer_whose_forward_somebody_replaced_is_left_alone() -> None:
-    """Catches packing that throws away another library's hook."""
+    """Catches packing that drops another library's forward."""
     model = small_model()
     model[0].forward = lambda rows: rows.new_zeros(*rows.shape[:-1], 64)
     with torch.inference_mode(), PackedLinears(model).applied():
@@ -75,7 +75,7 @@ def test_a_layer_whose_forward_somebody_replaced_is_left_alone() -> None:
 
 
 def test_types_without_fast_products_are_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches packing where it does not pay, and layers lost to it."""
+    """Catches packing where it does not pay, and layers lost by it."""
     assert not can_pack(small_model().to(torch.float16))
     monkeypatch.setattr(linear, "preferred", lambda: False)
     assert not can_pack(small_model().to(torch.float32))

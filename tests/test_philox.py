@@ -28,7 +28,7 @@ KNOWN = [
 def test_blocks_are_the_known_ones(
     counter: tuple[int, int, int, int], key: tuple[int, int], block: str
 ) -> None:
-    """Catches a round too few, keys or words swapped, and sums that keep their 33rd bit."""
+    """Catches a missing round, swapped keys or words, and sums that keep their 33rd bit."""
     made = philox.blocks(key, counter[1:], 1, counter[0])
     assert [f"{int(word):08x}" for word in made[0]] == block.split()
 
@@ -40,7 +40,7 @@ def test_blocks_are_the_known_ones(
 def test_numbers_are_the_same_without_a_compiler(
     size: int, seed: int, position: int, purpose: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a seed that gives other text on a machine without a C++ compiler."""
+    """Catches a seed whose output differs on a machine without a C++ compiler."""
     if not native.available():
         pytest.skip("there are no operators of our own here")
     own = philox.uniform(seed, position, purpose, size)
@@ -51,8 +51,8 @@ def test_numbers_are_the_same_without_a_compiler(
 
 
 def test_the_outermost_numbers_are_neither_0_nor_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches noise of 0, which wins every race against tokens of any chance: 0 / 0 is the largest
-    number to `argmax`; and infinite noise."""
+    """Catches infinite noise, and noise of 0, which wins against tokens of any probability:
+    `argmax` takes the NaN of 0 / 0 for the largest number."""
 
     def outermost(*_: object) -> NDArray[np.uint64]:
         return np.array([[0, FULL, 1, FULL - 1]], dtype=np.uint64)
@@ -69,7 +69,7 @@ def test_the_outermost_numbers_are_neither_0_nor_1(monkeypatch: pytest.MonkeyPat
 
 
 def test_fine_numbers_take_two_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches numbers for acceptance of no more than 32 bits, and a number of 1."""
+    """Catches acceptance numbers of only 32 bits, and a number equal to 1."""
 
     def words(*_: object) -> NDArray[np.uint64]:
         return np.array([[FULL, FULL, 0, 0]], dtype=np.uint64)

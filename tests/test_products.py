@@ -18,12 +18,13 @@ pytestmark = pytest.mark.skipif(
 )
 
 EVERY_TILE = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 29, 64)
-SIZES = ((64, 48), (70, 33), (5, 3), (200, 1))  # outputs and inputs: whole blocks, parts, and few
+# Outputs and inputs: whole blocks, partial blocks, and very few.
+SIZES = ((64, 48), (70, 33), (5, 3), (200, 1))
 KINDS = ("float32", "bfloat16", "int8")
 
 
 def layer_of(kind: str, outputs: int, inputs: int, bias: bool) -> tuple[RowsProduct, Tensor]:
-    """A layer and its matrix, float64; bias of 1 to `outputs` where it has one."""
+    """Return a layer and its matrix in float64; the bias, if any, is 1 to `outputs`."""
     weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(outputs))
     added = torch.arange(1.0, outputs + 1) if bias else None
     if kind != "int8":
@@ -44,8 +45,8 @@ def rows_of(number: int, inputs: int, dtype: torch.dtype = torch.float32) -> Ten
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("bias", [False, True])
 def test_products_are_those_of_the_matrix(kind: str, size: tuple[int, int], bias: bool) -> None:
-    """Catches weights unpacked to another output's place, blocks cut short or read beyond their
-    end, a scale or bias of another output, and a number of rows without a kernel."""
+    """Catches weights unpacked for another output, blocks truncated or read beyond their end, a
+    scale or bias of another output, and a number of rows without a kernel."""
     layer, matrix = layer_of(kind, *size, bias)
     for number in EVERY_TILE:
         rows = rows_of(number, size[1], torch.bfloat16 if kind == "bfloat16" else torch.float32)
@@ -66,9 +67,9 @@ def test_products_are_those_of_the_matrix(kind: str, size: tuple[int, int], bias
 def test_a_row_gives_the_same_bits_whatever_is_beside_it(
     kind: str, dtype: torch.dtype, outputs: int
 ) -> None:
-    """Catches sums in another order for other numbers of rows, and multiply-adds that a compiler
-    fuses in some loops alone, by how many registers they fill: validated tokens would differ from
-    plain decoding's where two are about as likely."""
+    """Catches sums whose order depends on the number of rows, and multiply-adds that a compiler
+    fuses only in some loops, depending on the registers they use: a verified token would differ
+    from plain decoding's where two tokens are almost equally likely."""
     layer, _ = layer_of(kind, outputs, 96, bias=False)
     alone = torch.cat([layer.forward(row[None]) for row in rows_of(64, 96, dtype)])
     for number in EVERY_TILE:
@@ -76,7 +77,7 @@ def test_a_row_gives_the_same_bits_whatever_is_beside_it(
 
 
 def test_bfloat16_is_rounded_to_the_nearest() -> None:
-    """Catches numbers cut off, ties rounded up, and what is not a number made one."""
+    """Catches truncation, ties rounded up, and NaN turned into a number."""
     layer = RowsProduct(torch.eye(16))
     values = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-15, -1 - 2**-8, 3e38, 1e-40])
     rows = torch.zeros(3, 16)
@@ -98,7 +99,8 @@ def test_bfloat16_is_rounded_to_the_nearest() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_lie_in_memory_as_they_like(dtype: torch.dtype) -> None:
-    """Catches rows of a part, a transpose or a repeated tensor read as if they lay side by side."""
+    """Catches rows of a slice, a transpose or an expanded tensor read as if they were
+    contiguous."""
     layer, _ = layer_of("bfloat16" if dtype == torch.bfloat16 else "float32", 40, 24, bias=True)
     base = torch.randn(4, 6, 48, generator=torch.Generator().manual_seed(0)).to(dtype)
     views = (
@@ -116,8 +118,8 @@ def test_rows_lie_in_memory_as_they_like(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_joined_layers_and_their_updates(kind: str) -> None:
-    """Catches look-ahead rows that get another layer's update, real rows changed by those of
-    others, a scale or bias of another layer, and updates left out of rows in a second tile."""
+    """Catches look-ahead rows that get another layer's update, real rows changed by the updates
+    of others, a scale or bias of another layer, and updates lost for the rows of a second tile."""
     widths, rank, inputs = (64, 128, 70), 5, 48
     pairs = [layer_of(kind, width, inputs, bias=width != 128) for width in widths]
     layers = [layer for layer, _ in pairs]
@@ -153,14 +155,14 @@ def test_joined_layers_and_their_updates(kind: str) -> None:
     ],
 )
 def test_what_does_not_fit_is_refused(rows: Tensor, said: str) -> None:
-    """Catches memory read that is none of ours."""
+    """Catches reads of memory outside the tensors."""
     layer, _ = layer_of("float32", 40, 24, bias=True)
     with pytest.raises(RuntimeError, match=said):
         layer.forward(rows)
 
 
 def test_no_rows_and_many_threads() -> None:
-    """Catches a division by the rows there are not, and threads without a block to compute."""
+    """Catches a division by a row count of zero, and threads without a block to compute."""
     layer, _ = layer_of("float32", 5, 24, bias=False)
     assert layer.forward(torch.zeros(0, 24)).shape == (0, 5)
     before = torch.get_num_threads()
@@ -173,7 +175,7 @@ def test_no_rows_and_many_threads() -> None:
 
 
 def test_shorter_registers() -> None:
-    """Catches a layout or a kernel that fits AVX-512 alone."""
+    """Catches a layout or a kernel that works with AVX-512 only."""
     check = f"{__file__}::{test_products_are_those_of_the_matrix.__name__}"
     other = f"{__file__}::{test_a_row_gives_the_same_bits_whatever_is_beside_it.__name__}"
     attention = os.path.join(os.path.dirname(__file__), "test_attention.py")

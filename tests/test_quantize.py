@@ -1,4 +1,5 @@
-"""Int8 weights: rows that do not depend on each other, texts that no plan changes, clear errors."""
+"""Int8 weights: rows are independent of each other, no plan changes the output, errors are
+clear."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ PLANS = (autoregressive, TwoPass(3), OnePass(2))
 
 
 def written(target: Target, look_ahead: LookAhead, plan: Strategy, new: int) -> list[list[int]]:
-    """What a batch of texts is continued with."""
+    """Return the continuations of a batch of prompts."""
     decoder = Decoder(target, look_ahead.rows(target))
     rows = [
         decoder.join(Request.of(prompt(length), GREEDY, new, plan)) for length in PROMPT_LENGTHS
@@ -63,7 +64,7 @@ def test_a_row_gives_the_same_whatever_is_beside_it(dtype: torch.dtype) -> None:
 
 @needs_operators
 def test_transposed_layers() -> None:
-    """Catches gpt2's layers rounded by input, or left out."""
+    """Catches gpt2's layers scaled by input instead of output, or left out."""
     torch.manual_seed(0)
     plain = Conv1D(24, 40)
     rows = torch.randn(5, 40)
@@ -77,8 +78,8 @@ def test_transposed_layers() -> None:
 def test_every_plan_writes_what_transformers_writes(
     name: str, tiny_target: Callable[[str], Target]
 ) -> None:
-    """Catches rounded rows that see each other, LoRA lost on rounded layers, and a model that
-    transformers itself cannot run."""
+    """Catches rounded rows that affect each other, LoRA lost on quantized layers, and a
+    quantized model that transformers itself cannot run."""
     target = Target(quantized(tiny_target(name).model))
     look_ahead = random_look_ahead(target, 3, rank=4, sampler_width=4)
     expected = [generate(target.model, prompt(length), 24)[0] for length in PROMPT_LENGTHS]
@@ -91,7 +92,7 @@ def test_every_plan_writes_what_transformers_writes(
 
 @needs_operators
 def test_the_given_model_stays_and_shares_what_is_not_rounded() -> None:
-    """Catches a model rounded under its owner's hands, and a second copy of the embeddings."""
+    """Catches changes to the caller's own model, and a second copy of the embeddings."""
     model = small_llama()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     made = quantized(model)
@@ -107,7 +108,8 @@ def test_the_given_model_stays_and_shares_what_is_not_rounded() -> None:
 @needs_operators
 @pytest.mark.parametrize("tied", [False, True])
 def test_look_ahead_files_know_the_rounded_model(tied: bool, tmp_path: Path) -> None:
-    """Catches files refused for the model they were made for, and taken for any other."""
+    """Catches look-ahead files refused for the quantized copy of their model, and accepted for
+    any other model."""
     model = small_llama()
     if tied:
         model.config.tie_word_embeddings = True
@@ -122,8 +124,8 @@ def test_look_ahead_files_know_the_rounded_model(tied: bool, tmp_path: Path) -> 
 
 @needs_operators
 def test_costs_are_told_apart() -> None:
-    """Catches plans of the rounded model chosen by what the other one's passes cost, and a memory
-    ceiling of bytes that are not read."""
+    """Catches plans of the quantized model chosen by the costs of the original one, and a memory
+    ceiling that counts bytes which are not read."""
     model = small_llama()
     plain, rounded = Target(model), Target(quantized(model))
     assert rounded.engine == "eager, int8"
@@ -136,15 +138,15 @@ def test_costs_are_told_apart() -> None:
 
 @needs_operators
 def test_packing_leaves_rounded_layers_alone() -> None:
-    """Catches a report of packed weights where none are left to pack."""
+    """Catches a report of packed weights where no layer is left to pack."""
     target = Target(quantized(small_llama().to(torch.bfloat16)), pack=True)
     assert target.engine == "eager, int8"
 
 
 @needs_operators
 def test_compiled_passes_of_a_rounded_model(tmp_path: Path) -> None:
-    """Catches integer products that the compiler makes others of, and the package of the plain
-    model taken for the rounded one's."""
+    """Catches integer products that the compiler replaces by others, and the original model's
+    package used for the quantized one."""
     model: PreTrainedModel = small_llama(VOCABULARY)
     target = Target(quantized(model))
     look_ahead = random_look_ahead(target, 3, rank=4)
@@ -155,10 +157,10 @@ def test_compiled_passes_of_a_rounded_model(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_rounded_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a traceback out of torch, and a model silently left as it is."""
+    """Catches a traceback from torch, and a model silently left as it is."""
     with pytest.raises(QuantizeError, match="quantize is 'int3': it must be one of int8"):
         quantized(small_llama(), "int3")
-    with pytest.raises(QuantizeError, match="for CPUs alone, the model is on meta"):
+    with pytest.raises(QuantizeError, match="on CPUs only: the model is on meta"):
         quantized(small_llama().to("meta"))
     monkeypatch.setattr(native, "available", lambda: False)
     with pytest.raises(QuantizeError, match="AVX2 or AVX-512, and a C\\+\\+ compiler"):

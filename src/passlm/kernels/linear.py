@@ -171,7 +171,7 @@ def described() -> str:
 
 def _packed(weight: Tensor) -> Tensor:
     """Return weights in the blocks of `cpp/products.cpp`, `[blocks, in, lanes, per word]`."""
-    assert weight.dtype in _TYPES, f"no products with weights of {weight.dtype}"
+    assert weight.dtype in _TYPES, f"weights of {weight.dtype} are not supported"
     lanes, together = native.lanes(), _WORD // weight.itemsize
     outputs, inputs = weight.shape
     missing = -outputs % (lanes * together)

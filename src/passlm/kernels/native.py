@@ -90,7 +90,7 @@ def _load() -> ctypes.CDLL | Literal[False]:
     """Load the library, after compiling it if needed; return False if that fails."""
     using = compiler()
     if using is None:
-        _log.warning("there is no C++ compiler here, so passes take longer: install g++")
+        _log.warning("no C++ compiler found, so passes are slower: install g++")
         return False
     command = _command(using)
     made_for = torch.__version__, str(environment()["machine"]["processor"])
@@ -99,7 +99,7 @@ def _load() -> ctypes.CDLL | Literal[False]:
     path = cache_folder() / "native" / f"{name}.so"
     try:
         if not path.is_file():
-            _log.info("compiling our own operators, once; kept as %s", path)
+            _log.info("compiling the C++ operators once, to %s", path)
             _build(command, path)
         try:
             # Global, because compiled passes look up its symbols.
@@ -110,7 +110,7 @@ def _load() -> ctypes.CDLL | Literal[False]:
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         _log.warning(
-            "our own operators cannot be used, so passes take longer: %s", said.split("\n")[0]
+            "the C++ operators cannot be used, so passes are slower: %s", said.split("\n")[0]
         )
         return False
 

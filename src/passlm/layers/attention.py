@@ -27,12 +27,8 @@ from transformers.masking_utils import sdpa_mask
 from passlm.kernels import native
 
 NAME = "passlm_grouped"
-_ELSEWHERE = (
-    "position_bias",
-    "cache",
-    "softcap",
-    "output_attentions",
-)  # options left to transformers
+# Options with which transformers' sdpa function is called instead.
+_ELSEWHERE = ("position_bias", "cache", "softcap", "output_attentions")
 _TYPES = (torch.bfloat16, torch.float32)
 _OPERATOR = "passlm::rows_attention"
 

@@ -118,7 +118,7 @@ def joinable(layer: nn.Module) -> bool:
 def _product(layer: nn.Module) -> RowsProduct:
     if isinstance(layer, Int8Linear):
         return layer.product
-    assert has_product(layer), "a layer that is joinable"
+    assert has_product(layer), "only joinable layers are fused"
     return packed_product(layer)
 
 

@@ -61,7 +61,7 @@ class Int8Linear(nn.Module):
 
     def __init__(self, layer: nn.Module, keep: bool = False) -> None:
         super().__init__()
-        assert isinstance(layer.weight, Tensor), "a linear layer has weights"
+        assert isinstance(layer.weight, Tensor), "a linear layer has a weight"
         weight = layer.weight.detach()
         matrix = (weight if isinstance(layer, nn.Linear) else weight.T).float().contiguous()
         self.out_features, self.in_features = matrix.shape
@@ -100,11 +100,11 @@ def quantized(model: PreTrainedModel, kind: str = "int8") -> PreTrainedModel:
         raise QuantizeError(f"quantize is {kind!r}: it must be one of {', '.join(QUANTIZED)}")
     device = next(model.parameters()).device
     if device.type != "cpu":
-        raise QuantizeError(f"int8 weights are for CPUs alone, the model is on {device}")
+        raise QuantizeError(f"int8 weights are supported on CPUs only: the model is on {device}")
     if not native.available():
         raise QuantizeError(
             "int8 weights need a CPU with AVX2 or AVX-512, and a C++ compiler: install g++, or "
-            "leave quantize out"
+            "omit quantize"
         )
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     made = copy.deepcopy(model, shared)  # new modules around the same tensors

@@ -134,7 +134,7 @@ class GatedLora(nn.Module):
             LoraError: a tensor is missing, or they do not match each other.
         """
         if not groups or not all(groups):
-            raise LoraError("the groups of layers are empty or name one twice")
+            raise LoraError("there are no layer groups, a group is empty or a layer is named twice")
         try:
             down = [tensors[f"lora.A.{group[0]}"] for group in groups]
             up = {name: tensors[f"lora.B.{name}"] for group in groups for name in group}
@@ -154,8 +154,10 @@ class GatedLora(nn.Module):
                 size = features(layers[name]) if name in layers else None
                 wanted = int(down.shape[1]), int(self.up[self.names.index(name)].shape[0])
                 if size != wanted:
-                    found = "is no linear layer of it" if size is None else f"has {size}"
-                    raise LoraError(f"layer {name!r} of {wanted} inputs and outputs {found}")
+                    found = "no linear layer of that name" if size is None else str(size)
+                    raise LoraError(
+                        f"layer {name!r} of {wanted} inputs and outputs: the model has {found}"
+                    )
 
     def on(self, model: nn.Module, dtype: torch.dtype | None = None) -> AppliedLora:
         """Bind these updates to a model's layers, without changing the model.
@@ -173,12 +175,12 @@ def _check_tensors(
 ) -> None:
     names = [name for group in groups for name in group]
     if not names or len(set(names)) < len(names) or not all(groups):
-        raise LoraError("the groups of layers are empty or name one twice")
+        raise LoraError("there are no layer groups, a group is empty or a layer is named twice")
     ranks = {t.shape[1] for t in up.values() if t.ndim == 2}
     whole = len(ranks) == 1 and all(t.ndim == 2 for t in (*down, *up.values()))
     rank = next(iter(ranks), 0)
     if not whole or [len(t) for t in down] != [rank * len(group) for group in groups]:
-        raise LoraError("the shapes of A and B do not fit each other")
+        raise LoraError("the shapes of A and B do not match")
 
 
 class AppliedLora:
@@ -355,7 +357,7 @@ def _device(layer: nn.Module) -> torch.device:
 
 def _checked_size(model: nn.Module, name: str, rank: int) -> tuple[int, int]:
     size = features(model.get_submodule(name))
-    assert size is not None, f"{name} is no linear layer"
+    assert size is not None, f"{name} is not a linear layer"
     if not 1 <= rank <= min(size):
         raise LoraError(
             f"lora-rank is {rank}: layer {name} of {size[0]} inputs and {size[1]} outputs takes 1 "

@@ -54,14 +54,8 @@ class PackedLinears:
     def _weights(self) -> list[tuple[int, int, int]]:
         """Return a key of each weight that changes when it is replaced, moved or written to."""
         weights = [layer.weight for layer in self._layers]
-        return [
-            (
-                id(w),
-                w.data_ptr(),
-                0 if w.is_inference() else w._version,
-            )  # inference tensors have no version
-            for w in weights
-        ]
+        # Inference tensors have no version.
+        return [(id(w), w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -1,11 +1,11 @@
-// Attention of a few rows over the keys and values of a cache, for CPUs; see layers/attention.py.
+// Attention of a few rows over a KV cache, for CPUs; see layers/attention.py.
 //
-// Query heads that share keys and values are computed together. Numbers are float32 in registers. A
-// row's sums run over the slots in their order, and slots that it does not see add exact zeros: what
-// it gives does not depend on the rows beside it nor on the length of the cache, bit for bit.
+// Query heads that share keys and values are computed together, in float32. A row's sums run over
+// the cache slots in order, and slots that the row does not see add exact zeros: its output does
+// not depend on the other rows nor on the capacity of the cache, bit for bit.
 //
-// Every text has a line of as many rows, or all rows stand in one line and say of which text they
-// are.
+// Either each sequence has a line of equally many rows, or all rows are packed into one line and
+// `texts` holds the sequence of each.
 
 #include <cmath>
 #include <utility>
@@ -17,13 +17,14 @@
 
 namespace {
 
-constexpr int MOST_ROWS = 16;  // that are computed together
-constexpr int TILE = 4;        // of them, whose values are summed up together
-constexpr int SHARES = 2;      // parts of the work for each thread, at least
-constexpr float UNSEEN = -1e30f;
+constexpr int MOST_ROWS = 16;  // rows that are computed together
+constexpr int TILE = 4;        // rows whose weighted values are summed together
+constexpr int SHARES = 2;      // minimum number of parts of the work per thread
+constexpr float UNSEEN = -1e30f;  // mask values up to this hide a slot
 
-// Numbers of 32 or 16 bits, a vector of words at a time. Numbers of 16 bits come out as those at
-// even places and those at odd ones: queries, keys, values and results have them in the same order.
+// Types of queries, keys and values, read and written one vector of 32-bit words at a time. A
+// vector of bfloat16 is read as two: the numbers at even indices, then those at odd ones. Queries,
+// keys, values and outputs all use that order.
 
 struct Float32 {
     static constexpr int vectors = 1;
@@ -54,7 +55,8 @@ struct BFloat16 {
     }
 };
 
-// Of two vectors: sums of neighbours that are `step` apart, those of `a` and `b` by turns.
+// Add lanes of `a` that are `step` apart, and those of `b`; groups of `step` sums alternate between
+// both.
 template <int step, int... lane>
 ALWAYS_INLINE Floats folded(Floats a, Floats b, std::integer_sequence<int, lane...>) {
     const Floats left = __builtin_shufflevector(
@@ -64,7 +66,9 @@ ALWAYS_INLINE Floats folded(Floats a, Floats b, std::integer_sequence<int, lane.
     return left + right;
 }
 
-// The sums of `count` products of a row with keys, each in a lane of its own.
+// Dot products of a query and `count` keys, each in its own lane when `count` is LANES.
+//
+// known: vectors of a head, or 0 to use `vectors`.
 template <int count, int known>
 ALWAYS_INLINE Floats dots(const Floats* query, const Floats* keys, int64_t vectors) {
     if constexpr (count == 1) {
@@ -81,10 +85,10 @@ ALWAYS_INLINE Floats dots(const Floats* query, const Floats* keys, int64_t vecto
     }
 }
 
-// Neighbouring rows of one text.
+// Consecutive rows of one sequence.
 struct Run {
     int64_t text;
-    int64_t line, first;  // where they begin: in which line of rows, and at which place of it
+    int64_t line, first;  // the line of rows, and the index of the first row in it
     int64_t rows;
 };
 
@@ -92,13 +96,14 @@ struct Pass {
     View query, keys, values, mask;
     int64_t lines, heads, key_heads, rows, slots, width, blocks;
     float scale;
-    const Floats* added;  // to scores, [lines, rows, blocks]
-    const char* seen;     // whether a row sees something of a block, [lines, rows, blocks]
+    const Floats* added;  // the mask, added to scores, [lines, rows, blocks]
+    const char* seen;     // whether a row sees any slot of a block, [lines, rows, blocks]
     char* output;         // [lines, rows, heads, width]
     std::vector<Run> runs;
 };
 
-// Which rows are of which text: `texts` says it of each row, or each line is a text.
+// Split rows by sequence. texts: the sequence of each row; if empty, each line is a sequence. most:
+// number of sequences in the cache.
 std::vector<Run> runs_of(const View& texts, int64_t lines, int64_t rows, int64_t most) {
     std::vector<Run> runs;
     if (!texts.numbers) {
@@ -107,14 +112,14 @@ std::vector<Run> runs_of(const View& texts, int64_t lines, int64_t rows, int64_t
     }
     const auto* text = reinterpret_cast<const int64_t*>(texts.data);
     for (int64_t n = 0; n < rows; n++) {
-        STD_TORCH_CHECK(text[n] >= 0 && text[n] < most, "a row is of no text of the cache");
+        STD_TORCH_CHECK(text[n] >= 0 && text[n] < most, "a row belongs to no cached sequence");
         if (runs.empty() || runs.back().text != text[n]) runs.push_back({text[n], 0, n, 0});
         runs.back().rows++;
     }
     return runs;
 }
 
-// What is added to each row's scores, -inf beyond the last slot, and which blocks are seen.
+// Lay out the mask of each row, -inf beyond the last slot, and find which blocks each row sees.
 void lay_out(Pass& pass, std::vector<Floats>& added, std::vector<char>& seen) {
     const View& mask = pass.mask;
     const int64_t rows = pass.lines * pass.rows;
@@ -147,13 +152,14 @@ void lay_out(Pass& pass, std::vector<Floats>& added, std::vector<char>& seen) {
 
 ALWAYS_INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
-// Some rows of one text and one head of keys, from the `begin`th to the `end`th: the heads that
-// share it of the first row, then those of the second.
+// Attention of some stacked rows of one run and one key head, from index `begin` to `end`. The
+// stacked rows are the query heads that share the key head: those of the first row, then those of
+// the second.
 //
-// known: vectors of a head; 0 for any number.
+// known: vectors of a head; 0 if known at run time only.
 template <class Kind, int known>
 struct Rows {
-    static constexpr int64_t bytes = sizeof(Floats) / LANES / Kind::vectors;  // of a number
+    static constexpr int64_t bytes = sizeof(Floats) / LANES / Kind::vectors;  // bytes of a number
 
     const Pass& pass;
     const Run& run;
@@ -161,7 +167,7 @@ struct Rows {
     Floats* queries;   // [rows, vectors]
     Floats* unpacked;  // keys of a block, [LANES, vectors]
     Floats* scores;    // [rows, blocks]; then weights
-    std::vector<int64_t> blocks;  // that are seen
+    std::vector<int64_t> blocks;  // seen by any of the rows
     float total[MOST_ROWS];
 
     Rows(const Pass& pass, const Run& run, int64_t key_head, int64_t begin, int64_t end,
@@ -195,8 +201,8 @@ struct Rows {
                bytes * (first * of.strides[0] + head * of.strides[1] + at * of.strides[2]);
     }
 
-    // The numbers of a head, those from the `v`th vector on: as many as `Kind` reads at a time, with
-    // zeros behind the last.
+    // Read the numbers of a head from vector `v` on, as many as `Kind` reads at a time, padded with
+    // zeros.
     ALWAYS_INLINE void read(const char* from, int64_t v, Floats* into) const {
         const int64_t start = v * LANES * bytes, whole = Kind::vectors * LANES * bytes;
         const int64_t left = known ? whole : pass.width * bytes - start;
@@ -250,7 +256,7 @@ struct Rows {
             for (int64_t b : blocks) most = larger(most, own[b]);
             float largest = most[0];
             for (int i = 1; i < LANES; i++) largest = std::max(largest, most[i]);
-            for (int64_t b : blocks) {  // a row that sees nothing gives zeros
+            for (int64_t b : blocks) {  // the output of a row that sees nothing is zero
                 own[b] = largest > UNSEEN ? exponential(own[b] - largest) : Floats{};
                 sum += own[b];
             }
@@ -304,7 +310,7 @@ struct Rows {
     }
 };
 
-// A part of the work: some of the stacked rows of a run and of one head of keys.
+// A part of the work: some of the stacked rows of a run and one key head.
 struct Part {
     const Run* run;
     int64_t key_head, begin, end;
@@ -360,27 +366,27 @@ AtenTensorHandle attention(AtenTensorHandle query, AtenTensorHandle keys, AtenTe
     pass.blocks = (pass.slots + LANES - 1) / LANES;
     STD_TORCH_CHECK(pass.query.half() || pass.query.full(), "queries must be bfloat16 or float32");
     STD_TORCH_CHECK(pass.keys.type == pass.query.type && pass.values.type == pass.query.type,
-                    "keys and values must be of the queries' type");
+                    "keys and values must have the type of the queries");
     STD_TORCH_CHECK(pass.query.strides[3] == 1 && pass.keys.strides[3] == 1 &&
                         pass.values.strides[3] == 1,
-                    "numbers of a head must lie side by side");
+                    "the numbers of a head must be contiguous");
     STD_TORCH_CHECK(!pass.mask.numbers || (pass.mask.strides[3] == 1 &&
                                            (pass.mask.half() || pass.mask.full())),
-                    "a mask must be bfloat16 or float32, its slots side by side");
+                    "a mask must be bfloat16 or float32, with contiguous slots");
     STD_TORCH_CHECK(!text.numbers || (pass.lines == 1 && text.numbers == pass.rows &&
                                       text.type == aoti_torch_dtype_int64() &&
                                       text.dimensions == 1 && text.strides[0] == 1),
-                    "texts must be a whole number for each row of one line");
+                    "texts must be one int64 number for each row of a single line");
     STD_TORCH_CHECK(text.numbers || pass.lines == pass.keys.sizes[0],
-                    "queries and keys must be of as many texts");
+                    "queries and keys must have the same number of sequences");
     for (int d = 0; d < 4; d++) {
         STD_TORCH_CHECK(pass.values.sizes[d] == pass.keys.sizes[d],
-                        "keys and values must be of one size");
+                        "keys and values must have the same shape");
     }
     STD_TORCH_CHECK(!pass.mask.numbers ||
                         (pass.mask.sizes[2] == pass.rows && pass.mask.sizes[3] == pass.slots &&
                          (pass.mask.sizes[0] == 1 || pass.mask.sizes[0] == pass.lines)),
-                    "a mask must have a number for each row and slot");
+                    "a mask must have one number for each row and slot");
     pass.runs = runs_of(text, pass.lines, pass.rows, pass.keys.sizes[0]);
     static thread_local std::vector<Floats> added;
     static thread_local std::vector<char> seen;
@@ -406,7 +412,7 @@ Tensor boxed(Tensor query, Tensor keys, Tensor values, Tensor mask, Tensor texts
 
 }  // namespace
 
-// What compiled passes call, without torch's dispatcher between.
+// Entry point for compiled passes, which bypass torch's dispatcher.
 extern "C" AOTITorchError aoti_torch_cpu_rows_attention(
     AtenTensorHandle query, AtenTensorHandle keys, AtenTensorHandle values, AtenTensorHandle mask,
     AtenTensorHandle texts, double scale, int64_t threads, AtenTensorHandle* made) {

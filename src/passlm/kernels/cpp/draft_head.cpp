@@ -1,7 +1,8 @@
-// The likeliest guesses of a draft head, one behind the other, for CPUs; see drafts/draft_head.py.
+// Greedy draft tokens of a draft head, for CPUs; see drafts/draft_head.py.
 //
-// A guess takes four small products and some numbers between them. As operators of torch these are
-// some thirty, whose calls take longer than the products; here all guesses are one call.
+// A draft token takes four small matrix products and some elementwise operations. In torch these
+// are about thirty operators, whose calls take longer than the products; here one call computes all
+// draft tokens of all sequences.
 
 #include <tuple>
 #include <vector>
@@ -12,7 +13,8 @@ namespace {
 
 using torch::stable::Tensor;
 
-// The place of the largest logit, of equal ones the first, and its probability once all are divided.
+// The index of the largest logit (the first of ties), and its softmax probability after all logits
+// are divided by `divisor`.
 std::pair<int64_t, float> likeliest(const float* logits, int64_t count, float divisor) {
     const int64_t best = std::max_element(logits, logits + count) - logits;
     const float scale = 1 / divisor;
@@ -27,11 +29,15 @@ std::pair<int64_t, float> likeliest(const float* logits, int64_t count, float di
     return {best, 1 / sum};
 }
 
-// hidden: [N, d_model]. last: ids of each text's last tokens, the last one first, [N, tokens].
-// lengths: how many guesses each text is to have, [N]. inputs: the embeddings, [V, d_model]. divisors:
-// of the sums with noise, before they say how sure a guess is, [N].
+// Draft tokens of N sequences.
 //
-// Gives ids and how sure the head is of them, both [N, depths].
+// hidden: [N, d_model]. last: ids of each sequence's last tokens, the latest first, [N, tokens].
+// lengths: number of draft tokens of each sequence, [N]. listed: token ids that `outputs` scores.
+// inputs: input embeddings, [V, d_model]. divisors: what logits with noise are divided by before
+// the softmax that gives the confidence, [N].
+//
+// Returns token ids and the head's confidence in them, both [N, depths]; -1 and 0 beyond the
+// length.
 std::tuple<Tensor, Tensor> guesses(const View& hidden, const View& last, const View& lengths,
                                    const Layer& hidden_in, const Layer& token_in,
                                    const View& depth_in, const Layer& out, const Layer& outputs,
@@ -97,18 +103,18 @@ std::tuple<Tensor, Tensor> boxed(Tensor hidden, Tensor last, Tensor lengths, Ten
     STD_TORCH_CHECK(is_table(rows, d_model) && is_table(table, d_model),
                     "hidden states and embeddings must be rows of bfloat16 or float32");
     STD_TORCH_CHECK(before.whole() && asked.whole() && ids.whole() && depths.full(),
-                    "a tensor is of another type than it should be");
+                    "a tensor has the wrong type");
     STD_TORCH_CHECK(before.sizes[0] == rows.sizes[0] && asked.numbers == rows.sizes[0],
                     "not as many texts as hidden states");
     STD_TORCH_CHECK(from_hidden.weights.sizes[1] == d_model &&
                         told.weights.sizes[1] == before.width() * d_model &&
                         back.weights.sizes[1] == width && to_listed.weights.sizes[1] == d_model,
-                    "the head's layers do not fit together");
+                    "the shapes of the head's layers do not match");
     const Race race{View(noise.get()), View(scales.get())};
     const View divisors(flattened.get());
     race.check(asked, ids.numbers);
     STD_TORCH_CHECK(divisors.full() && divisors.numbers == race.scales.numbers,
-                    "there are not as many divisors as texts");
+                    "there must be one divisor for each text");
     return guesses(rows, before, asked, from_hidden, told, depths, back, to_listed, ids, table,
                    race, divisors);
 }

@@ -1,4 +1,4 @@
-// What both heads, which guess by two small layers, have in common.
+// Parts shared by the sampler head and the draft head, which draft with two small layers.
 
 #pragma once
 
@@ -7,8 +7,9 @@
 
 #include "products.h"
 
-constexpr float EPSILON = 1e-6f;  // as in sampler.py
+constexpr float EPSILON = 1e-6f;  // as in drafts/sampler_head.py
 
+// A linear layer without bias.
 struct Layer {
     View weights, scale;
     int64_t width;
@@ -20,7 +21,7 @@ struct Layer {
     }
 };
 
-// A row of a table, [n, width] bfloat16 or float32, of root mean square 1.
+// Write a row of a table, [n, width] bfloat16 or float32, scaled to root mean square 1.
 inline void normed(const View& table, int64_t row, float* into) {
     const int64_t width = table.width();
     if (table.half()) {
@@ -35,7 +36,7 @@ inline void normed(const View& table, int64_t row, float* into) {
     for (int64_t k = 0; k < width; k++) into[k] *= scale;
 }
 
-// x / (1 + exp(-x)) of each number.
+// Replace each number x by x / (1 + exp(-x)).
 inline void silu(float* numbers, int64_t count) {
     for (int64_t first = 0; first < count; first += LANES) {
         const int64_t size = 4 * std::min<int64_t>(LANES, count - first);
@@ -48,11 +49,11 @@ inline void silu(float* numbers, int64_t count) {
     }
 }
 
-// Texts that get some guesses each, and the last tokens of each, the last one first.
+// Sequences, the number of draft tokens of each, and their last tokens, the latest first.
 struct Texts {
     const int64_t* lengths;
     std::vector<int64_t> last;
-    int64_t number, told;  // how many texts, and tokens of each
+    int64_t number, told;  // of sequences, and of last tokens of each
 
     Texts(const View& lengths_of, const View& tokens)
         : lengths(reinterpret_cast<const int64_t*>(lengths_of.data)),
@@ -61,7 +62,8 @@ struct Texts {
           number(tokens.sizes[0]),
           told(tokens.width()) {}
 
-    // Those that get a guess at this depth, and what it is told: their last tokens' embeddings.
+    // Return the sequences that get a draft token at this depth; write the normalized embeddings of
+    // their last tokens to `into`.
     std::vector<int64_t> reaching(int64_t depth, const View& inputs, std::vector<float>& into) {
         std::vector<int64_t> going;
         for (int64_t n = 0; n < number; n++) {
@@ -79,6 +81,7 @@ struct Texts {
         return going;
     }
 
+    // Make `token` the latest token of a sequence.
     void append(int64_t text, int64_t token) {
         int64_t* own = &last[text * told];
         std::copy_backward(own, own + told - 1, own + told);
@@ -86,12 +89,13 @@ struct Texts {
     }
 };
 
-// What is known of draws to come: the noise of their places, [texts, depths, width] float32, and by
-// what its logarithms are multiplied beside each text's logits, [texts]. Both are empty where nothing is.
+// Noise of the draws to come: noise of each position, [texts, depths, width] float32, and the
+// factor of its logarithm in the sum with each sequence's logits, [texts]. Both are empty where no
+// noise is known.
 struct Race {
     View noise, scales;
 
-    // Refuses too little of it for so many places of each text.
+    // Raise an error if there is less noise than draft tokens.
     void check(const View& lengths, int64_t width) const {
         if (!noise.numbers) return;
         const int64_t texts = lengths.numbers;
@@ -105,7 +109,7 @@ struct Race {
                         "there is not as much noise as there are texts and tokens");
     }
 
-    // The noise of a place; null where nothing is known.
+    // The noise of a position, or null.
     const float* at(int64_t text, int64_t depth) const {
         if (!noise.numbers) return nullptr;
         const int64_t place = text * noise.sizes[1] + depth;
@@ -115,10 +119,10 @@ struct Race {
     float scale(int64_t text) const { return reinterpret_cast<const float*>(scales.data)[text]; }
 };
 
-// Rows of numbers, one behind the other.
+// Whether a tensor is a contiguous table of rows, [n, width] bfloat16 or float32.
 inline bool is_table(const View& tensor, int64_t width) {
     if (tensor.dimensions != 2 || tensor.width() != width) return false;
-    const bool one = tensor.sizes[0] == 1;  // whose stride says nothing
+    const bool one = tensor.sizes[0] == 1;  // its stride has no meaning then
     const bool close = tensor.strides[1] == 1 && (one || tensor.strides[0] == width);
     return close && (tensor.half() || tensor.full());
 }

@@ -1,8 +1,8 @@
-// Random numbers of a position, for CPUs; see decoding/distribution.py.
+// Random numbers of a position, for CPUs; see kernels/philox.py.
 //
 // Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): a block of
-// four numbers is a function of its counter and a key alone, so blocks are made side by side, LANES
-// at a time.
+// four numbers is a function of a counter and a key alone, so LANES blocks are computed in
+// parallel.
 
 #include "vectors.h"
 
@@ -10,14 +10,14 @@ namespace {
 
 typedef uint64_t Pairs __attribute__((vector_size(LANES * 4)));
 
-constexpr int WORDS = 4;  // of a block
+constexpr int WORDS = 4;  // in a block
 constexpr int ROUNDS = 10;
 constexpr uint32_t FACTORS[2] = {0xD2511F53u, 0xCD9E8D57u};
 constexpr uint32_t STEPS[2] = {0x9E3779B9u, 0xBB67AE85u};
-constexpr float WIDTH = 1.0f / 4294967296.0f;      // of one of 2**32 shares
+constexpr float WIDTH = 1.0f / 4294967296.0f;      // of one of 2**32 intervals
 constexpr float MOST = 1.0f - 1.0f / 16777216.0f;  // the largest float32 below 1
 
-// The products of a factor with every second word, from the first one on.
+// The 64-bit products of a factor and every second word, starting with the first.
 ALWAYS_INLINE Pairs products(Pairs words, uint32_t factor) {
 #if LANES == 16
     return (Pairs)_mm512_mul_epu32((__m512i)words, _mm512_set1_epi64(factor));
@@ -26,7 +26,7 @@ ALWAYS_INLINE Pairs products(Pairs words, uint32_t factor) {
 #endif
 }
 
-// Each word times a factor: the upper and the lower 32 bits.
+// Multiply each word by a factor; return the upper and the lower 32 bits.
 ALWAYS_INLINE void multiply(Words words, uint32_t factor, Words& upper, Words& lower) {
     constexpr uint64_t low = 0xffffffffu;
     const Pairs even = products((Pairs)words, factor);
@@ -35,7 +35,7 @@ ALWAYS_INLINE void multiply(Words words, uint32_t factor, Words& upper, Words& l
     lower = (Words)((even & low) | (odd << 32));
 }
 
-// The middles of the shares that words stand for, rounded once, as between 0 and 1.
+// Map words to the midpoints of 2**32 equal intervals between 0 and 1, rounded once.
 ALWAYS_INLINE Floats middles(Words words) {
     const Floats upper = __builtin_convertvector((Integers)(words >> 16), Floats);
     const Floats lower = __builtin_convertvector((Integers)(words & 0xffffu), Floats) + 0.5f;
@@ -45,7 +45,8 @@ ALWAYS_INLINE Floats middles(Words words) {
 
 }  // namespace
 
-// The first numbers between 0 and 1 of a key and a counter, whose lowest 32 bits count blocks.
+// Write `count` numbers between 0 and 1. key: [2]. counter: its words 1 to 3, [3]; word 0 counts
+// blocks.
 extern "C" void passlm_uniform(const uint32_t* key, const uint32_t* counter, int64_t count,
                                float* made) {
     Words lane;

@@ -1,7 +1,7 @@
-// Compiled passes as operators; see kernels/aot_package.py.
+// Operators that run packages of compiled passes; see kernels/aot_package.py.
 //
-// What torch gives Python to run a package holds Python's lock for the whole pass. Operators are
-// called without it, so a server's other threads work on while a pass is computed.
+// Torch's Python loader holds the GIL for the whole pass. Torch calls operators without the GIL, so
+// other threads of a server keep running during a pass.
 
 #include <map>
 #include <memory>
@@ -23,7 +23,7 @@ using torch::aot_inductor::tensor_pointer_to_tensor_handle;
 using torch::stable::Tensor;
 
 std::mutex lock;
-std::map<int64_t, std::shared_ptr<Loader>> packages;  // that are open, by their numbers
+std::map<int64_t, std::shared_ptr<Loader>> packages;  // open packages by number
 
 int64_t opened(std::string path) {
     auto loader = std::make_shared<Loader>(path);
@@ -33,9 +33,9 @@ int64_t opened(std::string path) {
     return number;
 }
 
-// A pass that is being computed goes on to its end.
+// Close a package; a pass that is running is completed.
 void closed(int64_t package) {
-    std::shared_ptr<Loader> loader;  // destroyed after the lock is given back
+    std::shared_ptr<Loader> loader;  // destroyed after the lock is released
     const std::lock_guard<std::mutex> held(lock);
     loader = std::move(packages.at(package));
     packages.erase(package);

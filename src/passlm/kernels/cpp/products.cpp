@@ -1,15 +1,15 @@
-// Products of a few rows with a matrix of weights, for CPUs; see kernels/linear.py.
+// Products of a few rows with a weight matrix, for CPUs; see kernels/linear.py.
 //
-// Decoding multiplies one to some twenty rows with every weight of the model. What that costs is
-// reading the weights, as long as the rows' arithmetic keeps up: here weights are unpacked to
-// float32 in registers, and each is multiplied with all rows before the next is read. An output is
-// summed up over the inputs in their order by one chain of fused multiply-adds, whatever the number
-// of rows: a row's result does not depend on the rows beside it, bit for bit.
+// Decoding multiplies one to about twenty rows by every weight of the model. Reading the weights
+// determines the time, as long as the arithmetic of the rows keeps up with it: here weights are
+// unpacked to float32 in registers, and each is multiplied by all rows before the next is read. An
+// output is summed over the inputs in order, by one chain of fused multiply-adds, for any number of
+// rows: a row's result does not depend on the other rows, bit for bit.
 //
-// Weights lie in blocks of LANES words of 32 bits for each input: a word holds 1 float32, 2 bfloat16
-// or 4 int8 weights of as many outputs, those of one word LANES outputs apart.
+// Weights lie in blocks. A block has LANES 32-bit words for each input. A word holds 1 float32, 2
+// bfloat16 or 4 int8 weights, each of a different output; the outputs of one word are LANES apart.
 //
-// Some rows may have an update, B A x (LoRA), which goes on where the sum over the inputs ends.
+// Some rows may have an update, B A x (LoRA). It continues the sum over the inputs.
 
 #include <vector>
 
@@ -20,17 +20,17 @@
 namespace {
 
 constexpr int REGISTERS = LANES == 16 ? 32 : 16;
-constexpr int WIDE = 4;    // vectors of outputs at a time, where rows are few
-constexpr int NARROW = 2;  // where they are more
-// Sums, weights and a row's number stay in registers.
+constexpr int WIDE = 4;    // output vectors of a tile with few rows
+constexpr int NARROW = 2;  // output vectors of a tile with more rows
+// Sums, weights and one input number of a row must fit in the registers.
 constexpr int FEW_ROWS = (REGISTERS - WIDE - 1) / WIDE;
-constexpr int MOST_ROWS = (REGISTERS - NARROW - 1) / NARROW;  // of one tile
-// Bytes asked for before they are needed, into the first cache and into the second.
+constexpr int MOST_ROWS = (REGISTERS - NARROW - 1) / NARROW;  // rows of one tile
+// Prefetch distances in bytes, into the L1 and into the L2 cache.
 constexpr int SOON = 1024;
 constexpr int LATER = 8192;
-constexpr int64_t ALONE = 32768;  // bytes of weights that one thread reads faster than several
+constexpr int64_t ALONE = 32768;  // up to this many bytes of weights, one thread is fastest
 
-// What a word of weights holds.
+// Types of weights: how many a word holds, and how to unpack the one at index `at`.
 
 struct Float32 {
     static constexpr int weights = 1;
@@ -66,16 +66,16 @@ ALWAYS_INLINE void unpack(const Words* words, Floats* into) {
     }
 }
 
-// What is added to the sums of some rows: B times what A gave for them.
+// The LoRA update that is added to the sums of some rows.
 
 struct Update {
     const float* low;      // A x of all layers, 0 for rows without update: tiles of [numbers, rows]
-    int64_t numbers;       // of a row; 0: no row has an update
-    const uint32_t* up;    // B: blocks of bfloat16, [rank, LANES] each
-    const int64_t* parts;  // for each LANES outputs, where the numbers of their layer begin
+    int64_t numbers;       // length of a row's A x; 0 if no row has an update
+    const uint32_t* up;    // B in blocks of bfloat16, [rank, LANES] each
+    const int64_t* parts;  // for each vector of outputs, where the A x of its layer begins
     int64_t rank;
 
-    // B of some LANES outputs, for number `k` of their layer.
+    // Column `k` of B for the output vector with index `lanes`.
     Floats weights(int64_t lanes, int64_t k) const {
         Words words;
         std::memcpy(&words, up + (lanes / 2 * rank + k) * LANES, sizeof(Words));
@@ -83,15 +83,15 @@ struct Update {
     }
 };
 
-// What becomes of the sums of some outputs: scaled, updated, the bias added, rounded to the type of
-// the rows.
+// Where outputs go, and how sums become outputs: they are scaled and updated (in `tile`), then the
+// bias is added and the result rounded to the type of the rows (in `store`).
 
 struct Output {
-    const float* scale;  // null: 1; for whole blocks
-    const char* bias;    // null: 0; of the type of `out`
+    const float* scale;  // padded to whole blocks; null for 1
+    const char* bias;    // in the type of `out`; null for 0
     char* out;
     int64_t width;
-    bool half;           // bfloat16, not float32
+    bool half;           // whether `out` is bfloat16; else float32
     Update update;
 
     void store(float* values, int64_t row, int64_t column, int64_t count) const {
@@ -113,18 +113,19 @@ struct Output {
     }
 };
 
-// Weights that are asked for, into the second cache, while others are multiplied.
+// Weights that are prefetched into the L2 cache while others are multiplied.
 
 struct Ahead {
     const char* from;
-    int64_t bytes;  // for each vector of words that is multiplied
+    int64_t bytes;  // to prefetch for each vector of words that is multiplied
 
     void ask(int64_t word) const { __builtin_prefetch(from + word * bytes, 0, 2); }
 };
 
-// Some rows times `count` vectors of outputs, from vector `first` of a block on.
+// Multiply `rows` rows by the weights of `count` output vectors, from vector `first` of a block on.
 //
-// rows: [inputs, rows], float32. weights: blocks, [inputs, LANES] each.
+// given: the rows, [inputs, rows], float32. weights: blocks, [inputs, LANES] words each. row,
+// column: the first row and output in `output`.
 template <class Kind, int rows, int count, int first>
 __attribute__((noinline)) void tile(const float* __restrict given,
                                     const uint32_t* __restrict weights, int64_t inputs,
@@ -174,12 +175,12 @@ __attribute__((noinline)) void tile(const float* __restrict given,
     }
 }
 
-// Some rows times the blocks from `begin` to `end`; `ahead` begins with what is asked for meanwhile.
+// Multiply rows by the blocks from `begin` to `end`, prefetching from `ahead` on.
 template <class Kind, int rows>
 void tiles(const float* given, const uint32_t* weights, int64_t inputs, int64_t begin, int64_t end,
            const Ahead& ahead, const Output& output, int64_t row) {
     constexpr int count = rows <= FEW_ROWS ? WIDE : NARROW;
-    constexpr int wide = Kind::weights * LANES;  // outputs of a block
+    constexpr int wide = Kind::weights * LANES;  // outputs in a block
     const int64_t size = inputs * LANES;
     const auto behind = [&](int64_t b) {
         return Ahead{ahead.from + (b - begin) * inputs * ahead.bytes, ahead.bytes};
@@ -205,6 +206,7 @@ void tiles(const float* given, const uint32_t* weights, int64_t inputs, int64_t 
     }
 }
 
+// Call `tiles` with the number of rows as a template argument.
 template <class Kind, int rows = MOST_ROWS>
 void of_rows(int64_t number, const float* given, const uint32_t* weights, int64_t inputs,
              int64_t begin, int64_t end, const Ahead& ahead, const Output& output, int64_t row) {
@@ -215,7 +217,7 @@ void of_rows(int64_t number, const float* given, const uint32_t* weights, int64_
     }
 }
 
-// All rows times all blocks; `starts` are the first rows of the tiles, and the end.
+// Multiply all rows by all blocks. starts: the first row of each tile, then the number of rows.
 template <class Kind>
 void multiply(const std::vector<int64_t>& starts, const float* given, const uint32_t* weights,
               int64_t inputs, int64_t blocks, const Output& output, int threads) {
@@ -224,8 +226,9 @@ void multiply(const std::vector<int64_t>& starts, const float* given, const uint
     {
         const int64_t part = omp_get_thread_num(), parts = omp_get_num_threads();
         const int64_t begin = blocks * part / parts, end = blocks * (part + 1) / parts;
-        // With several tiles of rows, weights are read again from the cache, not from memory, and
-        // each tile asks for its part of those that the next step needs: memory works meanwhile.
+        // With several tiles of rows, all but the first tile read the weights of a step from the
+        // cache. Each tile prefetches its share of the weights of the next step, to keep the memory
+        // busy.
         const int64_t tiles = starts.size() - 1, block = inputs * int64_t(sizeof(Words));
         const int64_t step = tiles > 1 ? std::max(1, WIDE / Kind::weights) : end - begin;
         const char* all = reinterpret_cast<const char*>(weights);
@@ -237,7 +240,7 @@ void multiply(const std::vector<int64_t>& starts, const float* given, const uint
                     const int64_t share = (int64_t(sizeof(Words)) + tiles - 1) / tiles;
                     ahead = {all + stop * block + more * block * t / tiles, share};
                 } else if (tiles > 1) {
-                    ahead = {all + b * block, 0};  // nothing is left: what is there already
+                    ahead = {all + b * block, 0};  // nothing left to prefetch: use cached weights
                 }
                 of_rows<Kind>(starts[t + 1] - starts[t], given + starts[t] * inputs, weights,
                               inputs, b, stop, ahead, output, starts[t]);
@@ -246,8 +249,9 @@ void multiply(const std::vector<int64_t>& starts, const float* given, const uint
     }
 }
 
-// The first rows of tiles, and the end: as few tiles as can be, and as equal, but few rows that are
-// left over by whole tiles are one of their own, with more outputs at a time.
+// Split rows into as few tiles as possible; return the first row of each, then the number of rows.
+// Tiles are equally large, unless full tiles leave at most FEW_ROWS rows: those form a tile of
+// their own, which computes more outputs at a time.
 std::vector<int64_t> tiled(int64_t rows) {
     const int64_t count = (rows + MOST_ROWS - 1) / MOST_ROWS, left = rows % MOST_ROWS;
     std::vector<int64_t> starts{0};
@@ -257,7 +261,7 @@ std::vector<int64_t> tiled(int64_t rows) {
     return starts;
 }
 
-// Rows of any strides as float32: each tile as [inputs, rows].
+// Copy rows of any strides as float32, each tile as [inputs, rows].
 void lay_out(const View& rows, const std::vector<int64_t>& starts, int64_t inputs, float* into) {
     const bool half = rows.half();
     const int64_t last = rows.strides[rows.dimensions - 1];
@@ -283,9 +287,9 @@ void lay_out(const View& rows, const std::vector<int64_t>& starts, int64_t input
     }
 }
 
-// Which rows have an update, and what it is of: `gate` is 0 for those without.
+// Compute gate * A x for each row; `gate` is 0 for rows without an update.
 //
-// starts: of the tiles of rows. laid_out: the rows, as `lay_out` left them.
+// starts: the tiles, as from `tiled`. laid_out: the rows, as from `lay_out`.
 Update updates(const View& gate, const View& down, const View& up, const View& parts,
                const std::vector<int64_t>& starts, const std::vector<float>& laid_out,
                int64_t inputs, int threads) {
@@ -318,7 +322,7 @@ Update updates(const View& gate, const View& down, const View& up, const View& p
             reinterpret_cast<const int64_t*>(parts.data), up.sizes[1]};
 }
 
-// All rows times weights of any type.
+// Multiply all rows by weights of any type.
 void multiply_by(const View& weights, const std::vector<int64_t>& starts, const float* given,
                  const Output& output, int threads) {
     const auto* words = reinterpret_cast<const uint32_t*>(weights.data);
@@ -390,7 +394,7 @@ void multiply_rows(const float* rows, int64_t number, const View& weights, const
     multiply_by(weights, starts, laid_out.data(), output, threads);
 }
 
-// What compiled passes call, without torch's dispatcher between.
+// Entry point for compiled passes, which bypass torch's dispatcher.
 extern "C" AOTITorchError aoti_torch_cpu_rows_product(
     AtenTensorHandle rows, AtenTensorHandle gate, AtenTensorHandle packed, AtenTensorHandle scale,
     AtenTensorHandle bias, AtenTensorHandle down, AtenTensorHandle up, AtenTensorHandle parts,

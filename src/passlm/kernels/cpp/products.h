@@ -1,11 +1,11 @@
-// What products.cpp computes, for other operators.
+// Products of rows and weights (products.cpp), for use by other operators.
 
 #pragma once
 
 #include "vectors.h"
 
-// Some rows times weights that are laid out in blocks.
+// Multiply rows by weights in the block layout of products.cpp.
 //
-// rows: [number, inputs]. scale: of each output, or empty. made: [number, width].
+// rows: [number, inputs]. scale: factor of each output, or empty. made: result, [number, width].
 void multiply_rows(const float* rows, int64_t number, const View& weights, const View& scale,
                    float* made, int64_t width, int threads);

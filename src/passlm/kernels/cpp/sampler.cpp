@@ -1,4 +1,4 @@
-// The likeliest tokens of look-ahead groups by a sampler head, for CPUs; see drafts/sampler_head.py.
+// Draft tokens of look-ahead groups by a sampler head, for CPUs; see drafts/sampler_head.py.
 
 #include "heads.h"
 
@@ -6,10 +6,10 @@ namespace {
 
 using torch::stable::Tensor;
 
-constexpr int64_t BLOCK = 64;      // logits whose largest one is looked for together
-constexpr float NOTHING = -1e30f;  // in place of what is no number
+constexpr int64_t BLOCK = 64;      // logits that share one maximum
+constexpr float NOTHING = -1e30f;  // in place of NaN
 
-// The best tokens of a row, best first.
+// The top tokens of a row, best first.
 struct Shortlist {
     std::vector<float> logits;
     std::vector<int64_t> tokens;
@@ -34,7 +34,7 @@ Shortlist shortlist(const View& logits, int64_t row, int64_t count) {
         }
         largest[b] = *std::max_element(lanes, lanes + LANES);
     }
-    // No number is among the best that is below the largest ones of as many blocks.
+    // The top `count` logits are at least as large as the `count`-th largest block maximum.
     float least = NOTHING;
     if (blocks > count) {
         std::vector<float> ordered(largest);
@@ -62,7 +62,7 @@ Shortlist shortlist(const View& logits, int64_t row, int64_t count) {
 
 typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
 
-// LANES numbers of a table, bfloat16 or float32, from number `at` on.
+// LANES numbers of a table, bfloat16 or float32, from index `at` on.
 template <bool half>
 Floats numbers_at(const char* data, int64_t at) {
     if constexpr (half) {
@@ -76,7 +76,7 @@ Floats numbers_at(const char* data, int64_t at) {
     }
 }
 
-// The product of a row of a table with as many numbers.
+// The dot product of a row of a table and `numbers`.
 template <bool half>
 float dot(const View& table, int64_t row, const float* numbers) {
     const int64_t width = table.width(), whole = width / LANES * LANES, start = row * width;
@@ -101,11 +101,14 @@ float dot(const View& table, int64_t row, const float* numbers) {
     return sum;
 }
 
-// logits: of all rows, group after group, [R, V]. hidden: [R, d_model]. lengths: of the groups, [G].
-// last: ids of each text's last tokens, the last one first, [G, tokens]. listed: tokens of a row
-// that are weighed. inputs, outputs: the target's tables, [V, d_model].
+// Draft tokens of G groups with R rows in total.
 //
-// Gives ids, [G, length of the longest group].
+// logits: of all rows, group after group, [R, V]. hidden: [R, d_model]. lengths: of the groups,
+// [G]. last: ids of the last tokens before each group, the latest first, [G, tokens]. listed:
+// number of top tokens of a row that the head chooses from. inputs, outputs: the target's embedding
+// tables, [V, d_model].
+//
+// Returns token ids, [G, length of the longest group]; -1 beyond a group's length.
 Tensor guesses(const View& logits, const View& hidden, const View& lengths, const View& last,
                const Layer& hidden_in, const Layer& token_in, const Layer& out,
                const View& inputs, const View& outputs, const Race& race, int64_t listed,
@@ -115,7 +118,7 @@ Tensor guesses(const View& logits, const View& hidden, const View& lengths, cons
     const auto* lengths_of = reinterpret_cast<const int64_t*>(lengths.data);
     std::vector<int64_t> starts{0};
     for (int64_t g = 0; g < groups; g++) starts.push_back(starts[g] + lengths_of[g]);
-    STD_TORCH_CHECK(starts.back() == rows, "groups have not as many rows as there are");
+    STD_TORCH_CHECK(starts.back() == rows, "group lengths do not add up to the number of rows");
     const int64_t depths = groups ? *std::max_element(lengths_of, lengths_of + groups) : 0;
     const int64_t sizes[2] = {groups, depths};
     const Tensor made(empty(sizes, 2, aoti_torch_dtype_int64()));
@@ -172,13 +175,13 @@ Tensor boxed(Tensor logits, Tensor hidden, Tensor lengths, Tensor last, Tensor h
     const int64_t width = third.sizes[1];
     STD_TORCH_CHECK(is_table(rows, d_model) && is_table(table, d_model) &&
                         is_table(others, d_model) && is_table(whole, others.sizes[0]),
-                    "rows and tables must be of bfloat16 or float32");
-    STD_TORCH_CHECK(before.whole() && asked.whole(), "token ids and lengths must be whole numbers");
+                    "rows and tables must be bfloat16 or float32");
+    STD_TORCH_CHECK(before.whole() && asked.whole(), "token ids and lengths must be int64");
     STD_TORCH_CHECK(before.sizes[0] == asked.numbers && whole.sizes[0] == rows.sizes[0],
                     "not as many texts as groups, or logits as hidden states");
     STD_TORCH_CHECK(first.sizes[1] == d_model && second.sizes[1] == before.width() * d_model &&
                         listed >= 1,
-                    "the head's layers do not fit together");
+                    "the shapes of the head's layers do not match");
     const Race race{View(noise.get()), View(scales.get())};
     race.check(asked, whole.width());
     return guesses(whole, rows, asked, before, {first, scale, width, int(threads)},

@@ -1,4 +1,4 @@
-// Registers of LANES numbers, tensors as torch's C interface gives them, and what the kernels share.
+// Vectors of LANES numbers, views of tensors from torch's C interface, and helpers of all kernels.
 
 #pragma once
 
@@ -17,8 +17,8 @@ typedef int32_t Integers __attribute__((vector_size(LANES * 4)));
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 
-// a * b + c, rounded once. Said so, since compilers fuse some loops and others not, by what they
-// think of the CPU's chains of such sums: a row's numbers would depend on the rows beside it.
+// a * b + c, rounded once. Fused explicitly, because a compiler decides for each loop whether to
+// fuse, and a row's results would then depend on the number of rows.
 ALWAYS_INLINE Floats fused(Floats a, Floats b, Floats c) {
 #if LANES == 16
     return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -27,7 +27,7 @@ ALWAYS_INLINE Floats fused(Floats a, Floats b, Floats c) {
 #endif
 }
 
-// All lanes the same number.
+// A vector with the same number in all lanes.
 ALWAYS_INLINE Floats spread(float number) {
 #if LANES == 16
     return (Floats)_mm512_set1_ps(number);
@@ -36,7 +36,7 @@ ALWAYS_INLINE Floats spread(float number) {
 #endif
 }
 
-// e to the power of each number, none above 0, to about one unit in the last place.
+// exp of numbers that are at most 0, accurate to about one unit in the last place.
 ALWAYS_INLINE Floats exponential(Floats x) {
     constexpr float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
     const Integers far = x < -87.0f;
@@ -54,6 +54,7 @@ ALWAYS_INLINE Floats exponential(Floats x) {
     return (Floats)(bits & ~far);
 }
 
+// The bfloat16 at an address, as float32.
 inline float widened(const char* bfloat16) {
     uint16_t bits;
     std::memcpy(&bits, bfloat16, 2);
@@ -63,12 +64,14 @@ inline float widened(const char* bfloat16) {
     return value;
 }
 
-// The bits of the nearest bfloat16, ties to even, in the upper half; the lower half is not cleared.
+// Round a float32 word to bfloat16, ties to even. The result is in the upper half of the word; the
+// lower half is not cleared.
 inline uint32_t rounded(uint32_t word) {
     const bool number = (word & 0x7fffffffu) <= 0x7f800000u;
     return number ? word + 0x7fffu + ((word >> 16) & 1) : word | 0x400000u;
 }
 
+// Address, shape and type of a tensor. `half`: bfloat16, `full`: float32, `whole`: int64.
 struct View {
     char* data;
     int64_t dimensions;
@@ -94,7 +97,7 @@ struct View {
     bool whole() const { return type == aoti_torch_dtype_int64(); }
 };
 
-// A contiguous tensor that is not filled.
+// A new contiguous CPU tensor with uninitialized values.
 inline AtenTensorHandle empty(const int64_t* sizes, int64_t dimensions, int32_t type) {
     int64_t strides[8];
     STD_TORCH_CHECK(dimensions >= 1 && dimensions <= 8, "a tensor has 1 to 8 dimensions here");
