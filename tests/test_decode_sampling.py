@@ -25,7 +25,7 @@ from small_llama import (
 
 from passlm.decoding import judge as judges
 from passlm.decoding.decoder import Decoder
-from passlm.decoding.distribution import Noise, Purpose
+from passlm.decoding.noise import Noise, Purpose
 from passlm.decoding.text import Request, Row
 from passlm.drafts.draft_head import DraftHead
 from passlm.drafts.protocol import DraftBuilder

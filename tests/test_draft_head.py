@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from passlm.decoding.decoder import Decoder
-from passlm.decoding.distribution import Noise, Purpose
+from passlm.decoding.noise import Noise, Purpose
 from passlm.decoding.text import Request
 from passlm.drafts.draft_head import AppliedHead, DraftHead, HeadSampler
 from passlm.drafts.sampler_head import Draws, Embeddings

@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from passlm.decoding import judge
-from passlm.decoding.distribution import TokenDistribution, processors
+from passlm.decoding.distribution import TokenDistribution
 from passlm.decoding.judge import Verdict
+from passlm.decoding.processors import processors
 from passlm.params import SamplingParams
 
 V = 4

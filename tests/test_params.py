@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from passlm.decoding.distribution import TokenDistribution, processors
+from passlm.decoding.distribution import TokenDistribution
+from passlm.decoding.processors import processors
 from passlm.params import ParameterError, SamplingParams, StopParams
 
 NAN, INFINITE = float("nan"), float("inf")

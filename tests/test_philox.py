@@ -7,8 +7,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from passlm.decoding.distribution import Noise, Purpose
 from passlm.decoding.judge import draw
+from passlm.decoding.noise import Noise, Purpose
 from passlm.kernels import native, philox
 
 FULL = 2**32 - 1

@@ -8,7 +8,7 @@ from itertools import pairwise, product
 import pytest
 
 from passlm.decoding.decoder import agreed_pass, closed_up
-from passlm.decoding.distribution import Noise
+from passlm.decoding.noise import Noise
 from passlm.decoding.text import Request, Row
 from passlm.params import SamplingParams
 from passlm.plan import (

@@ -15,7 +15,7 @@ from torch.nn.functional import silu
 
 from passlm.decoding import judge as judges
 from passlm.decoding.decoder import Decoder
-from passlm.decoding.distribution import Noise, Purpose
+from passlm.decoding.noise import Noise, Purpose
 from passlm.decoding.text import Request, Row
 from passlm.drafts.drawing import draw_together
 from passlm.drafts.protocol import DraftBuilder

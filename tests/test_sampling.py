@@ -25,8 +25,10 @@ from transformers import (
 )
 
 from passlm.decoding.decoder import Decoder
-from passlm.decoding.distribution import Noise, Purpose, TokenDistribution, processors
+from passlm.decoding.distribution import TokenDistribution
 from passlm.decoding.judge import draw
+from passlm.decoding.noise import Noise, Purpose
+from passlm.decoding.processors import processors
 from passlm.decoding.text import Request
 from passlm.model.pass_records import LookAheadRows
 from passlm.params import Judge, SamplingParams

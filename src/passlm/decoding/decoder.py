@@ -13,8 +13,8 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from passlm.decoding.distribution import Noise
 from passlm.decoding.drafters import drafters_for
+from passlm.decoding.noise import Noise
 from passlm.decoding.stopping import cut_block
 from passlm.decoding.text import Request, Row
 from passlm.drafts.protocol import Drafter, Verified

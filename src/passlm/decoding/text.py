@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from passlm.decoding import judge
-from passlm.decoding.distribution import NOISE_WEIGHT, Noise, Purpose, TokenDistribution, processors
+from passlm.decoding.distribution import NOISE_WEIGHT, TokenDistribution
 from passlm.decoding.judge import Computed, Rows, Verdict
+from passlm.decoding.noise import Noise, Purpose
+from passlm.decoding.processors import processors
 from passlm.drafts.protocol import DraftBuilder
 from passlm.drafts.sampler_head import Shortlist
 from passlm.kernels.topk import likeliest

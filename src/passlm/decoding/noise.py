@@ -1,0 +1,54 @@
+"""The sampling noise of a sequence: random numbers made from a seed, a position and a purpose.
+
+The numbers come from a counter-based generator, `kernels/philox.py`. What they are used for is left
+to `judge.py` and to the drafters.
+"""
+
+from __future__ import annotations
+
+import secrets
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from passlm.kernels import philox
+
+
+class Purpose(IntEnum):
+    """Use of a position's noise; each has a stream of its own."""
+
+    SETTLE = 0
+    DRAFT = 1
+    ACCEPT = 2
+
+
+class Noise:
+    """Random numbers that depend on a seed, a position and a purpose alone.
+
+    No state is carried from one draw to the next, so the numbers of a position are the same under
+    any plan, alone or in a batch.
+
+    Args:
+        seed: 0 to 2**64 - 1; None takes a fresh one.
+    """
+
+    def __init__(self, seed: int | None) -> None:
+        self.seed = secrets.randbits(64) if seed is None else seed
+
+    def exponential(self, position: int, purpose: Purpose, size: int) -> Tensor:
+        """Return standard exponential numbers, `[size]` float32.
+
+        `argmax(p / e)` draws from `p`: the exponential race, the same as the Gumbel-max trick
+        with `g = -log e`.
+        """
+        return philox.uniform(self.seed, position, purpose, size).neg_().log1p_().neg_()
+
+    def exponentials(self, start: int, count: int, purpose: Purpose, size: int) -> Tensor:
+        """Return `exponential` of `count` positions from `start` on, `[count, size]`."""
+        return torch.stack([self.exponential(start + i, purpose, size) for i in range(count)])
+
+    def uniform(self, start: int, count: int, purpose: Purpose) -> Tensor:
+        """Return a number of `[0, 1)` for each of `count` positions from `start` on, `[count]`."""
+        drawn = [philox.fine(self.seed, start + i, purpose) for i in range(count)]
+        return torch.tensor(drawn, dtype=torch.float64)
