@@ -22,6 +22,7 @@ from passlm.bench.suites.tasks import SUITES, Task, TaskError, load_suite
 from passlm.cli import Parser
 from passlm.cli.common import add_model_arguments
 from passlm.decoding.decoder import Decoder
+from passlm.decoding.strategies import ByHead, strategy
 from passlm.decoding.text import Request, Row
 from passlm.errors import InputError
 from passlm.generate import Generator, load, set_threads
@@ -29,7 +30,6 @@ from passlm.lookahead.trained import CARD_FILE, LookAhead
 from passlm.lookahead.trained import load as load_rows
 from passlm.outputs import Stats
 from passlm.params import Draft, Judge, SamplingParams, StopParams
-from passlm.plan import ByHead, strategy
 from passlm.provenance import provenance, write_atomically
 from passlm.train.report import model_card
 

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 import passlm
+from passlm.decoding.strategies import OnePass, TwoPass, autoregressive
 from passlm.model.target import Target
-from passlm.plan import OnePass, TwoPass, autoregressive
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from tiny import (

@@ -43,10 +43,10 @@ from passlm.cli.common import (
     print_json,
 )
 from passlm.decoding import judge
+from passlm.decoding.strategies import Adaptive, Strategy, autoregressive, strategy
 from passlm.errors import InputError
 from passlm.generate import Generator, Prompt
 from passlm.params import METHODS, Judge, SamplingParams
-from passlm.plan import Adaptive, Strategy, autoregressive, strategy
 from passlm.planning.auto import AutoPlan
 from passlm.planning.cost_curve import CostCurve
 from passlm.provenance import provenance, write_together

@@ -9,20 +9,22 @@ import pytest
 from torch import Tensor
 
 from passlm.decoding.decoder import Decoder
-from passlm.decoding.text import Request, Row
-from passlm.model.target import Target
-from passlm.params import Judge, SamplingParams
-from passlm.plan import (
+from passlm.decoding.strategies import (
     Adaptive,
-    Chain,
     Choice,
     Chooser,
     FixedChooser,
-    Guessing,
     Limits,
     Strategy,
     autoregressive,
     verifying,
+)
+from passlm.decoding.text import Request, Row
+from passlm.model.target import Target
+from passlm.params import Judge, SamplingParams
+from passlm.plan import (
+    Chain,
+    Guessing,
 )
 from passlm.planning.acceptance import NO_CHAIN, Acceptance, Observed, kind_of, levels
 

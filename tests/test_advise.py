@@ -38,9 +38,9 @@ from passlm.bench.suites.tasks import Task
 from passlm.cli import DONE, INTERRUPTED, USAGE, main
 from passlm.cli import advise as command
 from passlm.cli.advise import Advised, screen
+from passlm.decoding.strategies import TwoPass
 from passlm.errors import InputError
 from passlm.params import SamplingParams, StopParams
-from passlm.plan import TwoPass
 from passlm.planning.cost_curve import CostCurve
 
 # Rows of little cost, as on a GPU, and of as much as a pass of their own.

@@ -21,10 +21,10 @@ from passlm.bench.reports.sweeps import BATCHES, LENGTHS, STEPS, SWEEPS, TEMPERA
 from passlm.bench.suites.prompts import Collector, _without_end
 from passlm.bench.suites.tasks import Task
 from passlm.cli import main
+from passlm.decoding.strategies import Strategy, autoregressive
 from passlm.generate import Generator
 from passlm.outputs import Stats
 from passlm.params import SamplingParams
-from passlm.plan import Strategy, autoregressive
 
 __all__ = ["folder", "lm"]
 

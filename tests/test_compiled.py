@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from passlm.decoding.decoder import Decoder
+from passlm.decoding.strategies import Adaptive, ByHead, OnePass, Strategy, TwoPass, autoregressive
 from passlm.decoding.text import Request, Row
 from passlm.kernels import linear, native
 from passlm.layers import attention
@@ -24,7 +25,6 @@ from passlm.lookahead.trained import LookAhead
 from passlm.model import compiled
 from passlm.model.target import Target
 from passlm.params import SamplingParams
-from passlm.plan import Adaptive, ByHead, OnePass, Strategy, TwoPass, autoregressive
 from passlm.planning.auto import AutoPlan
 from passlm.planning.cost_curve import CostCurve
 from passlm.provenance import staging

@@ -26,6 +26,7 @@ from small_llama import (
 from passlm.decoding import judge as judges
 from passlm.decoding.decoder import Decoder
 from passlm.decoding.noise import Noise, Purpose
+from passlm.decoding.strategies import Adaptive, OnePass, Strategy, TwoPass, autoregressive
 from passlm.decoding.text import Request, Row
 from passlm.drafts.draft_head import DraftHead
 from passlm.drafts.protocol import DraftBuilder
@@ -35,7 +36,6 @@ from passlm.lookahead.trained import LookAhead
 from passlm.model.target import Target
 from passlm.outputs import Stats, Step
 from passlm.params import Draft, Judge, SamplingParams
-from passlm.plan import Adaptive, OnePass, Strategy, TwoPass, autoregressive
 from passlm.planning.auto import AutoPlan
 from passlm.planning.cost_curve import CostCurve
 

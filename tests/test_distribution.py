@@ -35,11 +35,11 @@ from passlm.bench.measuring.distribution import (
 )
 from passlm.bench.measuring.judged import JudgedTokens
 from passlm.decoding import judge
+from passlm.decoding.strategies import Adaptive, ByHead, OnePass, Strategy, TwoPass, autoregressive
 from passlm.drafts.draft_head import DraftHead
 from passlm.generate import Generator
 from passlm.outputs import Output
 from passlm.params import Draft, Judge, SamplingParams
-from passlm.plan import Adaptive, ByHead, OnePass, Strategy, TwoPass, autoregressive
 from passlm.planning.auto import AutoPlan
 from passlm.planning.cost_curve import CostCurve
 

@@ -17,6 +17,7 @@ from torch.nn.functional import silu
 
 from passlm.decoding.decoder import Decoder
 from passlm.decoding.noise import Noise, Purpose
+from passlm.decoding.strategies import ByHead, Limits, autoregressive
 from passlm.decoding.text import Request
 from passlm.drafts.draft_head import AppliedHead, DraftHead, HeadSampler
 from passlm.drafts.sampler_head import Draws, Embeddings
@@ -26,7 +27,7 @@ from passlm.lookahead.trained import LookAhead, LookAheadError
 from passlm.model.target import Target
 from passlm.model.training import hidden_states
 from passlm.params import Draft, SamplingParams
-from passlm.plan import ByHead, Chain, Limits, autoregressive
+from passlm.plan import Chain
 from passlm.planning.auto import AutoPlan
 from passlm.planning.cost_curve import CostCurve
 

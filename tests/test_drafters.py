@@ -11,11 +11,12 @@ import tiny
 from tiny import VOCABULARY
 
 from passlm.decoding.decoder import Decoder
+from passlm.decoding.strategies import FixedChooser, Limits, autoregressive, verifying
 from passlm.decoding.text import Request, Row
 from passlm.drafts.protocol import Drafter, DraftSequence, PassResult, Verified
 from passlm.model.target import Target
 from passlm.params import SamplingParams
-from passlm.plan import Chain, FixedChooser, Guessing, Limits, autoregressive, verifying
+from passlm.plan import Chain, Guessing
 from passlm.planning.acceptance import Observed, kind_of
 from passlm.planning.auto import AutoPlan
 from passlm.planning.cost_curve import CostCurve

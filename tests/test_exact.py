@@ -14,11 +14,11 @@ from small_llama import small_llama
 from tiny import GREEDY, PROMPT_LENGTHS, VOCABULARY, prompt, random_look_ahead, requests_for, run
 
 import passlm
+from passlm.decoding.strategies import OnePass, Strategy, TwoPass, autoregressive
 from passlm.generate import Generator
 from passlm.kernels import linear
 from passlm.model.target import Target
 from passlm.params import SamplingParams
-from passlm.plan import OnePass, Strategy, TwoPass, autoregressive
 
 pytestmark = pytest.mark.skipif(
     not linear.preferred(), reason="this machine multiplies by torch's products"

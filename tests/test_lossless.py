@@ -28,11 +28,12 @@ from tiny import (
 )
 
 from passlm.decoding.decoder import Decoder, PromptError
+from passlm.decoding.strategies import OnePass, Strategy, TwoPass, strategy
 from passlm.decoding.text import Request, Row
 from passlm.model.pass_records import LookAheadRows, PassRow
 from passlm.model.target import Target
 from passlm.params import Draft, Judge, SamplingParams
-from passlm.plan import OnePass, Plan, Strategy, TwoPass, strategy
+from passlm.plan import Plan
 from passlm.planning.auto import AutoPlan
 from passlm.planning.cost_curve import CostCurve
 

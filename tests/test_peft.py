@@ -10,9 +10,9 @@ from peft import LoraConfig, get_peft_model
 from tiny import ARCHITECTURES, generate, look_ahead_rows, prompt, requests_for, run
 
 from passlm import custom_generate
+from passlm.decoding.strategies import OnePass
 from passlm.lookahead.trained import LookAhead
 from passlm.model.target import Target
-from passlm.plan import OnePass
 
 NEW = 24
 TOKENS = prompt(11)

@@ -9,7 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from passlm.plan import METHODS, OnePass, Plan, TwoPass, autoregressive, strategy
+from passlm.decoding.strategies import OnePass, TwoPass, autoregressive, strategy
+from passlm.params import METHODS
+from passlm.plan import Plan
 
 
 @dataclass(frozen=True)

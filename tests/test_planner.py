@@ -9,19 +9,10 @@ import pytest
 
 from passlm.decoding.decoder import agreed_pass, closed_up
 from passlm.decoding.noise import Noise
+from passlm.decoding.strategies import Adaptive, Choice, Limits, Shared, Strategy, autoregressive
 from passlm.decoding.text import Request, Row
 from passlm.params import SamplingParams
-from passlm.plan import (
-    Adaptive,
-    Chain,
-    Choice,
-    Guessing,
-    Limits,
-    Plan,
-    Shared,
-    Strategy,
-    autoregressive,
-)
+from passlm.plan import Chain, Guessing, Plan
 from passlm.planning import auto
 from passlm.planning.acceptance import expected_length
 from passlm.planning.auto import AutoChooser, AutoPlan

@@ -20,12 +20,13 @@ from passlm.bench.measuring import predictability as module
 from passlm.bench.measuring.predictability import Watch, predictability
 from passlm.bench.reports.markdown import markdown
 from passlm.decoding.decoder import Decoder
+from passlm.decoding.strategies import Choice, OnePass
 from passlm.decoding.text import Request
 from passlm.generate import Generator
 from passlm.lookahead.trained import LookAhead
 from passlm.model.target import Target
 from passlm.params import SamplingParams, StopParams
-from passlm.plan import SOURCES, Chain, Choice, OnePass, Plan
+from passlm.plan import SOURCES, Chain, Plan
 
 PROMPTS = ([5, 6, 7], [9, 9, 10, 11, 12], [40, 3])
 NEW_TOKENS = 16

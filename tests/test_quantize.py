@@ -15,13 +15,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from passlm.decoding.decoder import Decoder
+from passlm.decoding.strategies import OnePass, Strategy, TwoPass, autoregressive
 from passlm.decoding.text import Request
 from passlm.kernels import native
 from passlm.layers import int8
 from passlm.layers.int8 import Int8Linear, QuantizeError, is_quantized, quantized
 from passlm.lookahead.trained import LookAhead, load_for
 from passlm.model.target import Target
-from passlm.plan import OnePass, Strategy, TwoPass, autoregressive
 from passlm.planning.kept_costs import Costs
 from passlm.planning.measure import weight_bytes
 

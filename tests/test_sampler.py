@@ -16,6 +16,7 @@ from torch.nn.functional import silu
 from passlm.decoding import judge as judges
 from passlm.decoding.decoder import Decoder
 from passlm.decoding.noise import Noise, Purpose
+from passlm.decoding.strategies import OnePass, TwoPass
 from passlm.decoding.text import Request, Row
 from passlm.drafts.drawing import draw_together
 from passlm.drafts.protocol import DraftBuilder
@@ -33,7 +34,6 @@ from passlm.model.supported import UnsupportedModelError
 from passlm.model.target import Target
 from passlm.outputs import Step
 from passlm.params import Draft, Judge, SamplingParams
-from passlm.plan import OnePass, TwoPass
 from passlm.train.loss import Part
 
 D, WIDTH, WORDS, SHORT, ROWS = 8, 5, 40, 6, 3

@@ -18,6 +18,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM,
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from passlm.decoding.decoder import Decoder, PromptError
+from passlm.decoding.strategies import OnePass
 from passlm.decoding.text import Request
 from passlm.masks import visibility, within_window
 from passlm.model.cache import BLOCK
@@ -26,7 +27,7 @@ from passlm.model.supported import UnsupportedModelError, check_supported
 from passlm.model.target import Target
 from passlm.model.training import look_ahead_pass
 from passlm.params import SamplingParams
-from passlm.plan import OnePass, Plan
+from passlm.plan import Plan
 
 CPU = torch.device("cpu")
 SOME = ("llama", "llama-eager", "mistral", "gemma2", "gemma3", "gpt2")

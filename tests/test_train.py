@@ -35,13 +35,14 @@ from small_llama import (
 from torch import Tensor
 
 from passlm.decoding.decoder import Decoder
+from passlm.decoding.strategies import OnePass, Strategy, TwoPass
 from passlm.decoding.text import Request
 from passlm.model.pass_records import Hung, LookAheadRows
 from passlm.model.target import Target
 from passlm.model.training import look_ahead_pass
 from passlm.outputs import Stats
 from passlm.params import SamplingParams
-from passlm.plan import OnePass, Plan, Strategy, TwoPass
+from passlm.plan import Plan
 from passlm.train import head, loop
 from passlm.train.config import ConfigError, Loss, TrainConfig
 from passlm.train.loop import (

@@ -15,12 +15,13 @@ from small_llama import counting, counting_llama, small_llama, trainer
 from torch import Tensor
 
 from passlm.decoding.decoder import Decoder
+from passlm.decoding.strategies import ByHead
 from passlm.decoding.text import Request
 from passlm.lookahead.trained import LookAhead
 from passlm.model.target import Target
 from passlm.model.training import hidden_states
 from passlm.params import SamplingParams
-from passlm.plan import ByHead, Plan, make_layout
+from passlm.plan import Plan, make_layout
 from passlm.planning.auto import AutoPlan
 from passlm.planning.cost_curve import CostCurve
 from passlm.train.config import Loss, TrainConfig

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from passlm.decoding.decoder import Decoder, Observer
+from passlm.decoding.strategies import Strategy, autoregressive
 from passlm.decoding.text import Request, Row
 from passlm.drafts.draft_head import DraftHead
 from passlm.drafts.sampler_head import SamplerHead
@@ -26,7 +27,7 @@ from passlm.model.pass_records import LookAheadRows
 from passlm.model.target import Target
 from passlm.outputs import Step
 from passlm.params import SamplingParams
-from passlm.plan import Chain, Strategy, autoregressive
+from passlm.plan import Chain
 
 VOCABULARY = 64
 CONTEXT = 256

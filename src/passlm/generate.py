@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from passlm.decoding.decoder import Decoder, PromptError
 from passlm.decoding.stopping import StopStrings
+from passlm.decoding.strategies import Adaptive, Strategy, strategy
 from passlm.decoding.text import Request, Row
 from passlm.layers.int8 import quantized
 from passlm.loading.detokenize import Detokenizer
@@ -28,7 +29,6 @@ from passlm.lookahead.trained import LookAhead, load_for
 from passlm.model.target import Target
 from passlm.outputs import Chunk, FinishReason, Output, Stats, Step
 from passlm.params import METHODS, ParameterError, SamplingParams, StopParams
-from passlm.plan import Adaptive, Strategy, strategy
 from passlm.planning.kept_costs import Costs
 from passlm.provenance import cache_folder
 
@@ -299,7 +299,7 @@ class Generator:
     ) -> Iterator[tuple[int, Chunk]]:
         """Decode a batch; yield the prompt index and chunk of each pass; fill in `stats`."""
         plans = self._plans(options, prompts)
-        decoder = Decoder(self.target, self.rows)
+        decoder = Decoder(self.target, None if options.method == "ar" else self.rows)
         texts: dict[Row, StreamedText] = {}
         for index, (prompt, counts) in enumerate(zip(prompts, stats, strict=True)):
             begun = time.perf_counter()

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from passlm.bench.engines.decoding import PlanDecoding
 from passlm.bench.engines.methods import BASELINE, Method
 from passlm.bench.measuring.intervals import COVERAGE
-from passlm.plan import strategy
+from passlm.decoding.strategies import strategy
 from passlm.planning.acceptance import expected_length
 from passlm.planning.cost_curve import CostCurve
 

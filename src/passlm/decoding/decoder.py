@@ -16,6 +16,7 @@ from torch import Tensor
 from passlm.decoding.drafters import drafters_for
 from passlm.decoding.noise import Noise
 from passlm.decoding.stopping import cut_block
+from passlm.decoding.strategies import Shared
 from passlm.decoding.text import Request, Row
 from passlm.drafts.protocol import Drafter, Verified
 from passlm.errors import InputError
@@ -24,7 +25,6 @@ from passlm.model.cache import RowCache
 from passlm.model.pass_records import LookAheadRows, PassOutput, PassRow
 from passlm.model.target import PREFILL_CHUNK, Target
 from passlm.outputs import FinishReason, Step
-from passlm.plan import Shared
 
 
 class PromptError(InputError):
@@ -170,8 +170,9 @@ class Decoder:
         """Collect the drafters' candidates for the next pass."""
         for row in rows:
             row.begin_step(len(rows))
-        for drafter in self.drafters:
-            for row, chain in zip(rows, drafter.propose(rows), strict=True):
+        drafting = [row for row in rows if row.drafts]
+        for drafter in self.drafters if drafting else ():
+            for row, chain in zip(drafting, drafter.propose(drafting), strict=True):
                 if chain is not None:
                     row.proposed.insert(0, chain)
 
@@ -215,9 +216,9 @@ class Decoder:
         verified = [
             Verified(row, index, step.accepted, row.plan.group(step.accepted))
             for index, (row, step) in enumerate(self.settled)
-            if step.finish_reason is None
+            if row.drafts and step.finish_reason is None
         ]
-        for drafter in self.drafters:
+        for drafter in self.drafters if verified else ():
             drafter.remember(verified, output)
 
     def _room(self, request: Request) -> tuple[int, FinishReason]:

@@ -17,6 +17,16 @@ from passlm.decoding.distribution import NOISE_WEIGHT, TokenDistribution
 from passlm.decoding.judge import Computed, Rows, Verdict
 from passlm.decoding.noise import Noise, Purpose
 from passlm.decoding.processors import processors
+from passlm.decoding.strategies import (
+    Adaptive,
+    Choice,
+    Chooser,
+    FixedChooser,
+    Limits,
+    Shared,
+    Strategy,
+    autoregressive,
+)
 from passlm.drafts.protocol import DraftBuilder
 from passlm.drafts.sampler_head import Shortlist
 from passlm.kernels.topk import likeliest
@@ -24,18 +34,10 @@ from passlm.model.pass_records import PassRow
 from passlm.outputs import FinishReason
 from passlm.params import Draft, Judge, SamplingParams
 from passlm.plan import (
-    Adaptive,
     Chain,
-    Choice,
-    Chooser,
-    FixedChooser,
     Guessing,
-    Limits,
     Plan,
-    Shared,
     Source,
-    Strategy,
-    autoregressive,
 )
 
 
@@ -139,6 +141,11 @@ class Row:
         """
         follows = self.request.judge == "rejection" and not self.request.distribution.greedy
         return self._chooser if self._chooser.passes and not follows else None
+
+    @property
+    def drafts(self) -> bool:
+        """Whether the sequence takes candidates from drafters."""
+        return self._chooser.drafts
 
     @property
     def guessing(self) -> Guessing:

@@ -2,7 +2,8 @@
 
 A drafter proposes candidates before each pass and may keep what it needs from the pass afterwards.
 To add a source, write a module with a class that follows `Drafter` and list it in
-`decoding/drafters.py`. Which proposal is verified is left to the chooser (`plan.Chooser`).
+`decoding/drafters.py`. Which proposal is verified is left to the strategy
+(`decoding/strategies.py`).
 """
 
 from __future__ import annotations

@@ -33,13 +33,13 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from passlm.decoding.decoder import Decoder
 from passlm.decoding.distribution import TokenDistribution
+from passlm.decoding.strategies import Adaptive, Strategy, strategy
 from passlm.decoding.text import Request, Row
 from passlm.integrations.checks import GenerateError, refuse, seen_ids
 from passlm.lookahead.card import LookAheadError
 from passlm.lookahead.trained import LookAhead, load_for
 from passlm.model.target import Target
 from passlm.params import METHODS, Draft, Judge, ParameterError, SamplingParams
-from passlm.plan import Adaptive, Strategy, strategy
 from passlm.planning.kept_costs import Costs
 
 _GENERATE = inspect.unwrap(GenerationMixin.generate).__code__

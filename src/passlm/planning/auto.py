@@ -17,7 +17,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import get_args
 
-from passlm.plan import Chain, Choice, Guessing, Limits, Plan, Shared, Source
+from passlm.decoding.strategies import Choice, Limits, Shared
+from passlm.plan import Chain, Guessing, Plan, Source
 from passlm.planning.acceptance import NO_CHAIN, Key, Observed, expected_length, kind_of, levels
 from passlm.planning.cost_curve import CostCurve
 
@@ -206,7 +207,7 @@ class AutoChooser:
         self._weigh_anew()
 
     def resize(self, texts: int) -> None:
-        """See `plan.Chooser`: go on with other costs; what was counted is kept.
+        """See `strategies.Chooser`: go on with other costs; what was counted is kept.
 
         Batches change often and weighing takes long: until it is next done, groups are worth what
         they were when the batch last had this size.
@@ -228,9 +229,11 @@ class AutoChooser:
             if known is None and self._passes:
                 self._weigh_anew()
 
+    drafts = True
+
     @property
     def passes(self) -> tuple[Shared, ...]:
-        """See `plan.Chooser`."""
+        """See `strategies.Chooser`."""
         return self._settings.passes
 
     @property
@@ -239,7 +242,7 @@ class AutoChooser:
         return self._tokens / self._seconds
 
     def draft_length(self, source: Source, chains: Sequence[Chain], most: int) -> int:
-        """See `plan.Chooser`; copied tokens cost nothing, guesses of the draft head must pay."""
+        """See `strategies.Chooser`; copied tokens are free, draft-head tokens must pay."""
         if source == "head":
             return self._guesses(chains, most)
         if source == "lookup" and not self._settings.lookup:
@@ -277,11 +280,11 @@ class AutoChooser:
                     self._gains[at] += share * (gain - self._gains[at])
 
     def worth(self, chains: Sequence[Chain], shared: Shared) -> float:
-        """See `plan.Chooser`."""
+        """See `strategies.Chooser`."""
         return self._preferred(chains, shared)[0]
 
     def choose(self, chains: Sequence[Chain], limits: Limits) -> Choice:
-        """The chain to verify and the plan of the pass; see `plan.Chooser`."""
+        """The chain to verify and the plan of the pass; see `strategies.Chooser`."""
         self._passes += 1
         self._at_hand, self._shared = chains, limits.shared
         apart = _PASSES_A_LOOK * min(self._texts, _MOST_LOOKS_APART)
@@ -310,7 +313,7 @@ class AutoChooser:
     def learn(
         self, choice: Choice, settled: Sequence[int], confidences: Sequence[float] = ()
     ) -> None:
-        """Count how far the chains at hand went along with what was settled, see `plan.Chooser`.
+        """Count how far the chains at hand went along with what was settled.
 
         Those that were not verified as well: where a token is drawn whatever the candidates are, it
         tells what they would have come to. So what looks bad at first is not given up for ever. (Of

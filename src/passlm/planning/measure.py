@@ -17,13 +17,14 @@ from typing import Any
 import torch
 
 from passlm.decoding.decoder import Decoder
+from passlm.decoding.strategies import Choice, Chooser, Limits, Shared, verifying
 from passlm.decoding.text import Request
 from passlm.layers.int8 import Int8Linear
 from passlm.model.cache import RowCache
 from passlm.model.pass_records import LookAheadRows
 from passlm.model.target import Target
 from passlm.params import SamplingParams
-from passlm.plan import Chain, Choice, Chooser, Guessing, Limits, Plan, Shared, Source, verifying
+from passlm.plan import Chain, Guessing, Plan, Source
 from passlm.planning.cost_curve import CostCurve
 
 REAL_ROWS = (1, 2, 3, 5, 9, 13)
@@ -187,6 +188,7 @@ class _Script:
     """A strategy that gives every sequence the step that is to be timed."""
 
     passes = ()
+    drafts = True
 
     def __init__(self) -> None:
         self.timed = _Timed(Plan(0, (0,)))

@@ -14,11 +14,11 @@ from typing import cast
 from torch import Tensor
 
 from passlm.decoding.stopping import StopStrings
+from passlm.decoding.strategies import Adaptive, Strategy, strategy
 from passlm.decoding.text import Request, Row
 from passlm.generate import Generator, StreamedText
 from passlm.loading.detokenize import Detokenizer
 from passlm.outputs import Step
-from passlm.plan import Adaptive, Strategy, strategy
 from passlm.planning.auto import AutoPlan
 from passlm.serve.jobs import FAULT, EndReason, Failed, Job, Piece, Token
 

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from transformers import PreTrainedModel
 
 from passlm.decoding.decoder import Decoder
+from passlm.decoding.strategies import Adaptive, Strategy
 from passlm.decoding.text import Request, Row
 from passlm.errors import InputError
 from passlm.model.cache import RowCache
@@ -23,7 +24,6 @@ from passlm.model.pass_records import LookAheadRows, PassOutput, PassRow
 from passlm.model.target import Target
 from passlm.outputs import Stats, Step
 from passlm.params import SamplingParams
-from passlm.plan import Adaptive, Strategy
 from passlm.planning.kept_costs import Costs
 
 

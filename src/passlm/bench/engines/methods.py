@@ -25,12 +25,12 @@ from passlm.bench.engines.hugging_face import (
     TransformersGenerate,
     check_assistant,
 )
+from passlm.decoding.strategies import ByHead, strategy
 from passlm.generate import Generator, Options
 from passlm.layers.int8 import quantized
 from passlm.lookahead.trained import LookAhead
 from passlm.model.target import Target
 from passlm.params import SamplingParams, StopParams
-from passlm.plan import ByHead, strategy
 from passlm.planning.cost_curve import CostCurve
 from passlm.planning.kept_costs import Costs
 

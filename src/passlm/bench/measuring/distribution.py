@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from passlm.decoding.decoder import Decoder, Observer
+from passlm.decoding.strategies import Adaptive, Strategy
 from passlm.decoding.text import Request, Row
 from passlm.model.pass_records import LookAheadRows
 from passlm.model.target import Target
 from passlm.params import SamplingParams
-from passlm.plan import Adaptive, Strategy
 
 END = -1  # stands in the places behind the end of a text
 LEVEL = 0.05  # chance that a run refuses anything although nothing differs
