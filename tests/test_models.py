@@ -191,7 +191,7 @@ def test_attention_is_handed_on(folder: Path) -> None:
     ("options", "words"),
     [
         ({"dtype": "float8"}, "bfloat16, float16, float32"),
-        ({"device": "teapot"}, "'cpu' always can"),
+        ({"device": "teapot"}, "'cpu' always works"),
         ({"revision": "main"}, "leave it out"),
         ({"attn_implementation": "teapot"}, "teapot"),
     ],
