@@ -1,8 +1,8 @@
 """Cache of converted GGUF files in the user's cache folder.
 
-transformers takes far longer to convert a GGUF file than to load a converted one. A copy is keyed by
-the content of its GGUF file. It is either complete or absent, even if the process that made it was
-killed; a damaged copy is made again. Converting a file and reading a copy are left to `models.py`.
+transformers takes far longer to convert a GGUF file than to load a converted one. A copy is keyed
+by the content of its GGUF file. It is either complete or absent, even if the process that made it
+was killed; a damaged copy is made again. Converting a file and reading a copy are left to `models.py`.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def _seal(folder: Path, gguf: Path) -> None:
     manifest = {
         "gguf": gguf.name,
         "transformers": transformers.__version__,
-        "copy": folder.name,  # the temporary folder's random name: distinguishes this copy from a later one
+        "copy": folder.name,  # random: distinguishes this copy from a later one
         "files": _facts(folder),
     }
     write_atomically(folder / _MANIFEST, json.dumps(manifest, indent=2))

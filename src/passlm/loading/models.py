@@ -436,8 +436,8 @@ def _hub_reason(source: ModelSource, error: BaseException) -> str:
         ),
         (
             errors.RepositoryNotFoundError,
-            "the hub has no such model: check the spelling, run 'hf auth login' if it is private, or "
-            "give a folder or a .gguf file",
+            "the hub has no such model: check the spelling, run 'hf auth login' if it is private, "
+            "or give a folder or a .gguf file",
         ),
         (errors.RevisionNotFoundError, "it has no such revision: check the spelling"),
         (errors.HFValidationError, "that is not a valid hub id: check the spelling"),

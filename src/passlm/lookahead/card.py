@@ -188,7 +188,8 @@ def whole_number(content: dict[str, Any], name: str) -> int:
 
     Raises:
         KeyError: The name is missing.
-        ValueError: The value is not a positive integer."""
+        ValueError: The value is not a positive integer.
+    """
     value = content[name]
     if type(value) is not int or value < 1:  # bool is a subclass of int
         raise ValueError(f"{name!r}")

@@ -9,8 +9,8 @@ from passlm.errors import InputError
 
 Loss = Literal["distillation", "cross-entropy", "acceptance"]
 Kind = Literal["embeddings", "lora", "sampler", "head"]
-"""What to train. Each kind includes those before it, except `head`: a draft head is trained alone and
-added to existing files; see `docs/training.md`."""
+"""What to train. Each kind includes those before it, except `head`: a draft head is trained alone
+and added to existing files; see `docs/training.md`."""
 
 
 class ConfigError(InputError):
@@ -28,8 +28,8 @@ class TrainConfig:
     kind: Kind = field(
         default="sampler",
         metadata={
-            "help": "what to train: the embeddings alone, also a gated LoRA, also a sampler head; or a "
-            "draft head for the files of --start-from"
+            "help": "what to train: the embeddings alone, also a gated LoRA, also a sampler head; or "
+            "a draft head for the files of --start-from"
         },
     )
     lookahead_tokens: int = field(
