@@ -2,7 +2,8 @@
 
 transformers takes far longer to convert a GGUF file than to load a converted one. A copy is keyed
 by the content of its GGUF file. It is either complete or absent, even if the process that made it
-was killed; a damaged copy is made again. Converting a file and reading a copy are left to `models.py`.
+was killed; a damaged copy is made again. Converting a file and reading a copy are left to
+`models.py`.
 """
 
 from __future__ import annotations

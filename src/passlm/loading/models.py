@@ -426,7 +426,7 @@ def _explained(source: ModelSource) -> Iterator[None]:
 
 
 def _hub_reason(source: ModelSource, error: BaseException) -> str:
-    """Return why a hub id failed to load, and the remedy; the reason is among the error's causes."""
+    """Return why a hub id failed to load, and the remedy; the reason is in the error's causes."""
     from huggingface_hub import errors
 
     cures: tuple[tuple[type[Exception], str], ...] = (

@@ -440,7 +440,7 @@ def _from_hub(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=[CARD_FILE, TENSORS_FILE, "README.md"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise LookAheadError(
-            f"no look-ahead files {name!r}: no such folder, and the hub reports: {first_line(error)}"
+            f"no look-ahead files {name!r}: no such folder, and the hub says: {first_line(error)}"
         ) from error
 
 

@@ -28,7 +28,7 @@ class TrainConfig:
     kind: Kind = field(
         default="sampler",
         metadata={
-            "help": "what to train: the embeddings alone, also a gated LoRA, also a sampler head; or "
+            "help": "what to train: embeddings alone, with a gated LoRA, with a sampler head too; or "
             "a draft head for the files of --start-from"
         },
     )

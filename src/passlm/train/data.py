@@ -386,7 +386,7 @@ class TokenWindows:
         return torch.from_numpy(order[shares[order] > 0])
 
     def batch(self, step: int, size: int) -> Tensor:
-        """Return the windows of training step `step`, counted from 0: ids, int64 `[size, length]`."""
+        """Return the windows of training step `step`, from 0: ids, int64 `[size, length]`."""
         return torch.stack([self.window(step * size + row) for row in range(size)])
 
     def _source_of(self, index: int) -> tuple[int, int]:

@@ -42,8 +42,8 @@ def launched() -> bool:
         return True
     if _asked("ACCELERATE_USE_CPU") and "MASTER_PORT" in os.environ:
         raise ProcessesError(
-            "accelerate launch --cpu starts one process only: give it --multi_gpu instead of --cpu, "
-            "and give passlm --device cpu"
+            "accelerate launch --cpu starts one process only: give it --multi_gpu instead of "
+            "--cpu, and give passlm --device cpu"
         )
     return False
 

@@ -58,8 +58,8 @@ def model_card(card: Card) -> str:
             f"# Look-ahead for {card.base_model}",
             "",
             f"{_parts(card)} for Parallel Speculative Sampling (PaSS). The model uses them to "
-            "draft tokens and verifies the drafts itself: its output is the same as without them, in "
-            "fewer forward passes.",
+            "draft tokens and verifies the drafts itself: its output is the same as without them, "
+            "in fewer forward passes.",
             "",
             "```python",
             "import passlm",
