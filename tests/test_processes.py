@@ -177,7 +177,7 @@ def ended(process: subprocess.Popen[bytes], out: Path) -> int:
     _, said = process.communicate(timeout=120)
     assert process.returncode != DONE
     assert said.count(b"continue with --resume") == 1, said.decode()
-    assert b"another process has ended" not in said, "all stop at the same step, with nobody left waiting"
+    assert b"another process has ended" not in said, "all stop at the same step, and none waits"
     step = steps_kept(out)
     assert f"stopped after step {step}:".encode() in said
     assert [line["step"] for line in history(out)] == list(range(1, step + 1))

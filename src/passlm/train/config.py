@@ -28,8 +28,8 @@ class TrainConfig:
     kind: Kind = field(
         default="sampler",
         metadata={
-            "help": "what to train: embeddings alone, with a gated LoRA, with a sampler head too; or "
-            "a draft head for the files of --start-from"
+            "help": "what to train: embeddings alone, with a gated LoRA, with a sampler head too; "
+            "or a draft head for the files of --start-from"
         },
     )
     lookahead_tokens: int = field(

@@ -175,7 +175,8 @@ def _decoder_layers(body: nn.Module, count: int) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise ProcessesError(
-        f"{type(body).__name__} has no list of decoder layers: train without FSDP, or use another model"
+        f"{type(body).__name__} has no list of decoder layers: train without FSDP or use "
+        "another model"
     )
 
 
