@@ -235,7 +235,7 @@ def _question(record: Record, default: str, place: str) -> Question:
 def _name(record: Record, default: str) -> str:
     name = next((record[key] for key in _NAMES if record.get(key) is not None), default)
     if isinstance(name, bool) or not isinstance(name, str | int) or name == "":
-        raise AnswerError(f"its id is {name!r}: give a text or a whole number")
+        raise AnswerError(f"its id is {name!r}: give a string or an integer")
     return str(name)
 
 

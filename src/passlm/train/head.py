@@ -58,7 +58,8 @@ class ListedRows(KnownRows):
     """Predictions among the listed tokens, with the target's probabilities of these tokens.
 
     Attributes:
-        chances: The target's probabilities of the listed tokens, `[R, K]`."""
+        chances: The target's probabilities of the listed tokens, `[R, K]`.
+    """
 
     chances: Tensor
 
@@ -125,7 +126,7 @@ class HeadTrainer(Trainer):
         return self._known[window]
 
     def _chances(self, hidden: Tensor) -> Tensor:
-        """Return the target's probabilities of the listed tokens, `[R, K]`; their sum is below 1."""
+        """Return the target's probabilities of the listed tokens, `[R, K]`, not renormalised."""
         logits = self.target.logits(hidden).float() / self.config.teacher_temperature
         return logits.softmax(-1)[:, self._head.listed].half()
 

@@ -266,7 +266,7 @@ class Trainer:
         if not math.isfinite(value):
             raise TrainingError(
                 f"the {what} is {value} at step {self.steps_done + 1}: train with a lower "
-                f"--learning-rate; the checkpoint in {self.folder} is from an earlier step and valid"
+                f"--learning-rate; a checkpoint in {self.folder} is older and valid"
             )
 
     def _rate(self, step: int) -> float:
@@ -364,7 +364,7 @@ class Trainer:
         if different:
             changes = ", ".join(_change(n, kept.get(n), now[n]) for n in different)
             raise TrainingError(
-                f"{path} was made with other settings: {changes}; give the earlier ones, or start again "
+                f"{path} was made with other settings: {changes}; give those, or start again "
                 "with --overwrite"
             )
         target = json.dumps(asdict(self.look_ahead.card.target))
@@ -409,7 +409,7 @@ def check_logits(target: Target) -> None:
         truth = target.model(input_ids=text, use_cache=False).logits.float()
     if not torch.allclose(ours, truth, rtol=0.02, atol=0.02 * float(truth.abs().max())):
         raise UnsupportedModelError(
-            f"{type(target.model).__name__} computes its logits from more than its last hidden states: "
+            f"{type(target.model).__name__} computes logits from more than its last hidden states: "
             "look-ahead rows cannot be trained for it"
         )
 
