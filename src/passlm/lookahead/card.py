@@ -17,11 +17,11 @@ from passlm.layers.fingerprint import Fingerprint
 
 FORMAT_VERSION = 2
 HELD_OUT = "held-out text, teacher-forced"  # key of training's own measurement in `accepted_length`
-_READ = (1, 2)  # version 1 stored its matrices in bfloat16
-_NO_WEIGHT = 1e30  # bound on sampled weights: sums stay finite in float32
-_GUESSED_LENGTH = 0.5  # accepted length assumed if a card has no measurement
-_GUESSED_CHANCE = 0.3  # acceptance rate assumed for a draft head's tokens, likewise
-_SUREST = 0.99  # upper bound on a measured rate: the next text may differ
+_READABLE_VERSIONS = (1, 2)  # version 1 stored its matrices in bfloat16
+_WEIGHT_BOUND = 1e30  # bound on sampled weights: sums stay finite in float32
+_DEFAULT_LENGTH = 0.5  # accepted length assumed if a card has no measurement
+_DEFAULT_CHANCE = 0.3  # acceptance rate assumed for a draft head's tokens, likewise
+_MAX_CHANCE = 0.99  # upper bound on a measured rate: the next text may differ
 
 
 class LookAheadError(InputError):
@@ -78,9 +78,9 @@ class Card:
         held_out = self.accepted_length.get(HELD_OUT)
         known = self._measured("look_ahead") or _given_before(_reached(held_out))
         if not known:
-            mean = held_out if _is_length(held_out) else _GUESSED_LENGTH
+            mean = held_out if _is_length(held_out) else _DEFAULT_LENGTH
             known = [mean / (1 + mean)]  # sum of powers: a / (1 - a)
-        return _lengthened(known, self.look_ahead_tokens)
+        return _padded(known, self.look_ahead_tokens)
 
     @property
     def head_prior(self) -> tuple[float, ...]:
@@ -91,19 +91,19 @@ class Card:
         if self.head is None:
             return ()
         known = self._measured("head") or _given_before(_reached(self.head))
-        return _lengthened(known or [_GUESSED_CHANCE], whole_number(dict(self.head), "depths"))
+        return _padded(known or [_DEFAULT_CHANCE], whole_number(dict(self.head), "depths"))
 
     def _measured(self, name: str) -> list[float]:
-        return [min(_SUREST, chance) for chance in (self.chances or {}).get(name, ())]
+        return [min(_MAX_CHANCE, chance) for chance in (self.chances or {}).get(name, ())]
 
 
 def _given_before(reached: Sequence[float]) -> list[float]:
     """Return conditional acceptance rates from the shares of groups accepted up to row 1, 2, ..."""
     pairs = pairwise([1.0, *reached])
-    return [min(_SUREST, now / before) if before else 0.0 for before, now in pairs]
+    return [min(_MAX_CHANCE, now / before) if before else 0.0 for before, now in pairs]
 
 
-def _lengthened(chances: Sequence[float], wanted: int) -> tuple[float, ...]:
+def _padded(chances: Sequence[float], wanted: int) -> tuple[float, ...]:
     """Return the first `wanted` rates; repeat the last one if there are too few."""
     return tuple([*chances, *[chances[-1]] * wanted][:wanted])
 
@@ -121,7 +121,7 @@ def _is_share(value: object) -> bool:
 
 
 def _is_length(value: object) -> TypeGuard[float]:
-    return type(value) in (int, float) and 0 <= value < _NO_WEIGHT  # type: ignore[operator]
+    return type(value) in (int, float) and 0 <= value < _WEIGHT_BOUND  # type: ignore[operator]
 
 
 def read_card(path: Path) -> Card:
@@ -138,9 +138,9 @@ def read_card(path: Path) -> Card:
         raise LookAheadError(f"{path} is not JSON: {first_line(error)}") from error
     try:
         version = content["format_version"]
-        if type(version) is not int or version not in _READ:
+        if type(version) is not int or version not in _READABLE_VERSIONS:
             raise LookAheadError(
-                f"{path} has format version {version!r:.40}, this passlm reads {_READ}: "
+                f"{path} has format version {version!r:.40}, this passlm reads {_READABLE_VERSIONS}: "
                 "use the version of passlm that wrote it, or train again"
             )
         return _card(content)
@@ -220,7 +220,7 @@ def _weights(content: dict[str, Any], name: str) -> tuple[float, ...]:
     value = content[name]
     if not isinstance(value, list):
         raise ValueError(f"{name!r}")
-    if not all(type(v) in (int, float) and abs(v) < _NO_WEIGHT for v in value):
+    if not all(type(v) in (int, float) and abs(v) < _WEIGHT_BOUND for v in value):
         raise ValueError(f"{name!r}")
     return tuple(float(v) for v in value)
 

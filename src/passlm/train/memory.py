@@ -57,7 +57,7 @@ def needed(
         train.sequences * train.sequence_tokens * text.hidden_size * text.num_hidden_layers * 2
     )
     if train.kind == "head":
-        held = _of_texts(text, dtype, train, rows)
+        held = _head_bytes(text, dtype, train, rows)
     else:
         kept = 1 if train.gradient_checkpointing else _KEPT_A_LAYER
         numbers = train.sequences * rows * text.hidden_size * text.num_hidden_layers * kept
@@ -67,7 +67,7 @@ def needed(
     return total
 
 
-def _of_texts(text: Any, dtype: torch.dtype, train: TrainConfig, rows: int) -> int:
+def _head_bytes(text: Any, dtype: torch.dtype, train: TrainConfig, rows: int) -> int:
     """Return the bytes of hidden states and float16 probabilities kept for a draft head.
 
     A step also copies the hidden states of all sequences, and both tensors for the rows it draws.
@@ -114,5 +114,5 @@ def check(
             lower = "--head-texts, --anchors or --head-vocabulary"
         raise NotEnoughMemoryError(
             f"training takes about {wanted / _GIB:.1f} GiB and {free / _GIB:.1f} GiB are free on "
-            f"{place.device}: use --dtype bfloat16, lower {lower}, or a smaller model"
+            f"{place.device}: use --dtype bfloat16, a lower {lower}, or a smaller model"
         )

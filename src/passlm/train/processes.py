@@ -40,7 +40,7 @@ def launched() -> bool:
     """
     if any(int(os.environ.get(name, "1")) > 1 for name in _SIZES):
         return True
-    if _asked("ACCELERATE_USE_CPU") and "MASTER_PORT" in os.environ:
+    if _env_flag("ACCELERATE_USE_CPU") and "MASTER_PORT" in os.environ:
         raise ProcessesError(
             "accelerate launch --cpu starts one process only: give it --multi_gpu instead of "
             "--cpu, and give passlm --device cpu"
@@ -62,7 +62,7 @@ class AcceleratedProcesses:
     """
 
     def __init__(self, device: str) -> None:
-        self.sharded = _asked("ACCELERATE_USE_FSDP")
+        self.sharded = _env_flag("ACCELERATE_USE_FSDP")
         if self.sharded and os.environ.get("FSDP_VERSION", "1") != "2":
             raise ProcessesError(
                 "FSDP version 1 hides the target's layers: launch with --fsdp_version 2"
@@ -71,7 +71,7 @@ class AcceleratedProcesses:
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         self._state = PartialState(cpu=device == "cpu")
         kind = self._state.distributed_type.value
-        if not kind.startswith("MULTI_") or _asked("ACCELERATE_USE_MEGATRON_LM"):
+        if not kind.startswith("MULTI_") or _env_flag("ACCELERATE_USE_MEGATRON_LM"):
             raise ProcessesError(
                 f"accelerate was configured for {kind} and --device is {device}: look-ahead rows "
                 "can be trained on several CPUs or GPUs, with or without FSDP"
@@ -109,10 +109,10 @@ class AcceleratedProcesses:
         """
         gradients = [p.grad for p in parameters.values() if p.grad is not None]
         numbers = torch.tensor([loss], dtype=torch.float64, device=self._state.device)
-        self._add_up(numbers)
+        self._sum(numbers)
         if gradients:
             flat = torch.cat([gradient.flatten() for gradient in gradients])
-            self._add_up(flat)
+            self._sum(flat)
             sizes = [gradient.numel() for gradient in gradients]
             means = torch.split(flat / self.place[1], sizes)
             for gradient, mean in zip(gradients, means, strict=True):
@@ -138,7 +138,7 @@ class AcceleratedProcesses:
             self._group = None
             self._state.destroy_process_group()
 
-    def _add_up(self, values: Tensor) -> None:
+    def _sum(self, values: Tensor) -> None:
         try:
             all_reduce(values, group=self._group)
         except RuntimeError as error:  # the connection broke
@@ -180,5 +180,5 @@ def _decoder_layers(body: nn.Module, count: int) -> nn.ModuleList:
     )
 
 
-def _asked(variable: str) -> bool:
+def _env_flag(variable: str) -> bool:
     return os.environ.get(variable, "").lower() in ("1", "true", "yes")

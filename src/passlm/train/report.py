@@ -78,14 +78,14 @@ def model_card(card: Card) -> str:
             "",
             *_table(("setting", "value"), card.training),
             "",
-            *_of_head(card),
+            *_draft_head_section(card),
             "![curves](curves.png)",
             "",
         ]
     )
 
 
-def _of_head(card: Card) -> list[str]:
+def _draft_head_section(card: Card) -> list[str]:
     """Return the card's section on the draft head: its training and its acceptance."""
     if card.head is None:
         return []
