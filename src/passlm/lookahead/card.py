@@ -17,7 +17,7 @@ from passlm.layers.fingerprint import Fingerprint
 
 FORMAT_VERSION = 2
 HELD_OUT = "held-out text, teacher-forced"  # key of training's own measurement in `accepted_length`
-_READABLE_VERSIONS = (1, 2)  # version 1 stored its matrices in bfloat16
+_READABLE = (1, 2)  # version 1 stored its matrices in bfloat16
 _WEIGHT_BOUND = 1e30  # bound on sampled weights: sums stay finite in float32
 _DEFAULT_LENGTH = 0.5  # accepted length assumed if a card has no measurement
 _DEFAULT_CHANCE = 0.3  # acceptance rate assumed for a draft head's tokens, likewise
@@ -138,9 +138,9 @@ def read_card(path: Path) -> Card:
         raise LookAheadError(f"{path} is not JSON: {first_line(error)}") from error
     try:
         version = content["format_version"]
-        if type(version) is not int or version not in _READABLE_VERSIONS:
+        if type(version) is not int or version not in _READABLE:
             raise LookAheadError(
-                f"{path} has format version {version!r:.40}, this passlm reads {_READABLE_VERSIONS}: "
+                f"{path} has format version {version!r:.40}, this passlm reads {_READABLE}: "
                 "use the version of passlm that wrote it, or train again"
             )
         return _card(content)
