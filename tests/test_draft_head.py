@@ -275,7 +275,7 @@ def test_files_keep_it(llama: Target, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "changed", "said"),
     [
-        ("head.out", torch.zeros(4, 4), "unexpected shape"),
+        ("head.out", torch.zeros(4, 4), "does not match its shape"),
         ("head.listed", torch.full((48,), 64, dtype=torch.int32), "outside the model's vocabulary"),
         ("head.listed", torch.full((48,), -1, dtype=torch.int32), "outside the model's vocabulary"),
         ("head.more", torch.zeros(2), "unexpected tensors"),

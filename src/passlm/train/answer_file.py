@@ -166,7 +166,7 @@ def check_unused(out: Path, resume: bool, overwrite: bool) -> None:
             the path is not a file.
     """
     if resume and overwrite:
-        raise AnswerError("--resume continues and --overwrite starts again: give only one of them")
+        raise AnswerError("--resume continues and --overwrite starts again: give one of them")
     if out.exists() and not out.is_file():
         raise AnswerError(f"--out {out} is not a file: name a JSONL file")
     if out.exists() and not (resume or overwrite):
