@@ -347,7 +347,7 @@ def test_answers_that_exist_are_not_lost(
     assert "give one of them" in complaint(capsys, command(prompts, "--resume", "--overwrite"))
     over = command(prompts, "--overwrite", "--out", str(prompts))
     assert "is one of the --prompts files" in complaint(capsys, over)
-    assert "is no file" in complaint(capsys, command(prompts, "--out", str(tmp_path)))
+    assert "is not a file" in complaint(capsys, command(prompts, "--out", str(tmp_path)))
     assert out.read_text() == "mine\n"
     assert main(command(prompts, "--overwrite")) == DONE
     assert len(records(out)) == 2
@@ -358,10 +358,10 @@ BROKEN = [
     ("[1]", "not a JSON object"),
     ('{"text": "x"}', "either 'prompt' or 'messages'"),
     ('{"prompt": "x", "messages": []}', "either 'prompt' or 'messages'"),
-    ('{"prompt": ""}', "'prompt' is not a string with something in it"),
-    ('{"prompt": 3}', "'prompt' is not a string with something in it"),
+    ('{"prompt": ""}', "'prompt' is not a non-empty string"),
+    ('{"prompt": 3}', "'prompt' is not a non-empty string"),
     ('{"prompt": "\\ud800"}', "half a surrogate pair"),
-    ('{"messages": []}', "'messages' is not a list with something in it"),
+    ('{"messages": []}', "'messages' is not a non-empty list"),
     ('{"messages": [{"role": "user"}]}', "string 'role' and 'content'"),
     ('{"prompt": "x", "id": [1]}', "its id is [1]"),
     ('{"prompt": "x", "temperature": "hot"}', "temperature is 'hot'"),
@@ -415,10 +415,10 @@ def test_two_prompts_with_one_id_are_refused(
     """Catches a prompt that is never answered because another one had its id, within or across."""
     prompts = ask({"prompt": "x", "id": 7}, {"prompt": "y"}, {"prompt": "z", "name": "7"})
     found = complaint(capsys, command(prompts, "--skip-bad"))
-    assert f"{prompts}, line 1 and {prompts}, line 3 have one id, '7'" in found
+    assert f"{prompts}, line 1 and {prompts}, line 3 have the same id, '7'" in found
     twice = ask({"prompt": "x"})
     found = complaint(capsys, [*command(twice), "--prompts", str(twice), str(twice)])
-    assert "have one id, 'prompts:1'" in found
+    assert "have the same id, 'prompts:1'" in found
 
 
 @pytest.mark.parametrize(

@@ -276,10 +276,10 @@ def test_files_keep_it(llama: Target, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "changed", "said"),
     [
-        ("head.out", torch.zeros(4, 4), "another shape"),
-        ("head.listed", torch.full((48,), 64, dtype=torch.int32), "does not know"),
-        ("head.listed", torch.full((48,), -1, dtype=torch.int32), "does not know"),
-        ("head.more", torch.zeros(2), "other tensors"),
+        ("head.out", torch.zeros(4, 4), "does not match its shape"),
+        ("head.listed", torch.full((48,), 64, dtype=torch.int32), "outside the model's vocabulary"),
+        ("head.listed", torch.full((48,), -1, dtype=torch.int32), "outside the model's vocabulary"),
+        ("head.more", torch.zeros(2), "unexpected tensors"),
         ("head.out", None, "head.out"),
     ],
 )

@@ -191,7 +191,7 @@ def test_attention_is_handed_on(folder: Path) -> None:
     ("options", "words"),
     [
         ({"dtype": "float8"}, "bfloat16, float16, float32"),
-        ({"device": "teapot"}, "'cpu' always can"),
+        ({"device": "teapot"}, "'cpu' always works"),
         ({"revision": "main"}, "leave it out"),
         ({"attn_implementation": "teapot"}, "teapot"),
     ],
@@ -263,7 +263,7 @@ def test_hub_id_that_cannot_be_reached() -> None:
         (errors.GatedRepoError, "accept its terms"),
         (errors.RevisionNotFoundError, "no such revision"),
         (errors.LocalEntryNotFoundError, "check the network"),
-        (errors.EntryNotFoundError, "lacks a file"),
+        (errors.EntryNotFoundError, "a file is missing"),
     ],
 )
 def test_reason_behind_an_error_of_the_hub(kind: type[Exception], words: str) -> None:

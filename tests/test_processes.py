@@ -136,7 +136,7 @@ def test_sharded_target_gives_the_same_gradients(place: Path) -> None:
     checkpointing = ("--gradient-checkpointing", "--position-weight", "0.8")
     assert main(arguments(place, alone, 2, *checkpointing, "--sequences", "2")) == DONE
     said = launch(SHARDED, arguments(place, sharded, 2, *checkpointing))
-    assert "2 layers are split over 2 processes" in said
+    assert "2 layers are sharded over 2 processes" in said
     same_step(alone, sharded)
     lengths = [step["accepted_by_position"] for step in history(alone) + history(sharded)]
     assert lengths[1] == pytest.approx(lengths[3])
@@ -177,7 +177,7 @@ def ended(process: subprocess.Popen[bytes], out: Path) -> int:
     _, said = process.communicate(timeout=120)
     assert process.returncode != DONE
     assert said.count(b"continue with --resume") == 1, said.decode()
-    assert b"is gone" not in said, "all stop at the same step, with nobody left waiting"
+    assert b"another process has ended" not in said, "all stop at the same step, and none waits"
     step = steps_kept(out)
     assert f"stopped after step {step}:".encode() in said
     assert [line["step"] for line in history(out)] == list(range(1, step + 1))
@@ -257,5 +257,5 @@ def test_model_that_hides_its_layers_is_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("passlm.train.processes.init_device_mesh", lambda *_: None)
     model = byte_llama()
     model.config.num_hidden_layers = 3
-    with pytest.raises(ProcessesError, match="LlamaModel does not show its layers"):
+    with pytest.raises(ProcessesError, match="LlamaModel has no list of decoder layers"):
         shard_layers(model, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""From a name, folder, hub id or GGUF file to a model and its tokenizer.
+"""Load a model and its tokenizer from a name, folder, hub id or GGUF file.
 
 Imports only the ground floor: errors and provenance.
 """

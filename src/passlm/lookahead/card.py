@@ -1,6 +1,6 @@
-"""What `lookahead.json` says: which target the files are for, what they hold, how they were made.
+"""Read and write `lookahead.json`: the target, content and training of look-ahead files.
 
-Reading and checking the tensors beside it is left to `trained.py`.
+Reading and checking the tensors next to it is left to `trained.py`.
 """
 
 from __future__ import annotations
@@ -16,35 +16,35 @@ from passlm.errors import InputError
 from passlm.layers.fingerprint import Fingerprint
 
 FORMAT_VERSION = 2
-HELD_OUT = "held-out text, teacher-forced"  # what training measures, among accepted lengths
-_READ = (1, 2)  # the first kept its matrices in bfloat16
-_NO_WEIGHT = 1e30  # a sampled weight is smaller: sums stay finite in float32
-_GUESSED_LENGTH = 0.5  # accepted a pass, where a card has no figures
-_GUESSED_CHANCE = 0.3  # of a draft head's token, likewise
-_SUREST = 0.99  # nothing measured on some texts is sure in the next one
+HELD_OUT = "held-out text, teacher-forced"  # key of training's own measurement in `accepted_length`
+_READABLE = (1, 2)  # version 1 stored its matrices in bfloat16
+_WEIGHT_BOUND = 1e30  # bound on sampled weights: sums stay finite in float32
+_DEFAULT_LENGTH = 0.5  # accepted length assumed if a card has no measurement
+_DEFAULT_CHANCE = 0.3  # acceptance rate assumed for a draft head's tokens, likewise
+_MAX_CHANCE = 0.99  # upper bound on a measured rate: the next text may differ
 
 
 class LookAheadError(InputError):
-    """Look-ahead files that are missing, damaged, or made for another model; one line."""
+    """Look-ahead files that are missing, damaged or made for another model; a one-line message."""
 
 
 @dataclass(frozen=True)
 class Card:
-    """What `lookahead.json` says.
+    """Content of `lookahead.json`.
 
     Attributes:
-        base_model: the name of the target it was trained for.
-        target: that target's fingerprint.
-        look_ahead_tokens: number of look-ahead rows, `L`.
-        lora: rank, and names of the layers by the input they share; None without.
-        sampler: width and shortlist of the sampler head; None without.
-        head: shape of the draft head, how it was trained, and what of its drafts is accepted; None
-            without.
-        training: how it was trained: data, steps, loss, time, machine.
-        accepted_length: measured mean accepted length, of held-out text and by suite.
-        chances: `look_ahead` and `head`, how often each candidate is accepted in greedy text once
-            those before it are, of `texts` that nothing is tested on; None where that is not known.
-        licence: of the files.
+        base_model: Name of the target that the files were trained for.
+        target: Fingerprint of that target.
+        look_ahead_tokens: Number of look-ahead rows, `L`.
+        lora: Rank, and layer names grouped by shared input; None without a LoRA.
+        sampler: Width and shortlist of the sampler head; None without one.
+        head: Shape, training and acceptance of the draft head; None without one.
+        training: How the files were trained: data, steps, loss, time, machine.
+        accepted_length: Measured mean accepted length, on held-out text and by suite.
+        chances: Under `look_ahead` and `head`, the greedy acceptance rate of each candidate given
+            that those before it were accepted. Measured on `texts`, which no benchmark uses. None
+            if unknown.
+        licence: Licence of the files.
     """
 
     base_model: str
@@ -59,7 +59,7 @@ class Card:
     licence: str = "apache-2.0"
 
     def to_json(self) -> str:
-        """The file's text."""
+        """Return the text of the file."""
         content = {
             "format_version": FORMAT_VERSION,
             "d_model": self.target.d_model,
@@ -69,46 +69,47 @@ class Card:
 
     @property
     def prior(self) -> tuple[float, ...]:
-        """Chance of each look-ahead candidate, once those before it are accepted.
+        """Acceptance rate of each look-ahead candidate, given that those before it are accepted.
 
-        Those that were measured, else what held-out text shows, else a guess. What was accepted in
-        suites is left alone: plans that begin with it would be tuned on what they are tested on.
+        The measured rates if the card has them, else rates derived from held-out text, else a
+        default. Rates measured on benchmark suites are not used: plans that start from them would
+        be tuned on the text they are tested on.
         """
         held_out = self.accepted_length.get(HELD_OUT)
         known = self._measured("look_ahead") or _given_before(_reached(held_out))
         if not known:
-            mean = held_out if _is_length(held_out) else _GUESSED_LENGTH
+            mean = held_out if _is_length(held_out) else _DEFAULT_LENGTH
             known = [mean / (1 + mean)]  # sum of powers: a / (1 - a)
-        return _lengthened(known, self.look_ahead_tokens)
+        return _padded(known, self.look_ahead_tokens)
 
     @property
     def head_prior(self) -> tuple[float, ...]:
-        """Chance of each of the draft head's tokens, once those before it are accepted.
+        """Acceptance rate of each draft-head token, given that those before it are accepted.
 
-        As `prior`. Empty without a head.
+        Derived as in `prior`. Empty without a head.
         """
         if self.head is None:
             return ()
         known = self._measured("head") or _given_before(_reached(self.head))
-        return _lengthened(known or [_GUESSED_CHANCE], whole_number(dict(self.head), "depths"))
+        return _padded(known or [_DEFAULT_CHANCE], whole_number(dict(self.head), "depths"))
 
     def _measured(self, name: str) -> list[float]:
-        return [min(_SUREST, chance) for chance in (self.chances or {}).get(name, ())]
+        return [min(_MAX_CHANCE, chance) for chance in (self.chances or {}).get(name, ())]
 
 
 def _given_before(reached: Sequence[float]) -> list[float]:
-    """Chances given the rows before, from the shares of groups accepted to row 1, 2, ..."""
+    """Return conditional acceptance rates from the shares of groups accepted up to row 1, 2, ..."""
     pairs = pairwise([1.0, *reached])
-    return [min(_SUREST, now / before) if before else 0.0 for before, now in pairs]
+    return [min(_MAX_CHANCE, now / before) if before else 0.0 for before, now in pairs]
 
 
-def _lengthened(chances: Sequence[float], wanted: int) -> tuple[float, ...]:
-    """The first so many; the last one again where there are too few."""
+def _padded(chances: Sequence[float], wanted: int) -> tuple[float, ...]:
+    """Return the first `wanted` rates; repeat the last one if there are too few."""
     return tuple([*chances, *[chances[-1]] * wanted][:wanted])
 
 
 def _reached(entry: object) -> list[float]:
-    """Share of groups accepted to row 1, 2, ...; nothing where the figures do not say it."""
+    """Return the share of groups accepted up to row 1, 2, ...; empty if not recorded."""
     shares = entry.get("by_position") if isinstance(entry, dict) else None
     if not isinstance(shares, list) or not all(map(_is_share, shares)):
         return []
@@ -120,14 +121,14 @@ def _is_share(value: object) -> bool:
 
 
 def _is_length(value: object) -> TypeGuard[float]:
-    return type(value) in (int, float) and 0 <= value < _NO_WEIGHT  # type: ignore[operator]
+    return type(value) in (int, float) and 0 <= value < _WEIGHT_BOUND  # type: ignore[operator]
 
 
 def read_card(path: Path) -> Card:
     """Read a card.
 
     Raises:
-        LookAheadError: it is missing, damaged or of another format, with its name.
+        LookAheadError: The file is missing, damaged or of another format; names it.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -137,16 +138,18 @@ def read_card(path: Path) -> Card:
         raise LookAheadError(f"{path} is not JSON: {first_line(error)}") from error
     try:
         version = content["format_version"]
-        if type(version) is not int or version not in _READ:
+        if type(version) is not int or version not in _READABLE:
             raise LookAheadError(
-                f"{path} has format version {version!r:.40}, this passlm reads {_READ}: "
-                "use a passlm that wrote it, or train anew"
+                f"{path} has format version {version!r:.40}, this passlm reads {_READABLE}: "
+                "use the version of passlm that wrote it, or train again"
             )
         return _card(content)
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, LookAheadError):
             raise
-        raise LookAheadError(f"{path} is damaged: bad or missing {first_line(error)}") from error
+        raise LookAheadError(
+            f"{path} is damaged: invalid or missing {first_line(error)}"
+        ) from error
 
 
 def _card(content: dict[str, Any]) -> Card:
@@ -173,15 +176,22 @@ def _card(content: dict[str, Any]) -> Card:
 
 def _line(content: dict[str, Any], name: str) -> str:
     value = content[name]
-    if not isinstance(value, str) or not value.isprintable():  # errors that quote it are one line
+    if (
+        not isinstance(value, str) or not value.isprintable()
+    ):  # keeps error messages that quote it on one line
         raise ValueError(f"{name!r}")
     return value
 
 
 def whole_number(content: dict[str, Any], name: str) -> int:
-    """A whole number above 0; ValueError where there is none."""
+    """Return a positive integer from a table.
+
+    Raises:
+        KeyError: The name is missing.
+        ValueError: The value is not a positive integer.
+    """
     value = content[name]
-    if type(value) is not int or value < 1:  # True is an int too
+    if type(value) is not int or value < 1:  # bool is a subclass of int
         raise ValueError(f"{name!r}")
     return value
 
@@ -210,11 +220,11 @@ def _weights(content: dict[str, Any], name: str) -> tuple[float, ...]:
     value = content[name]
     if not isinstance(value, list):
         raise ValueError(f"{name!r}")
-    if not all(type(v) in (int, float) and abs(v) < _NO_WEIGHT for v in value):
+    if not all(type(v) in (int, float) and abs(v) < _WEIGHT_BOUND for v in value):
         raise ValueError(f"{name!r}")
     return tuple(float(v) for v in value)
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
+    """Return the first line of an error's message, or its type if the message is empty."""
     return (str(error).splitlines() or [type(error).__name__])[0]

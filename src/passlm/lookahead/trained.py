@@ -1,7 +1,6 @@
-"""The trained part: look-ahead embeddings, their folder on disk, the check against a target.
+"""Trained look-ahead files: the embeddings, their folder on disk, the check against a target.
 
-What the card says is left to `card.py`, training to `train/`, using the rows to
-`decoding/decoder.py`.
+The card is left to `card.py`, training to `train/`, use of the rows to `decoding/decoder.py`.
 """
 
 from __future__ import annotations
@@ -36,30 +35,30 @@ from passlm.model.target import Target
 from passlm.params import ParameterError
 from passlm.provenance import write_together
 
-# Group lengths where none is asked for, the fastest measured; see docs/log.md.
+# Default group lengths: the fastest ones measured; see docs/log.md.
 _WEAK_DRAFTS = {"one-pass": 1, "two-pass": 1}
 _STRONG_DRAFTS = {"two-pass": 4, "one-pass": 1}
 DEFAULT_SHIPPED = "best"
 CARD_FILE = "lookahead.json"
 TENSORS_FILE = "lookahead.safetensors"
 SHIPPED = Path(__file__).parents[1] / "shipped"
-# Few numbers, and ids. The others, all matrices, are rounded to int8 with a scale for each row.
+# Small tensors and token ids. All other tensors are matrices, stored as int8 with a scale per row.
 _IDS = "head.listed"
 _STORED_AS = {"embeddings": torch.float32, _IDS: torch.int32}
-_SCALE = ".scale"  # behind a matrix's name
+_SCALE = ".scale"  # suffix of a matrix's name
 
 _log = logging.getLogger(__name__)
 
 
 class LookAhead(nn.Module):
-    """Look-ahead embeddings `LA_1..LA_L` for one target, and what may be trained with them.
+    """Look-ahead embeddings `LA_1..LA_L` for one target, with optional trained modules.
 
     Args:
-        embeddings: `[L, d_model]`; like everything here kept in float32.
-        card: what they are and whom they are for.
-        lora: updates of the target's layers for look-ahead rows.
-        sampler: the head that weighs the rows' guesses again.
-        head: the draft head, which does without look-ahead rows.
+        embeddings: `[L, d_model]`. All parameters are kept in float32.
+        card: Description of the files and of their target.
+        lora: Updates of the target's layers that apply to look-ahead rows.
+        sampler: Sampler head, which rescores the look-ahead rows' candidates.
+        head: Draft head, which needs no look-ahead rows.
     """
 
     def __init__(
@@ -89,14 +88,14 @@ class LookAhead(nn.Module):
 
     @property
     def numbers(self) -> int:
-        """How many numbers were trained."""
+        """Number of trained parameters."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def digest(self, head: bool | None = None) -> str:
-        """A hash of all trained numbers.
+        """Return a hash of all trained parameters.
 
         Args:
-            head: True for those of the draft head alone, False for all others; None for both.
+            head: True for the draft head's parameters alone, False for all others, None for both.
         """
         found = hashlib.sha256()
         for name, tensor in sorted(self.state_dict().items()):
@@ -106,13 +105,13 @@ class LookAhead(nn.Module):
         return found.hexdigest()
 
     def rows(self, target: Target) -> LookAheadRows:
-        """What decoding takes: copies in the target's type, where it lies.
+        """Return rows for decoding: copies in the target's dtype and on its device.
 
-        Later changes here do not reach them.
+        Later changes to this object do not affect the copies.
 
         Raises:
-            UnsupportedModelError: there is a draft head, and the output layer's weights are not
-                plain.
+            UnsupportedModelError: There is a draft head, and the target's output layer does not
+                have plain weights.
         """
         sampler = None
         if self.sampler is not None:
@@ -125,7 +124,7 @@ class LookAhead(nn.Module):
         return LookAheadRows(inputs, lora, sampler, head)
 
     def trained_rows(self, target: Target) -> LookAheadRows:
-        """What training takes: the parameters themselves."""
+        """Return rows for training, which share the parameters of this object."""
         lora = None if self.lora is None else self.lora.on(target.model)
         return LookAheadRows(self.embeddings, lora, self.sampler)
 
@@ -138,18 +137,21 @@ class LookAhead(nn.Module):
         seed: int = 0,
         sampler_tokens: int = 1,
     ) -> LookAhead:
-        """The same embeddings with a gated LoRA and a sampler head that change nothing yet.
+        """Return the same embeddings with a new gated LoRA and sampler head.
+
+        The new modules are initialised so that the output is unchanged.
 
         Args:
-            target: the model they are for.
-            rank: of the LoRA; 0 for none.
-            layers: shell patterns of the linear layers it updates; none for all.
-            sampler_width: of the sampler head; 0 for none.
-            seed: of their first values.
-            sampler_tokens: how many tokens before its own a row of the sampler head is told.
+            target: Model that the files are for.
+            rank: Rank of the LoRA; 0 for none.
+            layers: Shell patterns of the linear layers to update; empty for all.
+            sampler_width: Width of the sampler head; 0 for none.
+            seed: Seed of the initial values.
+            sampler_tokens: Number of preceding tokens that the sampler head takes as input for
+                each row.
 
         Raises:
-            LoraError: the rank is larger than a layer, or a pattern matches nothing.
+            LoraError: The rank is larger than a layer, or a pattern matches nothing.
         """
         lora = sampler = None
         if rank:
@@ -162,7 +164,7 @@ class LookAhead(nn.Module):
         return LookAhead(self.embeddings, self.card, lora, sampler)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything trained, by the name it is stored under."""
+        """Return all trained tensors, by the name under which they are stored."""
         named: dict[str, Tensor] = {"embeddings": self.embeddings}
         for part in (self.lora, self.sampler, self.head):
             named |= {} if part is None else part.tensors()
@@ -170,14 +172,14 @@ class LookAhead(nn.Module):
 
     @classmethod
     def mean(cls, target: Target, tokens: int, base_model: str) -> LookAhead:
-        """Every row the mean input embedding: the start of training."""
+        """Initialise every row to the mean input embedding, where training starts."""
         every = torch.arange(target.vocabulary, device=target.device)
         rows = target.embed(every).detach().float().mean(0).repeat(tokens, 1)
         return cls(rows, Card(base_model, target.fingerprint, tokens))
 
     @classmethod
     def fixed_token(cls, target: Target, token: int, tokens: int, base_model: str) -> LookAhead:
-        """Every row the embedding of one existing token: the paper's untrained baseline."""
+        """Set every row to the embedding of one existing token: the paper's untrained baseline."""
         row = target.embed(torch.tensor([token], device=target.device)).detach()
         training = {"kind": "fixed-token", "token": token}
         return cls(
@@ -185,10 +187,14 @@ class LookAhead(nn.Module):
         )
 
     def group_length(self, wanted: int | None, method: str = "two-pass") -> int:
-        """The length of the look-ahead groups to decode with; None takes the method's default.
+        """Return the length of the look-ahead groups to decode with.
+
+        Args:
+            wanted: Requested length; None for the method's default.
+            method: Name of the decoding method.
 
         Raises:
-            ParameterError: there are not so many rows.
+            ParameterError: The length is below 1 or above the number of look-ahead rows.
         """
         usual = _WEAK_DRAFTS if self.sampler is None else _STRONG_DRAFTS
         length = min(usual.get(method, self.tokens), self.tokens) if wanted is None else wanted
@@ -200,23 +206,23 @@ class LookAhead(nn.Module):
         return length
 
     def check(self, target: Target) -> None:
-        """Make sure that these rows were made for this target.
+        """Check that these files were made for this target.
 
-        Other weights of the same shape are a warning: the output stays the target's own, and only
-        the acceptance suffers.
+        Other weights of the same shape cause only a warning: the output remains the target's own,
+        but fewer candidates may be accepted.
 
         Raises:
-            LookAheadError: the target has another shape; names both.
+            LookAheadError: The target has another shape; the message names both.
         """
         mine, theirs = self.card.target, target.fingerprint
         if mine.shape != theirs.shape:
             raise LookAheadError(
                 f"look-ahead files made for {self.card.base_model} ({mine.shape}) do not fit "
-                f"this model ({theirs.shape}): train some for it with 'passlm train'"
+                f"this model ({theirs.shape}): train files for it with 'passlm train'"
             )
         if not mine.same_weights(theirs):
             _log.warning(
-                "look-ahead files were made for %s, and this model has the same shape but other "
+                "look-ahead files were made for %s; this model has the same shape but other "
                 "weights: fewer candidates may be accepted",
                 self.card.base_model,
             )
@@ -230,10 +236,10 @@ class LookAhead(nn.Module):
                 ) from error
 
     def save(self, folder: Path) -> None:
-        """Write the folder, whole or not at all; cut off in the middle, it has no card.
+        """Write the folder completely or not at all; after an interruption it has no card.
 
         Raises:
-            OSError: it cannot be written; what was there before is left as it was.
+            OSError: The folder cannot be written; its previous content is unchanged.
         """
         tensors: dict[str, Tensor] = {}
         for name, tensor in self.tensors().items():
@@ -246,7 +252,7 @@ def load(folder: Path) -> LookAhead:
     """Read a look-ahead folder. Only JSON and safetensors are read, never pickle.
 
     Raises:
-        LookAheadError: a file is missing or damaged, with its name.
+        LookAheadError: A file is missing or damaged; names it.
     """
     card = read_card(folder / CARD_FILE)
     path = folder / TENSORS_FILE
@@ -254,7 +260,7 @@ def load(folder: Path) -> LookAhead:
         tensors = load_tensors(path.read_bytes())
     except OSError as error:
         raise LookAheadError(f"cannot read {path}: {error.strerror}") from error
-    except (SafetensorError, KeyError, ValueError) as error:  # KeyError: a type torch lacks
+    except (SafetensorError, KeyError, ValueError) as error:  # KeyError: a dtype that torch lacks
         raise LookAheadError(f"{path} is damaged: {first_line(error)}") from error
     try:
         tensors = _restored(tensors)
@@ -266,7 +272,7 @@ def load(folder: Path) -> LookAhead:
 
 
 def _stored(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """What stands for a tensor in the file, by name."""
+    """Return the tensors that represent a tensor in the file, by name."""
     if name in _STORED_AS:
         return {name: tensor.to(_STORED_AS[name]).contiguous()}
     whole, scale = rounded(tensor.float())
@@ -274,17 +280,17 @@ def _stored(name: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 def _restored(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a file in float32, by name.
+    """Return the tensors of a file in float32, by name.
 
     Raises:
-        ValueError: a scale is of another shape than its matrix, or numbers are of a wrong type.
+        ValueError: A scale does not match its matrix, or a tensor has the wrong dtype.
     """
     restored: dict[str, Tensor] = {}
     for name, tensor in stored.items():
         scale = stored.get(name + _SCALE)
         if scale is not None:
             if tensor.ndim != 2 or scale.shape != tensor.shape[:1]:
-                raise ValueError(f"{name} has a scale of another shape")
+                raise ValueError(f"the scale of {name} does not match its shape")
             restored[name] = tensor.float() * scale.float()[:, None]
         elif name.removesuffix(_SCALE) not in stored or not name.endswith(_SCALE):
             if tensor.is_floating_point() == (name == _IDS):
@@ -299,14 +305,14 @@ def _check_tensors(path: Path, tensors: Mapping[str, Tensor], card: Card) -> Non
     known = {"embeddings"} | {name for name in tensors if name.startswith(_part_prefixes(card))}
     if set(tensors) != known or embeddings is None:
         strange = ", ".join(sorted(set(tensors) - known)) or "no embeddings"
-        raise LookAheadError(f"{path} holds {strange!r:.80}: that is not what its card says")
+        raise LookAheadError(f"{path} holds {strange!r:.80}, which does not match its card")
     if tuple(embeddings.shape) != expected:
         raise LookAheadError(
             f"{path} holds embeddings of shape {tuple(embeddings.shape)}, but its card says "
             f"{expected}"
         )
     if not all(bool(t.isfinite().all()) for t in tensors.values()):
-        raise LookAheadError(f"{path} holds numbers that are not finite: train it anew")
+        raise LookAheadError(f"{path} holds numbers that are not finite: train again")
 
 
 def _part_prefixes(card: Card) -> tuple[str, ...]:
@@ -320,7 +326,7 @@ def _lora(card: Card, tensors: Mapping[str, Tensor]) -> GatedLora | None:
     lora = GatedLora.of_tensors([tuple(group) for group in card.lora["groups"]], tensors)
     stored = sum(name.startswith("lora.") for name in tensors)
     if lora.rank != card.lora["rank"] or len(lora.tensors()) != stored:
-        raise LoraError("rank or layers of the LoRA differ")
+        raise LoraError("rank or layers of the LoRA do not match")
     return lora
 
 
@@ -330,8 +336,8 @@ def _sampler(card: Card, tensors: Mapping[str, Tensor]) -> SamplerHead | None:
     hidden_in, token_in, out = (tensors[f"sampler.{name}"] for name in SamplerHead.NAMES)
     width, d_model = whole_number(dict(card.sampler), "width"), card.target.d_model
     if sum(name.startswith("sampler.") for name in tensors) != len(SamplerHead.NAMES):
-        raise ValueError("the sampler head has other tensors")
-    # Cards of before heads were told several tokens do not say how many.
+        raise ValueError("unexpected tensors in the sampler head")
+    # Old cards lack "tokens": their heads take one token as input.
     told = whole_number({"tokens": 1, **card.sampler}, "tokens") * d_model
     shapes = [tuple(t.shape) for t in (hidden_in, token_in, out)]
     if shapes != [(width, d_model), (width, told), (d_model, width)]:
@@ -349,17 +355,17 @@ def _head(card: Card, tensors: Mapping[str, Tensor]) -> DraftHead | None:
     shapes = (width, d_model), (width, told * d_model), (depths, width), (d_model, width), (listed,)
     found = [tensors[f"head.{name}"] for name in DraftHead.NAMES]
     if [tuple(t.shape) for t in found] != list(shapes):
-        raise ValueError("the draft head has another shape")
+        raise ValueError("the draft head has an unexpected shape")
     ids = found[-1]
     if not bool(((ids >= 0) & (ids < card.target.vocabulary) & (ids == ids.round())).all()):
-        raise ValueError("the draft head lists tokens that the model does not know")
+        raise ValueError("the draft head lists tokens outside the model's vocabulary")
     if sum(name.startswith("head.") for name in tensors) != len(found):
-        raise ValueError("the draft head has other tensors")
+        raise ValueError("unexpected tensors in the draft head")
     return DraftHead(*found)
 
 
 def shipped(target: Target) -> dict[str, Path]:
-    """The look-ahead folders that ship with the package for this target, by name."""
+    """Return the look-ahead folders shipped with the package for this target, by name."""
     found = {}
     mine = target.fingerprint
     for path in sorted(SHIPPED.glob(f"*/*/{CARD_FILE}")):
@@ -370,45 +376,49 @@ def shipped(target: Target) -> dict[str, Path]:
 
 
 def shipped_for_shape(model_type: str, d_model: int, vocabulary: int, layers: int) -> list[str]:
-    """Names of the shipped look-ahead files for models of this shape."""
+    """Return the names of the shipped look-ahead files for models of this shape."""
     shape = Fingerprint(model_type, d_model, vocabulary, layers, ()).shape
     cards = sorted(SHIPPED.glob(f"*/*/{CARD_FILE}"))
     return [path.parent.name for path in cards if read_card(path).target.shape == shape]
 
 
 def locate(name: str, target: Target) -> Path:
-    """The folder that a name stands for: one shipped for the target, a folder, or a hub id.
+    """Return the folder that a name refers to.
+
+    The name is one shipped for the target, a folder or a hub id, in this order of precedence.
 
     Raises:
-        LookAheadError: there is none, with what to do.
+        LookAheadError: There is no such folder; the message says what to do.
     """
     packaged = shipped(target)
     if name in packaged:
         return packaged[name]
-    if os.path.isdir(name):  # Path.is_dir raises where a name is too long
+    if os.path.isdir(name):  # Path.is_dir raises on a name that is too long
         return Path(name)
     if "/" in name and not name.startswith((".", "/", "~")) and name.count("/") == 1:
         return _from_hub(name)
     ships = (
-        f"this model has {', '.join(packaged)} shipped"
+        f"shipped for this model: {', '.join(packaged)}"
         if packaged
-        else ("none ship for this model: train some with 'passlm train'")
+        else ("none are shipped for this model: train some with 'passlm train'")
     )
-    raise LookAheadError(f"no look-ahead files {name!r}: neither a folder nor shipped ({ships})")
+    raise LookAheadError(
+        f"no look-ahead files {name!r}: neither a folder nor a shipped name ({ships})"
+    )
 
 
 def load_for(target: Target, name: str | Path | None = None) -> LookAhead | None:
-    """Look-ahead files that fit a target.
+    """Load look-ahead files that fit a target.
 
     Args:
-        target: the loaded model.
-        name: what `locate` takes; None takes what ships for the target.
+        target: Loaded model.
+        name: As for `locate`; None for the files shipped for the target.
 
     Returns:
-        The rows; None where no name is given and nothing ships.
+        The files; None if `name` is None and none are shipped for the target.
 
     Raises:
-        LookAheadError: the files are missing, damaged or made for another model.
+        LookAheadError: The files are missing, damaged or made for another model.
     """
     if name is None:
         packaged = shipped(target)
@@ -430,20 +440,20 @@ def _from_hub(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=[CARD_FILE, TENSORS_FILE, "README.md"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise LookAheadError(
-            f"no look-ahead files {name!r}: no such folder, and the hub gave: {first_line(error)}"
+            f"no look-ahead files {name!r}: no such folder, and the hub says: {first_line(error)}"
         ) from error
 
 
 def push_to_hub(folder: Path, repository: str, private: bool = False) -> str:
-    """Upload a look-ahead folder, as users know it from transformers; gives the address.
+    """Upload a look-ahead folder to the Hugging Face hub and return its URL.
 
     Args:
-        folder: a folder that `load` reads.
-        repository: `user/name`, made if missing.
-        private: whether a new repository is private.
+        folder: A folder that `load` can read.
+        repository: `user/name`; created if missing.
+        private: Make a new repository private.
 
     Raises:
-        LookAheadError: the folder does not load.
+        LookAheadError: The folder does not load.
     """
     from huggingface_hub import HfApi
 

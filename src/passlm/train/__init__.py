@@ -1,1 +1,1 @@
-"""Training the look-ahead: configuration, data, loss and loop."""
+"""Training of look-ahead files: configuration, data, loss and loop."""

@@ -1,6 +1,6 @@
-"""The file that answers are appended to, which an interrupted run goes on with.
+"""Append answers to a JSONL file, from which an interrupted run resumes.
 
-What an answer is and how it is drawn is left to `answers.py`.
+The content of an answer and its generation are left to `answers.py`.
 """
 
 from __future__ import annotations
@@ -22,38 +22,38 @@ _log = logging.getLogger(__name__)
 
 
 def about_file(out: Path) -> Path:
-    """Where the settings of a file of answers are kept."""
+    """Return the path of the file that holds an answer file's settings."""
     return out.with_name(f"{out.name}.about.json")
 
 
 def about_settings(settings: Settings, model: str, dtype: str, prompts: str) -> Record:
-    """Everything that determines the answers, JSON-ready.
+    """Return everything that determines the answers, in a form that JSON can hold.
 
     Args:
-        settings: how they are drawn.
-        model: its name.
-        dtype: the type of its numbers.
-        prompts: the hash that `read_questions` gave.
+        settings: Settings of all answers.
+        model: Name of the model.
+        dtype: Type of the model's weights.
+        prompts: Hash that `read_questions` returned.
     """
     shared = {**asdict(settings), "temperature": list(settings.temperature)}
     return {"model": model, "dtype": dtype, **shared, "prompts": prompts}
 
 
 class AnswerFile:
-    """A JSONL file that answers are appended to, each whole or not at all.
+    """JSONL file to which answers are appended, each completely or not at all.
 
     Args:
-        out: the file; its settings are kept beside it.
-        settings: from `about_settings`.
-        resume: go on with what the file holds, if it exists.
-        overwrite: drop what it holds.
+        out: Path of the file; its settings are stored next to it.
+        settings: Settings from `about_settings`.
+        resume: Keep the answers that the file holds, if it exists.
+        overwrite: Drop the answers that the file holds.
 
     Attributes:
-        answered: ids of the answers that were found.
+        answered: Ids of the answers found in the file.
 
     Raises:
-        AnswerError: it exists and neither `resume` nor `overwrite` is set, was made with other
-            settings, is damaged, or cannot be written.
+        AnswerError: The file exists and neither `resume` nor `overwrite` is set; or it was made
+            with other settings, is damaged, or cannot be written.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class AnswerFile:
         check_unused(out, resume, overwrite)
         try:
             if resume and out.exists():
-                self.answered = self._taken_up(settings)
+                self.answered = self._resumed(settings)
             else:
                 self._begin(settings)
             self._file: io.FileIO = out.open("ab", buffering=0)
@@ -79,15 +79,15 @@ class AnswerFile:
         self._file.close()
 
     def append(self, record: Record) -> None:
-        """Write one answer.
+        """Append one answer.
 
         Raises:
-            AnswerError: it cannot be written, as on a full disk; the file is as it was before.
+            AnswerError: The answer cannot be written, e.g. on a full disk; the file is unchanged.
         """
         left = (json.dumps(record, ensure_ascii=False) + "\n").encode()
         whole = len(left)
         try:
-            while left:  # an unbuffered file may take a part
+            while left:  # an unbuffered write may be partial
                 left = left[self._file.write(left) :]
         except BaseException as error:
             with suppress(OSError):
@@ -98,11 +98,11 @@ class AnswerFile:
         self._size += whole
 
     def _begin(self, settings: Mapping[str, Any]) -> None:
-        self.out.unlink(missing_ok=True)  # before its settings change
+        self.out.unlink(missing_ok=True)  # before its settings are replaced
         about = {"settings": settings, "provenance": provenance(), "resumed": []}
         write_atomically(about_file(self.out), json.dumps(about, indent=1) + "\n")
 
-    def _taken_up(self, settings: Mapping[str, Any]) -> frozenset[str]:
+    def _resumed(self, settings: Mapping[str, Any]) -> frozenset[str]:
         about = self._about()
         before = about["settings"]
         other = [
@@ -112,10 +112,10 @@ class AnswerFile:
         ]
         if other:
             raise AnswerError(
-                f"--out {self.out} was begun with other settings ({'; '.join(other)}): "
+                f"--out {self.out} was started with other settings ({'; '.join(other)}): "
                 "give the same ones, or use --overwrite"
             )
-        answered = self._drop_torn_line()
+        answered = self._drop_incomplete_line()
         about["resumed"] = [*about.get("resumed", []), provenance()]
         write_atomically(about_file(self.out), json.dumps(about, indent=1) + "\n")
         return answered
@@ -133,8 +133,8 @@ class AnswerFile:
             "name another file, or use --overwrite"
         )
 
-    def _drop_torn_line(self) -> frozenset[str]:
-        """The ids that are answered; what stands behind the last line's end is cut off."""
+    def _drop_incomplete_line(self) -> frozenset[str]:
+        """Return the ids of all answers, and truncate an incomplete last line."""
         content = self.out.read_bytes()
         whole = content.rfind(b"\n") + 1
         ids = []
@@ -147,27 +147,27 @@ class AnswerFile:
                     "answered again, or use --overwrite"
                 ) from None
         if whole < len(content):
-            _log.info("dropped the torn last line of %s", self.out)
+            _log.info("dropped the incomplete last line of %s", self.out)
             os.truncate(self.out, whole)
         return frozenset(ids)
 
     def _unwritable(self, error: OSError) -> AnswerError:
         return AnswerError(
-            f"cannot write to --out {self.out}: {error.strerror}; what it holds is whole: "
-            "mend that, then go on with --resume"
+            f"cannot write to --out {self.out}: {error.strerror}; the answers in it are complete: "
+            "solve the problem, then continue with --resume"
         )
 
 
 def check_unused(out: Path, resume: bool, overwrite: bool) -> None:
-    """Make sure that no answers would be lost.
+    """Check that no answers would be lost.
 
     Raises:
-        AnswerError: the file exists and neither `resume` nor `overwrite` is set, both are, or it
-            is no file.
+        AnswerError: The file exists and neither `resume` nor `overwrite` is set, both are set, or
+            the path is not a file.
     """
     if resume and overwrite:
-        raise AnswerError("--resume goes on and --overwrite starts anew: give one of them")
+        raise AnswerError("--resume continues and --overwrite starts again: give one of them")
     if out.exists() and not out.is_file():
-        raise AnswerError(f"--out {out} is no file: name a JSONL file")
+        raise AnswerError(f"--out {out} is not a file: name a JSONL file")
     if out.exists() and not (resume or overwrite):
-        raise AnswerError(f"--out {out} exists: go on with --resume, or use --overwrite")
+        raise AnswerError(f"--out {out} exists: continue with --resume, or use --overwrite")

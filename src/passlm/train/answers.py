@@ -1,9 +1,9 @@
-"""Answers of the target itself, as text for its look-ahead rows to learn from.
+"""Generate the target's own answers, as training text for its look-ahead rows.
 
-Reads prompts from JSONL files, decodes them plainly in a batch that stays full, and appends each
-finished answer to a file that an interrupted run goes on with. Temperature and seed of a prompt
-come from a hash of its id, so its answer depends on neither the batch nor the resuming. Training
-on the answers is left to `data.py` and `loop.py`.
+Reads prompts from JSONL files and answers them by plain decoding, in a batch that is kept full.
+Temperature and seed of a prompt come from a hash of its id, so that its answer depends neither on
+the batch nor on interruptions. Storing answers is left to `answer_file.py`, training on them to
+`data.py` and `loop.py`.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ from passlm.params import SamplingParams, StopParams
 Record = dict[str, Any]
 
 _NAMES = ("id", "name", "task_id")
-_SEED_BYTES = 6  # readers of JSON that know only floats keep 53 bits
+_SEED_BYTES = 6  # JSON readers that parse numbers as floats keep only 53 bits
 
 _log = logging.getLogger(__name__)
 
 
 class AnswerError(InputError):
-    """Prompts or answers that cannot be used; the message is one line and says what to do."""
+    """Prompts or answers that cannot be used; a one-line message that says what to do."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all answers have in common.
+    """Settings common to all answers.
 
     Attributes:
-        temperature: each prompt takes one of these; one that is listed twice is taken twice as
-            often.
-        top_k: keep the k most likely tokens; 0 keeps all.
-        seed: of the temperatures and the seeds of all prompts.
-        max_new_tokens: of an answer; a prompt may ask for fewer.
+        temperature: Temperatures to choose from, one per prompt; one that is listed twice is
+            chosen twice as often.
+        top_k: Sample from the k most likely tokens; 0 for all tokens.
+        seed: Seed from which the temperature and seed of each prompt are derived.
+        max_new_tokens: Maximum length of an answer; a prompt may set a lower limit.
 
     Raises:
-        ParameterError: a value lies outside its range.
-        AnswerError: there is no temperature.
+        ParameterError: A value lies outside its range.
+        AnswerError: There is no temperature.
     """
 
     temperature: tuple[float, ...] = (0.0, 0.0, 0.8)
@@ -66,7 +66,7 @@ class Settings:
         StopParams(max_new_tokens=self.max_new_tokens)
 
     def sampling(self, question: Question) -> SamplingParams:
-        """How the answer to one prompt is drawn."""
+        """Return the sampling parameters for the answer to a prompt."""
         temperature = question.temperature
         if temperature is None:
             place = self._hash("temperature", question.id) % len(self.temperature)
@@ -75,7 +75,7 @@ class Settings:
         return SamplingParams(temperature=temperature, top_k=self.top_k, seed=seed)
 
     def length(self, question: Question) -> int:
-        """How many tokens the answer to one prompt may have."""
+        """Return the maximum number of tokens in the answer to a prompt."""
         return min(self.max_new_tokens, question.max_new_tokens or self.max_new_tokens)
 
     def _hash(self, purpose: str, name: str) -> int:
@@ -83,7 +83,7 @@ class Settings:
         return int.from_bytes(digest[:_SEED_BYTES], "big")
 
 
-# Prompts from files
+# Read prompts from files
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,11 @@ class Question:
     """One line of a prompt file.
 
     Attributes:
-        id: what tells it apart from all others.
-        place: its file and line, for messages.
-        given: `prompt` or `messages`, and `kind` where it has one: what the answer repeats.
-        temperature: its own one, if it has one.
-        max_new_tokens: its own limit, if it has one.
+        id: Unique id.
+        place: File and line, for messages.
+        given: `prompt` or `messages`, and `kind` if present; copied into the answer's record.
+        temperature: Temperature that the line sets; None for one of the settings.
+        max_new_tokens: Limit that the line sets; None for that of the settings.
     """
 
     id: str
@@ -107,7 +107,7 @@ class Question:
 
 @dataclass
 class Skipped:
-    """What is left out, counted; a broken line is an error unless `allowed`."""
+    """Counts of skipped prompts; a broken line is an error unless `allowed`."""
 
     allowed: bool = False
     bad: int = 0
@@ -117,10 +117,10 @@ class Skipped:
         """Count a line that cannot be used.
 
         Raises:
-            AnswerError: such lines are not allowed.
+            AnswerError: Broken lines are not allowed.
         """
         if not self.allowed:
-            raise AnswerError(f"{place}: {error}; mend the line, or use --skip-bad") from None
+            raise AnswerError(f"{place}: {error}; correct the line, or use --skip-bad") from None
         self.bad += 1
         _log.warning("skipped %s: %s", place, error)
 
@@ -133,18 +133,18 @@ class Skipped:
 
 
 def read_questions(paths: Sequence[Path], skipped: Skipped) -> tuple[list[Question], str]:
-    """The prompts of JSONL files, in order, and a hash of the files.
+    """Read the prompts of JSONL files, in order, and return them with a hash of the files.
 
     A line has a `prompt` or `messages`, and may have an `id` (or `name` or `task_id`), a `kind`,
     a `temperature` and `max_new_tokens`.
 
     Args:
-        paths: the files.
-        skipped: takes the broken lines.
+        paths: JSONL files.
+        skipped: Counts the broken lines.
 
     Raises:
-        AnswerError: a file cannot be read, a line is broken, two lines have one id, or there is
-            no prompt.
+        AnswerError: A file cannot be read, a line is broken, two lines have the same id, or there
+            is no prompt.
     """
     digest = hashlib.sha256()
     questions: dict[str, Question] = {}
@@ -156,7 +156,7 @@ def read_questions(paths: Sequence[Path], skipped: Skipped) -> tuple[list[Questi
             other = questions.setdefault(question.id, question)
             if other is not question:
                 raise AnswerError(
-                    f"{other.place} and {question.place} have one id, {question.id!r}: "
+                    f"{other.place} and {question.place} have the same id, {question.id!r}: "
                     "give each prompt its own"
                 )
     if not questions:
@@ -188,7 +188,11 @@ def _questions(path: Path, content: bytes, skipped: Skipped) -> Iterator[Questio
             place = f"{path}, line {number}"
             try:
                 question = _question(_parsed(line), f"{path.stem}:{number}", place)
-            except (ValueError, OverflowError, RecursionError) as error:  # of JSON, or ours
+            except (
+                ValueError,
+                OverflowError,
+                RecursionError,
+            ) as error:  # from JSON or raised below
                 skipped.broken(place, error)
             else:
                 yield question
@@ -216,10 +220,10 @@ def _question(record: Record, default: str, place: str) -> Question:
     if "messages" in given:
         _check_messages(given["messages"])
     elif not isinstance(given["prompt"], str) or not given["prompt"]:
-        raise AnswerError("'prompt' is not a string with something in it")
+        raise AnswerError("'prompt' is not a non-empty string")
     temperature, length = record.get("temperature"), record.get("max_new_tokens")
     for value in (temperature, length):
-        if isinstance(value, bool):  # a number, to python
+        if isinstance(value, bool):  # bool is a subclass of int
             raise AnswerError(f"{value} is not a number: give one, or leave it out")
     if temperature is not None:
         SamplingParams(temperature=temperature)
@@ -231,13 +235,13 @@ def _question(record: Record, default: str, place: str) -> Question:
 def _name(record: Record, default: str) -> str:
     name = next((record[key] for key in _NAMES if record.get(key) is not None), default)
     if isinstance(name, bool) or not isinstance(name, str | int) or name == "":
-        raise AnswerError(f"its id is {name!r}: give a text or a whole number")
+        raise AnswerError(f"its id is {name!r}: give a string or an integer")
     return str(name)
 
 
 def _check_messages(messages: Any) -> None:
     if not isinstance(messages, list) or not messages:
-        raise AnswerError("'messages' is not a list with something in it")
+        raise AnswerError("'messages' is not a non-empty list")
     for message in messages:
         if not isinstance(message, dict) or not all(
             isinstance(message.get(key), str) for key in ("role", "content")
@@ -245,12 +249,12 @@ def _check_messages(messages: Any) -> None:
             raise AnswerError("a message is not an object with string 'role' and 'content'")
 
 
-# Answering
+# Answer prompts
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question as the model meets it."""
+    """Question encoded as token ids."""
 
     question: Question
     ids: array[int]
@@ -259,19 +263,20 @@ class Prompt:
 def prepare(
     lm: Generator, questions: Sequence[Question], skipped: Skipped, limit: int | None = None
 ) -> list[Prompt]:
-    """Encode questions, without those that leave no room for an answer.
+    """Encode questions, and skip those that leave no room for an answer.
 
-    Everything is encoded before anything is answered, so that a prompt which the model cannot
-    take is found at once and not after hours.
+    All questions are encoded before the first is answered, so that a prompt that the model cannot
+    take is reported at once and not after hours.
 
     Args:
-        lm: the model.
-        questions: from `read_questions`.
-        skipped: takes those that do not fit, or that the model's chat template refuses.
-        limit: at most so many; None takes all.
+        lm: Generator of the model.
+        questions: Questions from `read_questions`.
+        skipped: Counts those that do not fit or that the model's chat template rejects.
+        limit: Maximum number of prompts; None for all.
 
     Raises:
-        AnswerError: the template refuses one, or none is left.
+        AnswerError: The template rejects a question and `skipped` does not allow it, or no prompt
+            is left.
     """
     prompts: list[Prompt] = []
     context = lm.target.context
@@ -296,7 +301,7 @@ def prepare(
 
 @dataclass
 class _Answer:
-    """One answer under way."""
+    """Answer in progress."""
 
     prompt: Prompt
     sampling: SamplingParams
@@ -304,14 +309,14 @@ class _Answer:
 
 
 class Answerer:
-    """Answers prompts by plain decoding, in a batch that stays full.
+    """Plain decoding of answers, in a batch that is kept full.
 
     Args:
-        lm: the model; look-ahead rows of it are not used.
-        settings: how answers are drawn.
+        lm: Generator of the model; its look-ahead files are not used.
+        settings: Settings of all answers.
 
     Attributes:
-        tokens: how many have been drawn.
+        tokens: Number of tokens generated so far.
     """
 
     def __init__(self, lm: Generator, settings: Settings) -> None:
@@ -322,18 +327,18 @@ class Answerer:
     def run(
         self, prompts: Sequence[Prompt], batch: int, stopping: Callable[[], bool]
     ) -> Iterator[list[Record]]:
-        """Answer prompts in order, until all are answered or it is told to stop.
+        """Answer prompts in order, until all are answered or `stopping` returns True.
 
         Args:
-            prompts: from `prepare`.
-            batch: how many are answered at once.
-            stopping: asked before each pass and each prompt that joins.
+            prompts: Prompts from `prepare`.
+            batch: Number of prompts answered at once.
+            stopping: Called before each pass and before each prompt that joins the batch.
 
         Yields:
-            After each pass the answers that it finished, often none.
+            The answers that a pass finished, once per pass; often an empty list.
 
         Raises:
-            AnswerError: the batch is empty.
+            AnswerError: `batch` is below 1.
         """
         if batch < 1:
             raise AnswerError(f"batch is {batch}: it must be 1 or more")
@@ -379,7 +384,7 @@ class Answerer:
         }
 
     def _shown(self, given: Record) -> str:
-        """A prompt as text, the way the model saw it."""
+        """Return a prompt as the text that the model received."""
         if "prompt" in given:
             return str(given["prompt"])
         tokenizer: Any = self.lm.tokenizer
@@ -390,5 +395,5 @@ class Answerer:
 
 
 def unanswered(prompts: Sequence[Prompt], answered: Collection[str]) -> list[Prompt]:
-    """The prompts without an answer, in order."""
+    """Return the prompts that are not answered yet, in order."""
     return [prompt for prompt in prompts if prompt.question.id not in answered]

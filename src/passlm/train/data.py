@@ -1,9 +1,9 @@
-"""Text from files and folders to token sequences.
+"""Turn files and folders of text into token sequences.
 
-Reads documents, holds some of them out, and cuts the others into windows of equal length that
-can be asked for by number, so that training resumes at any step without replaying the ones
-before. Turning text into ids and chats into text is left to the functions it is given: nothing
-here sees a tokenizer. Anchors and look-ahead groups are left to the loss.
+Reads documents, holds some of them out, and cuts the others into windows of equal length. Windows
+are accessed by number, so that training resumes at any step without replaying earlier ones.
+Tokenizing and rendering chats are left to functions passed in: nothing here sees a tokenizer.
+Anchors and look-ahead groups are left to `loop.py`.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ RenderChat = Callable[[list[dict[str, str]]], str]
 Ids = NDArray[np.uint32]
 
 MIN_CHARACTERS = 32
-"""Shorter texts are skipped: they hold no anchor with a future to predict."""
+"""Shorter texts are skipped: they have no anchor followed by enough tokens to predict."""
 
 # fmt: off
 TEXT_SUFFIXES = frozenset(
@@ -40,24 +40,24 @@ TEXT_SUFFIXES = frozenset(
     ]
 )
 # fmt: on
-"""What is read from a folder. A file that is named itself may have any suffix."""
+"""Suffixes of the files read from a folder. A file given by its own path may have any suffix."""
 
-_BATCH_CHARACTERS = 1_000_000  # one call of the tokenizer: enough to keep its threads busy
-_CYCLE = 1000  # draws after which a mixture has given every source its exact share
+_BATCH_CHARACTERS = 1_000_000  # per tokenizer call: enough to keep its threads busy
+_CYCLE = 1000  # draws in which each source of a mixture gets its exact share
 
 
 class DataError(InputError):
-    """The text cannot be trained on; the message is one line and says what to do."""
+    """Text that training cannot use; a one-line message that says what to do."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text: a file, or one record of a JSONL file.
+    """Text of one file or of one record of a JSONL file.
 
     Attributes:
-        path: The file; for a record of a JSONL file with `:line` after it.
+        path: The file, followed by `:line` for a record of a JSONL file.
         text: The whole text.
-        source: Which of the paths given to `read_documents` it came from.
+        source: Index of the path given to `read_documents` that it came from.
     """
 
     path: Path
@@ -71,19 +71,20 @@ def read_documents(
     render_chat: RenderChat | None = None,
     skip_bad: bool = False,
 ) -> list[Document]:
-    """Every document in the files and folders, in a fixed order.
+    """Read all documents in files and folders, in a fixed order.
 
-    Folders are read to the bottom, sorted, without hidden files. A JSONL record has a `text` (then
-    nothing else is read), `messages`, or a `prompt` with or without a `completion` or `answer`.
+    Folders are read recursively and sorted; hidden files are ignored. A JSONL record has a `text`
+    (other fields are then ignored), `messages`, or a `prompt` with an optional `completion` or
+    `answer`.
 
     Args:
         paths: Files and folders.
-        report: Gets one line for everything that is skipped, with the reason.
-        render_chat: Turns `messages` into text; None where the model has no chat template.
-        skip_bad: Leave broken lines of JSONL files out, and count them.
+        report: Called with one line for everything that is skipped, including the reason.
+        render_chat: Function from `messages` to text; None if the model has no chat template.
+        skip_bad: Skip and count broken lines of JSONL files instead of raising an error.
 
     Raises:
-        DataError: A path does not exist, a line is broken, or nothing readable is left.
+        DataError: A path does not exist, a line is broken, or no readable text is left.
     """
     documents: list[Document] = []
     bad = Broken(report, skip_bad)
@@ -104,20 +105,22 @@ def read_documents(
 
 @dataclass
 class Broken:
-    """Broken lines of JSONL files: counted where `allowed`, and an error elsewhere."""
+    """Broken lines of JSONL files: counted if `allowed`, an error otherwise."""
 
     report: Report
     allowed: bool
     count: int = 0
 
     def line(self, name: Path, reason: str) -> None:
-        """Meet one.
+        """Record one broken line.
 
         Raises:
-            DataError: none is allowed.
+            DataError: Broken lines are not allowed.
         """
         if not self.allowed:
-            raise DataError(f"{name}: {reason}; mend the line, or leave such out with --skip-bad")
+            raise DataError(
+                f"{name}: {reason}; correct the line, or skip such lines with --skip-bad"
+            )
         self.count += 1
         self.report(f"skipped {name}: {reason}")
 
@@ -136,7 +139,7 @@ def _files(path: Path, report: Report) -> Iterator[Path]:
             others[file.suffix or file.name] += 1
     if others:
         kinds = ", ".join(sorted(others))
-        report(f"skipped {others.total()} files in {path} that are not known as text: {kinds}")
+        report(f"skipped {others.total()} files in {path} with suffixes not known as text: {kinds}")
 
 
 def _walk(folder: Path, report: Report) -> Iterator[Path]:
@@ -183,14 +186,14 @@ def _records(
             bad.line(name, str(error))
         except json.JSONDecodeError as error:
             bad.line(name, f"not JSON ({error.msg})")
-        except (ValueError, RecursionError) as error:  # too many digits, or too deep
+        except (ValueError, RecursionError) as error:  # too many digits, or nested too deeply
             bad.line(name, f"cannot be read as JSON ({error})")
 
 
 def _record_text(record: Any, render_chat: RenderChat | None) -> str:
     if not isinstance(record, dict):
         raise DataError("not a JSON object")
-    if "text" in record:  # answers of `distill-data` have it beside what was asked
+    if "text" in record:  # answers of `distill-data` hold it next to the prompt
         parts = [record["text"]]
     elif "messages" in record:
         return _chat_text(record["messages"], render_chat)
@@ -204,7 +207,7 @@ def _record_text(record: Any, render_chat: RenderChat | None) -> str:
 
 
 def _encodable(text: str) -> str:
-    """JSON can hold half a surrogate pair, which no tokenizer takes."""
+    """Return the text; refuse half a surrogate pair, which JSON allows but no tokenizer accepts."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -229,11 +232,11 @@ def _is_message(message: Any) -> bool:
 def split_held_out(
     documents: Sequence[Document], share: float, seed: int
 ) -> tuple[list[Document], list[Document]]:
-    """`(train, held_out)`: about `share` of the documents, chosen by a hash of their text.
+    """Split documents into `(train, held_out)`; about `share` of them are held out.
 
-    The choice depends on seed and text alone: it stays when documents are added, moved or
-    reordered, and copies of one text fall on the same side. Both sides get something of every
-    source; a source of a single document is cut in two at a line near its end.
+    A hash of seed and text decides for each document. So the split does not change when documents
+    are added, moved or reordered, and copies of a text fall on the same side. Both sides contain
+    text of every source; a source of a single document is cut in two at a line near its end.
 
     Raises:
         DataError: `share` is not between 0 and 1, or there is nothing to split.
@@ -248,7 +251,7 @@ def split_held_out(
         for source in sources
     ]
     held_out = [document for _, held in parts for document in held]
-    # A small source may hold out what a large one would train on.
+    # A small source may hold out a text that a large one would train on.
     texts, train = {document.text for document in held_out}, list[Document]()
     for documents_of_it, _ in parts:
         others = [document for document in documents_of_it if document.text not in texts]
@@ -263,7 +266,7 @@ def _split_source(
     places = [_place(document.text, seed) for document in documents]
     if len(set(places)) < 2:
         return _cut(documents, share)
-    # Clamped, so that few documents still leave one on either side.
+    # Clamp, so that each side gets a document even if there are few.
     bound = min(max(share, min(places)), max(places) - 2.0**-53)
     train = [d for d, place in zip(documents, places, strict=True) if place > bound]
     held_out = [d for d, place in zip(documents, places, strict=True) if place <= bound]
@@ -282,32 +285,32 @@ def _cut(documents: Sequence[Document], share: float) -> tuple[list[Document], l
     middle = max(line_end + 1 if line_end > middle // 2 else middle, 1)
     parts = first.text[:middle], first.text[middle:]
     if not all(part.strip() for part in parts):
-        raise DataError(f"{first.path} is too short to hold a part of it out: give more text")
+        raise DataError(f"{first.path} is too short to hold out a part of it: give more text")
     train, held_out = (Document(first.path, part, first.source) for part in parts)
     return [train], [held_out]
 
 
 class TokenWindows:
-    """Windows of `length` tokens, asked for by number.
+    """Token windows of equal length, accessed by number.
 
-    Every document ends with the end-of-sequence id. A document of at least `length` tokens is
-    cut by itself, so its windows hold nothing else; shorter ones are joined. In an epoch each
-    window comes once, in an order drawn from seed and epoch, and the cuts move by a random
-    offset, so that tokens at the end of a document get their turn.
+    Every document ends with the end-of-sequence id. A document of at least `length` tokens is cut
+    separately, so that its windows contain nothing else; shorter ones are concatenated. Each epoch
+    yields every window once, in an order drawn from seed and epoch. The cuts move by a random
+    offset, so that tokens at the end of a document are used as well.
 
-    Nothing is remembered between calls: `window(n)` is the same after a restart.
+    No state is kept between calls: `window(n)` is the same after a restart.
 
     Args:
         documents: Documents from `read_documents`.
-        tokenize: Texts to ids, without special tokens.
-        end_of_sequence: The id that ends a document.
-        length: Tokens of a window.
-        seed: Of the order and the offsets.
-        weights: One number for each path given to `read_documents`; windows are drawn from the
-            sources in these proportions. Without it every window has the same chance.
+        tokenize: Function from texts to ids, without special tokens.
+        end_of_sequence: Id appended to each document.
+        length: Tokens per window.
+        seed: Seed of the order and the offsets.
+        weights: One weight for each path given to `read_documents`; windows are drawn from the
+            sources in these proportions. If None, every window is equally likely.
 
     Raises:
-        DataError: Too little text for one window, or weights that do not fit the sources.
+        DataError: There is too little text for one window, or the weights do not fit the sources.
     """
 
     def __init__(
@@ -319,9 +322,9 @@ class TokenWindows:
         seed: int = 0,
         weights: Sequence[float] | None = None,
     ) -> None:
-        """Tokenise everything; see the class."""
+        """Tokenize all documents; see the class."""
         if length < 1:
-            raise DataError(f"a window of {length} tokens: give a length of at least 1")
+            raise DataError(f"window length is {length}: give a length of at least 1")
         self.length = length
         self._seed = seed
         ids = _tokenized([d.text for d in documents], tokenize, end_of_sequence)
@@ -341,16 +344,16 @@ class TokenWindows:
             )
 
     def __len__(self) -> int:
-        """Windows in one epoch of all sources."""
+        """Return the number of windows in one epoch of all sources."""
         return sum(source.windows for source in self._sources)
 
     @property
     def tokens(self) -> int:
-        """Tokens of all documents, their ends included."""
+        """Number of tokens in all documents, including the end-of-sequence ids."""
         return sum(source.tokens for source in self._sources)
 
     def fingerprint(self) -> str:
-        """A hash of the windows to come: equal if training can go on where it stopped."""
+        """Return a hash that determines all windows; if it is unchanged, training can resume."""
         digest = hashlib.sha256(repr((self.length, self._seed, self._slots)).encode())
         for source in self._sources:
             for span in source.spans:
@@ -359,7 +362,7 @@ class TokenWindows:
         return digest.hexdigest()
 
     def window(self, index: int) -> Tensor:
-        """Window number `index`, counted from 0 and without end: ids, int64 `[length]`."""
+        """Return window `index`, counted from 0 without upper limit: ids, int64 `[length]`."""
         if index < 0:
             raise IndexError(f"window {index}: windows are counted from 0")
         number, draw = self._source_of(index)
@@ -370,9 +373,9 @@ class TokenWindows:
         return torch.from_numpy(ids.astype(np.int64))
 
     def frequent(self, count: int) -> Tensor:
-        """Ids of the most frequent tokens, best first, at most so many, int64.
+        """Return the ids of the `count` most frequent tokens, in descending order, int64.
 
-        Each source counts by its weight; ids that do not occur are left out.
+        Sources count by their weights. Ids that do not occur are left out, so there may be fewer.
         """
         longest = 1 + max(int(span.max()) for s in self._sources for span in s.spans)
         shares = np.zeros(longest)
@@ -383,11 +386,11 @@ class TokenWindows:
         return torch.from_numpy(order[shares[order] > 0])
 
     def batch(self, step: int, size: int) -> Tensor:
-        """The windows of training step `step`, counted from 0: ids, int64 `[size, length]`."""
+        """Return the windows of training step `step`, from 0: ids, int64 `[size, length]`."""
         return torch.stack([self.window(step * size + row) for row in range(size)])
 
     def _source_of(self, index: int) -> tuple[int, int]:
-        """The source that draw `index` comes from, and how often it was drawn before."""
+        """Return the source of draw `index`, and how often that source was drawn before."""
         if len(self._sources) == 1:
             return 0, index
         cycle, place = divmod(index, _CYCLE)
@@ -400,10 +403,10 @@ class TokenWindows:
 
 @dataclass(frozen=True)
 class _WindowSource:
-    """The spans that windows of one source are cut from."""
+    """Token spans of one source, from which its windows are cut."""
 
     spans: tuple[Ids, ...]
-    first: NDArray[np.int64]  # [spans + 1]: number of the first window of each span, then of all
+    first: NDArray[np.int64]  # [spans + 1]: number of each span's first window, then the total
     tokens: int
 
     @property
@@ -462,9 +465,11 @@ def _source(documents: Sequence[Ids], length: int) -> _WindowSource:
 
 
 def _slots(weights: Sequence[float]) -> tuple[int, ...]:
-    """How many of `_CYCLE` draws each source gets: largest remainders, at least one if wanted."""
+    """Return the draws per `_CYCLE` of each source: largest remainders, at least 1 if weighted."""
     if not all(0.0 <= weight < float("inf") for weight in weights) or not sum(weights):
-        raise DataError(f"weights {list(weights)}: give numbers of at least 0, one of them above")
+        raise DataError(
+            f"weights are {list(weights)}: give numbers of at least 0, one of them above 0"
+        )
     wanted = np.array(weights) / sum(weights) * _CYCLE
     slots = np.where(wanted > 0, np.maximum(np.floor(wanted), 1), 0).astype(int)
     while (missing := _CYCLE - int(slots.sum())) != 0:

@@ -1,9 +1,10 @@
-"""Training of a draft head: on rows that need no pass of their own, since they are the text's.
+"""Train a draft head on the hidden states of real rows, without passes of look-ahead rows.
 
-A text goes through the target once; from the hidden states of its rows (the anchors) the head
-guesses the tokens behind the one after each. Those of one text are too much alike for a step:
-anchors are drawn from the last texts together, for which the target's chances of the listed tokens
-are kept as well. So an anchor costs what the head costs. Everything else is the loop's.
+A sequence passes through the target once. From the hidden state of a row (an anchor) the head
+predicts the tokens that follow the next one. Anchors of one sequence are too similar to make a
+good step, so they are drawn from the latest sequences together. The target's probabilities of the
+listed tokens are kept with these sequences, so that an anchor costs only the head's computation.
+The rest of training is left to `loop.py`.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ from passlm.train.loss import PART_NUMBERS, Guess, KnownRows, Part, row_losses, 
 
 @dataclass(frozen=True)
 class ReadText:
-    """A text that went through the target.
+    """Sequence that has passed through the target.
 
     Attributes:
-        tokens: `[S]`.
-        hidden: what the target's output layer was given, `[S, d_model]`.
-        chances: the target's, of the listed tokens, `[S, K]` float16.
+        tokens: Token ids, `[S]`.
+        hidden: Input of the target's output layer, `[S, d_model]`.
+        chances: The target's probabilities of the listed tokens, `[S, K]` float16.
     """
 
     tokens: Tensor
@@ -42,10 +43,11 @@ class ReadText:
 
 @dataclass(frozen=True)
 class HungGuesses(Hung):
-    """Guesses of a head in place of look-ahead rows.
+    """Predictions of a draft head, in place of look-ahead rows.
 
     Attributes:
-        chances: the target's, of the listed tokens, where each guess stands, `[B, R, K]` float16.
+        chances: The target's probabilities of the listed tokens at the position of each prediction,
+            `[B, R, K]` float16.
     """
 
     chances: Tensor
@@ -53,26 +55,30 @@ class HungGuesses(Hung):
 
 @dataclass(frozen=True)
 class ListedRows(KnownRows):
-    """Some guesses among the listed tokens, which are all that the target's chances are kept of."""
+    """Predictions among the listed tokens, with the target's probabilities of these tokens.
+
+    Attributes:
+        chances: The target's probabilities of the listed tokens, `[R, K]`.
+    """
 
     chances: Tensor
 
     def taught(self, guess: Guess) -> Tensor:
-        """The target's chances of the listed tokens, which are those guessed among, `[R, K]`."""
+        """Return the target's probabilities of the listed tokens, `[R, K]`."""
         return self.chances.float()
 
 
 class HeadTrainer(Trainer):
-    """Trains the draft head of look-ahead files, and leaves what else they hold as it is."""
+    """Trainer of the draft head of look-ahead files; the files' other parts stay unchanged."""
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
         self._known: dict[int, ReadText] = {}
 
     def batch(self, windows: Sequence[int]) -> tuple[Tensor, HungGuesses]:
-        """Anchors of the last texts that this process had, these the last of them.
+        """Return anchors drawn from this process's latest sequences, `windows` included.
 
-        They depend on the numbers of the texts alone: a resumed run draws the same.
+        The draw depends only on the numbers of the windows, so that a resumed run draws the same.
         """
         config, lengths = self.config, torch.tensor(group_lengths(self.config))
         numbers = self._last(windows)
@@ -84,7 +90,9 @@ class HeadTrainer(Trainer):
         texts = torch.randint(len(numbers), shape, generator=draw)
         anchors = torch.randint(last, shape, generator=draw)
         drawn, at = torch.unique(texts, return_inverse=True)
-        read = [self._read(number) for number in numbers]  # all: as many in every process
+        read = [
+            self._read(number) for number in numbers
+        ]  # read all, so that every process runs the same number of passes
         chosen = [read[number] for number in drawn.tolist()]
         text = torch.stack([each.tokens for each in chosen])
         hidden = torch.stack([each.hidden for each in chosen])
@@ -99,7 +107,7 @@ class HeadTrainer(Trainer):
         )
 
     def _last(self, windows: Sequence[int]) -> list[int]:
-        """Numbers of the texts of this process's last steps, up to these."""
+        """Return the window numbers of this process's latest batches, up to `windows`."""
         size = len(windows)
         apart = size * (1 if self.processes is None else self.processes.place[1])
         steps = max(1, self.config.head_texts // size)
@@ -108,7 +116,7 @@ class HeadTrainer(Trainer):
 
     @torch.no_grad()
     def _read(self, window: int) -> ReadText:
-        """A text of this number; the last ones are remembered."""
+        """Run a window through the target; the latest windows are cached."""
         if window not in self._known:
             tokens = self.windows.window(window).to(self.target.device)
             hidden = hidden_states(self.target, tokens[None])[0]
@@ -118,7 +126,7 @@ class HeadTrainer(Trainer):
         return self._known[window]
 
     def _chances(self, hidden: Tensor) -> Tensor:
-        """The target's of the listed tokens, `[R, K]`; their sum lacks what it gives the others."""
+        """Return the target's probabilities of the listed tokens, `[R, K]`, not renormalised."""
         logits = self.target.logits(hidden).float() / self.config.teacher_temperature
         return logits.softmax(-1)[:, self._head.listed].half()
 
@@ -128,17 +136,17 @@ class HeadTrainer(Trainer):
         return {**super()._settings(), "listed tokens": digest[:12]}
 
     def trained(self, look_ahead: LookAhead) -> dict[str, nn.Parameter]:
-        """The head's parameters, by name."""
+        """Return the head's parameters, by name."""
         every = look_ahead.named_parameters()
         return {name: parameter for name, parameter in every if name.startswith("head.")}
 
     def rated(self, look_ahead: LookAhead) -> list[dict[str, Any]]:
-        """One group of them."""
+        """Return Adam's parameter group, with its peak learning rate."""
         parameters = list(self.trained(look_ahead).values())
         return [{"params": parameters, "highest": self.config.head_learning_rate}]
 
     def hang(self, text: Tensor, layouts: Sequence[Layout]) -> Hung:
-        """Rows with the hidden states of their anchors; a guess stands where its row would."""
+        """Return predictions with their anchors' hidden states, placed like look-ahead rows."""
         hidden = hidden_states(self.target, text)
         rows = text.shape[1]
         depth = torch.stack([layout.look_ahead[rows:] for layout in layouts]).to(text.device)

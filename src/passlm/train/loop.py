@@ -1,7 +1,7 @@
-"""The training loop: many anchors a text from one pass over it, checkpoints, held-out figures.
+"""Training loop: many anchors per pass over a sequence, checkpoints, held-out evaluation.
 
-What is trained is a `LookAhead`; the target stays frozen. Texts come from `data.py`, losses from
-`loss.py`, progress bars and files for people from the command line.
+A `LookAhead` is trained; the target stays frozen. Sequences come from `data.py`, losses from
+`loss.py`. Progress bars, model card and curves are left to the command line.
 """
 
 from __future__ import annotations
@@ -33,27 +33,28 @@ from passlm.train.loss import Guess, Part, accepted_lengths, parts, row_losses
 
 CHECKPOINT = "checkpoint.safetensors"
 HISTORY = "history.jsonl"
-EVALUATION_GROUPS = 32  # whole groups on each held-out text
-BETAS = (0.9, 0.99)  # of Adam: runs are short, and a mean over the last hundred steps is enough
+EVALUATION_GROUPS = 32  # complete groups per held-out sequence
+BETAS = (0.9, 0.99)  # of Adam: runs are short, and averaging over about 100 steps is enough
 OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
 class TrainingError(InputError):
-    """Training cannot start or go on; the message is one line and says what to do."""
+    """Training that cannot start or continue; a one-line message that says what to do."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What a step gave.
+    """Results of one step.
 
     Attributes:
-        step: steps done.
-        loss: of this step, nats a row.
-        learning_rate: of the embeddings in this step; others move with it.
-        gradient_norm: before clipping.
-        seconds: since the run, resumed or not, began.
-        accepted_length: held-out, over whole groups, at steps where it was measured.
-        accepted_by_position: held-out share of the groups that reach past each row.
+        step: Number of steps done.
+        loss: Loss of this step, in nats per row.
+        learning_rate: Rate of the embeddings in this step; the other rates are proportional.
+        gradient_norm: Norm before clipping.
+        seconds: Training time so far, including the time before a resume.
+        accepted_length: Mean over complete groups of held-out text; None at steps without an
+            evaluation.
+        accepted_by_position: Share of held-out groups accepted up to and including each row.
     """
 
     step: int
@@ -70,30 +71,30 @@ class Processes(Protocol):
 
     @property
     def place(self) -> tuple[int, int]:
-        """This one's number, from 0, and how many there are."""
+        """Index of this process, from 0, and the number of processes."""
 
     def average(self, loss: float, parameters: Mapping[str, Tensor]) -> float:
-        """Every gradient becomes the mean over all processes; gives that of the loss."""
+        """Replace every gradient by its mean over all processes; return the mean loss."""
 
     def any(self, flag: bool) -> bool:
-        """Whether one of the processes says so."""
+        """Return True if the flag is set in any process."""
 
 
 class Trainer:
-    """Trains look-ahead rows for one target.
+    """Trainer of look-ahead rows for one target.
 
     Args:
-        target: the frozen model.
-        look_ahead: what to train, from its present values on.
-        windows: texts to train on.
-        held_out: texts to measure on, never trained on.
-        config: the settings.
-        folder: where checkpoints and the history go.
-        processes: who else trains on the same step; None for this process alone.
-        started_from: a hash of the files that it goes on from; empty where it begins anew.
+        target: Frozen model.
+        look_ahead: Parameters to train, starting from their current values.
+        windows: Training sequences.
+        held_out: Sequences for evaluation only.
+        config: Settings of the run.
+        folder: Folder of checkpoints and history.
+        processes: Processes that share each step; None for this process alone.
+        started_from: Hash of the files that training starts from; empty for a fresh start.
 
     Raises:
-        UnsupportedModelError: logits cannot be had from the target's hidden states.
+        UnsupportedModelError: The target's logits cannot be computed from its hidden states.
     """
 
     def __init__(
@@ -124,11 +125,11 @@ class Trainer:
         check_logits(target)
 
     def trained(self, look_ahead: LookAhead) -> dict[str, nn.Parameter]:
-        """What the steps change, by name."""
+        """Return the parameters to train, by name."""
         return dict(look_ahead.named_parameters())
 
     def rated(self, look_ahead: LookAhead) -> list[dict[str, Any]]:
-        """Adam's parameter groups, each with its highest learning rate."""
+        """Return Adam's parameter groups, each with its peak learning rate."""
         config = self.config
         rates = [(look_ahead.embeddings, config.learning_rate)]
         if look_ahead.lora is not None:
@@ -140,21 +141,21 @@ class Trainer:
 
     @property
     def groups_seen(self) -> int:
-        """Look-ahead groups, that is anchors, trained on so far."""
+        """Number of look-ahead groups (anchors) trained on so far."""
         texts = self.steps_done * self.config.accumulate * self.config.sequences
         processes = 1 if self.processes is None else self.processes.place[1]
         return texts * processes * self.config.anchors
 
     def run(self, stop: Callable[[], bool] = lambda: False) -> Iterator[Progress]:
-        """Train to the last step, giving each step's figures; checkpoints are kept on the way.
+        """Train to the last step, save checkpoints, and yield the results of each step.
 
-        The first one is of the beginning: whatever ends a run, it can be gone on with.
+        The first checkpoint is saved before the first step, so that any interrupted run can resume.
 
         Args:
-            stop: asked after each step; True keeps a checkpoint and ends.
+            stop: Called after each step; if it returns True, save a checkpoint and end.
 
         Raises:
-            TrainingError: the loss is no number; the last checkpoint stays.
+            TrainingError: Loss or gradient is not finite; the last checkpoint stays.
         """
         if not self.steps_done:
             self.save_checkpoint()
@@ -178,7 +179,7 @@ class Trainer:
                 return
 
     def _step(self, rate: float) -> tuple[float, float]:
-        """One step of the optimiser; gives the loss and the length of the gradient."""
+        """Run one step of the optimiser; return the loss and the norm of the gradient."""
         self.optimizer.zero_grad()
         loss = self.gradients(self.steps_done)
         self._check_finite("loss", loss)
@@ -195,9 +196,9 @@ class Trainer:
         return loss, norm
 
     def gradients(self, step: int) -> float:
-        """Adds the gradients of a step's mean loss to the parameters; gives that loss.
+        """Add the gradients of a step's mean loss to the parameters; return that loss.
 
-        Texts and anchors of a step are the same however they are split over processes and batches.
+        Sequences and anchors of a step do not depend on how it is split into processes and batches.
         """
         config = self.config
         rank, count = (0, 1) if self.processes is None else self.processes.place
@@ -212,12 +213,12 @@ class Trainer:
         return self.processes.average(total, self.parameters)
 
     def batch(self, windows: Sequence[int]) -> tuple[Tensor, Hung]:
-        """Texts of these numbers, `[B, S]`, and the rows on them that are trained."""
+        """Return the windows of these numbers, `[B, S]`, and the rows to train on them."""
         text = torch.stack([self.windows.window(i) for i in windows]).to(self.target.device)
         return text, self.hang(text, [self._layout(index) for index in windows])
 
     def hang(self, text: Tensor, layouts: Sequence[Layout]) -> Hung:
-        """The rows that are trained, hung on some texts, `[B, S]`."""
+        """Return the rows to train, attached to sequences `[B, S]`."""
         return look_ahead_pass(
             self.target, text, layouts, self._rows, self.config.gradient_checkpointing
         )
@@ -227,11 +228,11 @@ class Trainer:
         return anchored(config.sequence_tokens, group_lengths(config), self.drawing(window))
 
     def drawing(self, window: int) -> torch.Generator:
-        """What draws the anchors of a text."""
+        """Return the random generator that draws the anchors of a window."""
         return torch.Generator().manual_seed((self.config.seed * 1_000_003 + window) % 2**63)
 
     def _backward(self, hung: Hung, text: Tensor) -> float:
-        """Adds a batch's share to the gradients, part by part; gives its mean loss."""
+        """Add a batch's gradients part by part; return its mean loss."""
         weight = self.config.position_weight ** (hung.depth.flatten() - 1)
         scale = weight / weight.sum()
         sampler = self.look_ahead.sampler
@@ -246,7 +247,7 @@ class Trainer:
             if final is not guess:
                 losses = losses + row_losses(kind, final, part)
             loss = (losses * scale[place]).sum()
-            # The inputs are named: a target whose weights ask for gradients is left alone.
+            # Explicit inputs: a target whose weights require gradients must not collect any.
             torch.autograd.backward(loss / self.config.accumulate, inputs=[part.hidden, *heads])
             assert part.hidden.grad is not None, "the loss depends on the hidden states"
             gradient[place] = part.hidden.grad
@@ -255,7 +256,7 @@ class Trainer:
         return total
 
     def _guesses(self, part: Part) -> tuple[Guess, Guess]:
-        """What the rows guess by themselves and in the end; one and the same without a sampler."""
+        """Return predictions before and after the sampler head; the same object without one."""
         guess = part.guess(self.target)
         if self.look_ahead.sampler is None or self._tables is None:
             return guess, guess
@@ -265,11 +266,11 @@ class Trainer:
         if not math.isfinite(value):
             raise TrainingError(
                 f"the {what} is {value} at step {self.steps_done + 1}: train with a lower "
-                f"--learning-rate; a checkpoint kept in {self.folder} is from before and good"
+                f"--learning-rate; a checkpoint in {self.folder} is older and valid"
             )
 
     def _rate(self, step: int) -> float:
-        """Linear warm-up, then a cosine down to a hundredth."""
+        """Return the learning rate: linear warm-up, then a cosine down to 1 % of the peak."""
         config = self.config
         if step < config.warmup:
             return config.learning_rate * (step + 1) / config.warmup
@@ -282,9 +283,9 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> list[float]:
-        """Held-out share of the groups accepted up to and past each row, greedy, teacher-forced.
+        """Return the share of held-out groups accepted up to and including each row.
 
-        Their sum is the accepted length.
+        Greedy and teacher-forced. The sum of the shares is the accepted length.
         """
         config = self.config
         generator = torch.Generator().manual_seed(config.seed)
@@ -304,7 +305,7 @@ class Trainer:
 
     @property
     def writes(self) -> bool:
-        """Whether files are this process's business."""
+        """True if this process writes the files."""
         return self.processes is None or self.processes.place[0] == 0
 
     def _record(self, progress: Progress) -> None:
@@ -326,7 +327,7 @@ class Trainer:
         }
 
     def save_checkpoint(self) -> None:
-        """Keep all that an exact continuation needs, in one file, whole or not at all."""
+        """Write all state for an exact continuation to one file, completely or not at all."""
         if not self.writes:
             return
         tensors = {name: parameter.detach() for name, parameter in self.parameters.items()}
@@ -343,11 +344,11 @@ class Trainer:
         write_atomically(self.folder / CHECKPOINT, whole)
 
     def resume(self) -> None:
-        """Go on from the folder's checkpoint, to the same result as an unbroken run.
+        """Continue from the folder's checkpoint; the result equals that of an uninterrupted run.
 
         Raises:
-            TrainingError: there is no checkpoint, it is damaged, or it was made with other
-                settings; says which differ.
+            TrainingError: There is no checkpoint, it is damaged, or it was made with other
+                settings; the message says which differ.
         """
         path = self.folder / CHECKPOINT
         tensors, about = _read_checkpoint(path)
@@ -357,14 +358,14 @@ class Trainer:
             steps_done, seconds = int(about["steps_done"]), float(about["seconds"])
         except (KeyError, TypeError, ValueError) as error:
             raise TrainingError(
-                f"{path} is damaged (bad or missing {error}): start anew with --overwrite"
+                f"{path} is damaged (invalid or missing {error}): start again with --overwrite"
             ) from error
         different = [name for name in now if kept.get(name) != now[name]]
         if different:
             changes = ", ".join(_change(n, kept.get(n), now[n]) for n in different)
             raise TrainingError(
-                f"{path} was made with other settings: {changes}; give those, or start anew with "
-                "--overwrite"
+                f"{path} was made with other settings: {changes}; give those, or start again "
+                "with --overwrite"
             )
         target = json.dumps(asdict(self.look_ahead.card.target))
         shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}
@@ -384,7 +385,7 @@ class Trainer:
         self.steps_done, self.seconds = steps_done, seconds
 
     def _cut_history(self) -> None:
-        """Drop the steps after the checkpoint: they are done again."""
+        """Drop the steps after the checkpoint, because they are repeated."""
         if not self.writes:
             return
         kept = [p for p in read_history(self.folder) if p.step <= self.steps_done]
@@ -395,10 +396,10 @@ class Trainer:
 
 
 def check_logits(target: Target) -> None:
-    """Make sure that logits come out of hidden states as they come out of the model itself.
+    """Check that logits computed from hidden states equal the model's own.
 
     Raises:
-        UnsupportedModelError: they do not.
+        UnsupportedModelError: They differ.
     """
     layout = make_layout(Plan(1, (0, 1)))
     rows = LookAheadRows(target.embed(torch.tensor([0], device=target.device)))
@@ -408,13 +409,13 @@ def check_logits(target: Target) -> None:
         truth = target.model(input_ids=text, use_cache=False).logits.float()
     if not torch.allclose(ours, truth, rtol=0.02, atol=0.02 * float(truth.abs().max())):
         raise UnsupportedModelError(
-            f"{type(target.model).__name__} makes its logits of more than its last hidden states: "
+            f"{type(target.model).__name__} computes logits from more than its last hidden states: "
             "look-ahead rows cannot be trained for it"
         )
 
 
 def _change(name: str, kept: object, now: object) -> str:
-    if name == "data":  # hashes, which say nothing to people
+    if name == "data":  # hashes, which tell the reader nothing
         return "the text or its weights differ"
     if name == "start":
         return "--start-from is another"
@@ -422,49 +423,49 @@ def _change(name: str, kept: object, now: object) -> str:
 
 
 def group_lengths(config: TrainConfig) -> list[int]:
-    """Lengths of a text's groups: of each row's groups a share `keep` goes on to the next row.
+    """Return the group lengths of a sequence: a share `keep` of the groups continues at each row.
 
-    Later rows are reached less often in decoding and cost as much to train (the conditional drop
-    of PARD, arXiv 2504.18583). The numbers are the same for every text, so that texts stack.
+    Decoding reaches later rows less often, but they cost as much to train (the conditional drop of
+    PARD, arXiv 2504.18583). The lengths are the same for every sequence, so that sequences stack.
     """
     reach = [round(config.anchors * config.keep**row) for row in range(config.reach)]
     return [sum(1 for count in reach if index < max(count, 1)) for index in range(config.anchors)]
 
 
 def anchored(tokens: int, lengths: Sequence[int], generator: torch.Generator) -> Layout:
-    """The layout of a text with groups of these lengths hung on random real rows.
+    """Return the layout of a sequence with groups of these lengths on random real rows.
 
     Args:
-        tokens: of the text, `S`.
-        lengths: of the groups; all fit behind the last anchor.
-        generator: draws the anchors.
+        tokens: Length of the sequence, `S`.
+        lengths: Lengths of the groups; anchors are chosen so that every group fits.
+        generator: Random generator that draws the anchors.
     """
-    places = tokens - max(lengths) - 1  # the last row still has a token to predict
+    places = tokens - max(lengths) - 1  # the last row needs a token to predict
     chosen = torch.randperm(places, generator=generator)[: len(lengths)].tolist()
     groups = [0] * tokens
     for place, length in zip(chosen, lengths, strict=True):
         groups[place] = length
-    return make_layout(Plan(tokens - 1, tuple(groups)))  # random ones are not worth remembering
+    return make_layout(Plan(tokens - 1, tuple(groups)))  # not cached: random layouts do not recur
 
 
 def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise TrainingError(f"no checkpoint {path}: leave out --resume to start")
+        raise TrainingError(f"no checkpoint {path}: leave out --resume to start a new run")
     try:
         with safe_open(path, framework="pt") as file:
             about = file.metadata()
         return load_file(path), about
     except (SafetensorError, OSError) as error:
-        raise TrainingError(f"{path} is damaged ({error}): start anew with --overwrite") from error
+        raise TrainingError(f"{path} is damaged ({error}): start again with --overwrite") from error
 
 
 def read_history(folder: Path) -> list[Progress]:
-    """The figures of every step kept in a folder, in order."""
+    """Return the results of all steps recorded in a folder, in order."""
     path = folder / HISTORY
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    # A line without an end was being written when the run was cut off.
+    # A last line without a newline is incomplete: the run was interrupted.
     return [Progress(**json.loads(line)) for line in lines if line.endswith("\n")]

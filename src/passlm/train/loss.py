@@ -1,7 +1,7 @@
-"""Losses at the look-ahead rows, and the accepted length they stand for.
+"""Losses of look-ahead rows, and accepted lengths.
 
-All of them are sums over rows, so that rows may come in parts: logits of a whole vocabulary for
-every row of a step would be most of the memory.
+All losses are sums over rows, so that rows can be processed in parts. Logits over the whole
+vocabulary for all rows of a step would take most of the memory.
 """
 
 from __future__ import annotations
@@ -19,36 +19,37 @@ from passlm.model.pass_records import Hung
 from passlm.model.target import Target
 from passlm.train.config import Loss
 
-PART_NUMBERS = 2**23  # logits held at once: 32 MiB in float32
+PART_NUMBERS = 2**23  # logits in memory at once: 32 MiB in float32
 
 
 @dataclass(frozen=True)
 class Guess:
-    """What rows guess: logits over the vocabulary or over each row's own shortlist.
+    """Predictions of rows: logits over the vocabulary or over each row's own shortlist.
 
     Attributes:
         logits: `[R, N]` float32.
-        tokens: ids that the logits belong to, `[R, N]`; None for the whole vocabulary in order.
+        tokens: Ids of the tokens that the logits belong to, `[R, N]`; None for the whole vocabulary
+            in order.
     """
 
     logits: Tensor
     tokens: Tensor | None = None
 
     def best(self) -> Tensor:
-        """The best token of each row, `[R]`."""
+        """Return the most likely token of each row, `[R]`."""
         best = self.logits.argmax(-1, keepdim=True)
         return (best if self.tokens is None else self.tokens.gather(1, best)).squeeze(1)
 
 
 @dataclass(frozen=True)
 class KnownRows(ABC):
-    """Some rows that guess tokens of known texts, whole groups.
+    """Complete groups of rows that predict tokens of known sequences.
 
     Attributes:
-        hidden: `[R, d_model]`.
-        depth: `j` of each row, `[R]`; 1 starts a group.
-        text: token ids of the texts, `[T, S]`.
-        at: text and position of each row, both `[R]`.
+        hidden: Hidden states, `[R, d_model]`.
+        depth: Depth `j` of each row, `[R]`; 1 starts a group.
+        text: Token ids of the sequences, `[T, S]`.
+        at: Sequence index and position of each row, both `[R]`.
     """
 
     hidden: Tensor
@@ -58,17 +59,17 @@ class KnownRows(ABC):
 
     @abstractmethod
     def taught(self, guess: Guess) -> Tensor:
-        """The target's chances of the tokens guessed among, where each row stands, `[R, N]`."""
+        """Return the target's probabilities of the guess's tokens at each row, `[R, N]`."""
 
     @property
     def wanted(self) -> Tensor:
-        """The text's token behind each row's position, which the row predicts, `[R]`."""
+        """Token after each row's position, which the row predicts, `[R]`."""
         return self.text[self.at[0], self.at[1] + 1]
 
     def before(self, tokens: int) -> Tensor:
-        """The text's tokens up to each row's position, the last one first, `[R, tokens]`.
+        """Return the tokens up to each row's position, latest first, `[R, tokens]`.
 
-        Where the text has not so many, its first one is there again.
+        The first token of a sequence is repeated where the sequence is too short.
         """
         back = torch.arange(tokens, device=self.text.device)
         return self.text[self.at[0][:, None], (self.at[1][:, None] - back).clamp(min=0)]
@@ -76,49 +77,50 @@ class KnownRows(ABC):
 
 @dataclass(frozen=True)
 class Part(KnownRows):
-    """Rows with the target's own logits; the gradient of `hidden` is what is wanted.
+    """Rows with the target's own logits; training needs the gradient of `hidden`.
 
     Attributes:
-        teacher: the target's logits where each row stands, `[R, V]` float32.
+        teacher: The target's logits at each row's position, `[R, V]` float32.
     """
 
     teacher: Tensor
 
     def taught(self, guess: Guess) -> Tensor:
-        """The target's chances of the tokens guessed among, where each row stands, `[R, N]`."""
+        """Return the target's probabilities of the guess's tokens at each row, `[R, N]`."""
         return self.chances if guess.tokens is None else self.chances.gather(1, guess.tokens)
 
     def guess(self, target: Target) -> Guess:
-        """What the rows guess by themselves."""
+        """Return the rows' predictions without the sampler head."""
         return Guess(target.logits(self.hidden).float())
 
     def weighed(self, guess: Guess, head: SamplerHead, tables: Embeddings) -> Guess:
-        """The same with the tokens before known."""
+        """Return the predictions rescored by the sampler head from the preceding tokens."""
         before = self.before(head.tokens)
         tokens, logits = weighed(head, tables, guess.logits, self.hidden, before)
         return Guess(logits.float(), tokens)
 
     @cached_property
     def chances(self) -> Tensor:
-        """The target's own distribution where each row stands, `[R, V]`."""
+        """The target's distribution at each row's position, `[R, V]`."""
         return self.teacher.softmax(-1)
 
     def hits(self, guess: Guess) -> Tensor:
-        """Whether each row's best token is the target's own, `[R]`."""
+        """Return True for rows whose most likely token is the target's own, `[R]`."""
         return guess.best() == self.teacher.argmax(-1)
 
 
 def parts(
     target: Target, hung: Hung, text: Tensor, temperature: float = 1.0, gradients: bool = False
 ) -> Iterator[tuple[slice, Part]]:
-    """All rows of some texts in parts of whole groups, each with its place among them.
+    """Yield the rows of sequences in parts of complete groups, each with its slice of the rows.
 
     Args:
-        target: the model.
-        hung: look-ahead rows of the texts.
-        text: token ids of the texts, `[T, S]`; each row's `position + 1` lies inside its own.
-        temperature: the teacher's distribution is that of its logits divided by this.
-        gradients: give every part hidden states that gather a gradient of their own.
+        target: Model that the rows are trained for.
+        hung: Look-ahead rows of the sequences.
+        text: Token ids of the sequences, `[T, S]`. Each row's `position + 1` must lie inside its
+            sequence.
+        temperature: Divisor of the teacher's logits.
+        gradients: Let the hidden states of each part collect a gradient of their own.
     """
     hidden = hung.hidden.detach().flatten(0, 1)
     depth, position, texts = hung.depth.flatten(), hung.position.flatten(), hung.text.flatten()
@@ -141,7 +143,7 @@ def parts(
 
 
 def spans(bounds: list[int], most: int) -> Iterator[tuple[int, int]]:
-    """From bound to bound, as far as `most` goes; a single group may be longer."""
+    """Yield spans of complete groups of at most `most` rows; a single group may be longer."""
     start = bounds[0]
     for bound, following in zip(bounds[1:], [*bounds[2:], None], strict=True):
         if following is None or following - start > most:
@@ -150,7 +152,7 @@ def spans(bounds: list[int], most: int) -> Iterator[tuple[int, int]]:
 
 
 def row_losses(kind: Loss, guess: Guess, part: KnownRows) -> Tensor:
-    """The loss of that name at each row, `[R]`; see the functions below."""
+    """Compute the loss of the given kind at each row, `[R]`; see the functions below."""
     if kind == "cross-entropy":
         return cross_entropy(guess, part)
     if kind == "distillation":
@@ -159,9 +161,9 @@ def row_losses(kind: Loss, guess: Guess, part: KnownRows) -> Tensor:
 
 
 def cross_entropy(guess: Guess, part: KnownRows) -> Tensor:
-    """Negative log-probability of the text's token: the paper's loss.
+    """Compute the negative log-probability of the sequence's token: the paper's loss.
 
-    Where the token is not on a row's shortlist, nothing is to be learnt: 0.
+    The loss is 0 at rows whose shortlist does not contain the token.
 
     Returns:
         `[R]`, in nats.
@@ -173,24 +175,24 @@ def cross_entropy(guess: Guess, part: KnownRows) -> Tensor:
 
 
 def distillation(guess: Guess, part: KnownRows) -> Tensor:
-    """Cross-entropy to the target's own distribution at the row's position.
+    """Compute the cross-entropy to the target's own distribution at the row's position.
 
-    Of a shortlist the part of the distribution that lies on it counts.
+    With a shortlist, only the tokens on it count.
 
     Returns:
-        `[R]`, in nats; the target's entropy is the floor over a whole vocabulary.
+        `[R]`, in nats. Over the whole vocabulary, the target's entropy is the lower bound.
     """
     teacher = part.taught(guess)
     return -(teacher * guess.logits.log_softmax(-1)).sum(-1)
 
 
 def refusal(guess: Guess, part: KnownRows) -> Tensor:
-    """Chance that a draft drawn from the row is refused, `1 - sum min(p, q)`, where it is reached.
+    """Compute the probability that a drafted token is rejected, `1 - sum min(p, q)`.
 
-    The loss on the acceptance itself: every row counts by the chance that decoding gets there,
-    the product of the acceptances before it in its group. Its gradient comes from the tokens that
-    row and target both hold likely, so it teaches little to rows that guess at random: begin with
-    another loss.
+    This loss optimises acceptance directly. Each row is weighted by the probability that decoding
+    reaches it, the product of the acceptance rates before it in its group. The gradient comes from
+    tokens that both row and target consider likely, so untrained rows learn little from it: start
+    with another loss.
 
     Returns:
         `[R]`, each between 0 and 1.
@@ -201,7 +203,7 @@ def refusal(guess: Guess, part: KnownRows) -> Tensor:
 
 
 def _reached(accepted: Tensor, depth: Tensor) -> Tensor:
-    """The product of the acceptances before each row in its group, `[R]`."""
+    """Return the product of the acceptance rates before each row in its group, `[R]`."""
     logs = accepted.clamp(min=1e-6).log()
     before = logs.cumsum(0) - logs
     starts = (depth == 1).nonzero().squeeze(1)
@@ -210,14 +212,14 @@ def _reached(accepted: Tensor, depth: Tensor) -> Tensor:
 
 
 def accepted_lengths(hits: Tensor, depth: Tensor) -> Tensor:
-    """How many rows of each group hit before the first miss.
+    """Count the hits of each group before its first miss.
 
     Args:
         hits: `[R]` bool, group after group.
-        depth: `j` of each row, `[R]`; 1 starts a group.
+        depth: Depth `j` of each row, `[R]`; 1 starts a group.
 
     Returns:
-        One number a group, `[groups]`: the accepted length greedy decoding would count.
+        One count per group, `[groups]`: the accepted length in greedy decoding.
     """
     group = (depth == 1).cumsum(0) - 1
     misses = (~hits).long().cumsum(0)

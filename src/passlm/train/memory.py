@@ -1,4 +1,4 @@
-"""How much memory training takes, told before anything large is loaded."""
+"""Estimate the memory that training needs, before anything large is loaded."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from passlm.train.config import TrainConfig
 from passlm.train.loss import PART_NUMBERS
 
 _GIB = 2**30
-_KEPT_A_LAYER = 24  # numbers of d_model kept for the gradients of a row in a layer, measured
-_LOGITS_COPIES = 6  # of a part's logits: the teacher's, the rows', their gradients
+_KEPT_A_LAYER = 24  # vectors of d_model kept per row and layer for the backward pass, measured
+_LOGITS_COPIES = 6  # copies of a part's logits: the teacher's, the rows', their gradients
 
 
 class NotEnoughMemoryError(InputError):
-    """The target does not fit into memory; one line."""
+    """Training does not fit into memory; a one-line message."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a process trains.
+    """Device of a process, and the processes that share it.
 
     Attributes:
-        device: as torch names it.
-        shards: how many processes the target's layers are split over.
-        neighbours: how many processes share the device's memory, this one included.
+        device: Name of the device in torch.
+        shards: Number of processes that the target's layers are sharded over.
+        neighbours: Number of processes that share the device's memory, including this one.
     """
 
     device: str
@@ -40,24 +40,24 @@ class Place:
 def needed(
     config: PreTrainedConfig, dtype: torch.dtype, train: TrainConfig, rows: int, shards: int = 1
 ) -> int:
-    """Bytes that training takes, about, in one process.
+    """Estimate the memory that training needs in one process, in bytes.
 
     Args:
-        config: of the target.
-        dtype: of its weights.
-        train: the settings.
-        rows: look-ahead rows of a text.
-        shards: how many processes the target's layers are split over.
+        config: Configuration of the target.
+        dtype: Type of the target's weights.
+        train: Settings of the run.
+        rows: Look-ahead rows per sequence.
+        shards: Number of processes that the target's layers are sharded over.
     """
     text: Any = config.get_text_config()
-    with torch.device("meta"):  # shapes alone
+    with torch.device("meta"):  # shapes only
         model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     weights = _weights(model, int(text.num_hidden_layers), shards) * dtype.itemsize
     cache: int = (
         train.sequences * train.sequence_tokens * text.hidden_size * text.num_hidden_layers * 2
     )
     if train.kind == "head":
-        held = _of_texts(text, dtype, train, rows)
+        held = _head_bytes(text, dtype, train, rows)
     else:
         kept = 1 if train.gradient_checkpointing else _KEPT_A_LAYER
         numbers = train.sequences * rows * text.hidden_size * text.num_hidden_layers * kept
@@ -67,10 +67,10 @@ def needed(
     return total
 
 
-def _of_texts(text: Any, dtype: torch.dtype, train: TrainConfig, rows: int) -> int:
-    """What a draft head's anchors are drawn from: hidden states, and chances in float16.
+def _head_bytes(text: Any, dtype: torch.dtype, train: TrainConfig, rows: int) -> int:
+    """Return the bytes of hidden states and float16 probabilities kept for a draft head.
 
-    A step has copies: of the hidden states of all texts, and of all for the rows that it draws.
+    A step also copies the hidden states of all sequences, and both tensors for the rows it draws.
     """
     listed = min(train.head_vocabulary, text.vocab_size)
     hidden, chances = text.hidden_size * dtype.itemsize, listed * 2
@@ -80,7 +80,7 @@ def _of_texts(text: Any, dtype: torch.dtype, train: TrainConfig, rows: int) -> i
 
 
 def _weights(model: Any, layers: int, shards: int) -> int:
-    """Numbers in a process: everything, or a share of the layers and one that computes."""
+    """Return the parameters per process: all, or a share of the layers plus the active one."""
     tables = (model.get_input_embeddings(), model.get_output_embeddings())
     whole = {p for table in tables if table is not None for p in table.parameters()}
     outside: int = sum(p.numel() for p in whole)
@@ -89,11 +89,11 @@ def _weights(model: Any, layers: int, shards: int) -> int:
 
 
 def available(device: str) -> int | None:
-    """Bytes that are free where the target is to lie; None where that cannot be told."""
+    """Return the free memory of a device in bytes; None if it cannot be determined."""
     try:
         if torch.device(device).type == "cuda":
             return int(torch.cuda.mem_get_info(torch.device(device))[0])
-    except (RuntimeError, AssertionError):  # no such device, which loading explains
+    except (RuntimeError, AssertionError):  # no such device; loading reports it
         return None
     return int(psutil.virtual_memory().available)
 
@@ -101,18 +101,18 @@ def available(device: str) -> int | None:
 def check(
     config: PreTrainedConfig, dtype: torch.dtype, place: Place, train: TrainConfig, rows: int
 ) -> None:
-    """Refuse to start what would not end.
+    """Refuse to start a run that would exhaust the memory.
 
     Raises:
-        NotEnoughMemoryError: more is needed than is free; says how much.
+        NotEnoughMemoryError: More memory is needed than is free; the message says how much.
     """
     wanted = needed(config, dtype, train, rows, place.shards) * place.neighbours
     free = available(place.device)
     if free is not None and wanted > free:
-        fewer = "--sequences or --anchors, --gradient-checkpointing"
+        lower = "--sequences or --anchors, --gradient-checkpointing"
         if train.kind == "head":
-            fewer = "--head-texts, --anchors or --head-vocabulary"
+            lower = "--head-texts, --anchors or --head-vocabulary"
         raise NotEnoughMemoryError(
             f"training takes about {wanted / _GIB:.1f} GiB and {free / _GIB:.1f} GiB are free on "
-            f"{place.device}: take --dtype bfloat16, fewer {fewer}, or a smaller model"
+            f"{place.device}: use --dtype bfloat16, a lower {lower}, or a smaller model"
         )

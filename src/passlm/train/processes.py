@@ -1,8 +1,8 @@
-"""Several processes that train on the same steps, started by `accelerate launch`.
+"""Data-parallel training in several processes, started by `accelerate launch`.
 
-Each takes its share of a step's texts; gradients are averaged, so that all of them hold the same
-look-ahead rows. The target is whole in each process, or its layers are sharded over them by FSDP.
-What a step is, is left to `loop.py`.
+Each process takes its share of a step's sequences. Gradients are averaged, so that all processes
+hold the same look-ahead rows. Each process holds the whole target, or FSDP shards its layers over
+the processes. The training step is left to `loop.py`.
 """
 
 from __future__ import annotations
@@ -29,90 +29,90 @@ _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE
 
 
 class ProcessesError(InputError):
-    """A way of splitting the work that training cannot use, or a process that is gone; one line."""
+    """Unsupported way of distributing training, or a lost process; a one-line message."""
 
 
 def launched() -> bool:
-    """Whether this process is one of several.
+    """Return True if this process is one of several.
 
     Raises:
-        ProcessesError: several were asked for, and only this one was started.
+        ProcessesError: Several processes were requested, but only this one was started.
     """
     if any(int(os.environ.get(name, "1")) > 1 for name in _SIZES):
         return True
-    if _asked("ACCELERATE_USE_CPU") and "MASTER_PORT" in os.environ:
+    if _env_flag("ACCELERATE_USE_CPU") and "MASTER_PORT" in os.environ:
         raise ProcessesError(
-            "accelerate launch --cpu starts one process only: give it --multi_gpu in the place of "
-            "--cpu, and --device cpu to passlm"
+            "accelerate launch --cpu starts one process only: give it --multi_gpu instead of "
+            "--cpu, and give passlm --device cpu"
         )
     return False
 
 
 class AcceleratedProcesses:
-    """The processes that `accelerate launch` started; see `loop.Processes`.
+    """Processes that `accelerate launch` started; implements `loop.Processes`.
 
     Args:
-        device: what the user asked for; `cpu` keeps everything there.
+        device: Device that the user requested; `cpu` keeps everything on the CPU.
 
     Attributes:
-        sharded: whether the target is to be split over the processes.
+        sharded: True if the target is to be sharded over the processes.
 
     Raises:
-        ProcessesError: they were started for a way of training that needs the target's gradients.
+        ProcessesError: The launch configuration is one that training does not support.
     """
 
     def __init__(self, device: str) -> None:
-        self.sharded = _asked("ACCELERATE_USE_FSDP")
+        self.sharded = _env_flag("ACCELERATE_USE_FSDP")
         if self.sharded and os.environ.get("FSDP_VERSION", "1") != "2":
             raise ProcessesError(
                 "FSDP version 1 hides the target's layers: launch with --fsdp_version 2"
             )
-        # With it transformers takes for granted that weights are sent on from the first process.
+        # If set, transformers expects the first process to broadcast the weights.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         self._state = PartialState(cpu=device == "cpu")
         kind = self._state.distributed_type.value
-        if not kind.startswith("MULTI_") or _asked("ACCELERATE_USE_MEGATRON_LM"):
+        if not kind.startswith("MULTI_") or _env_flag("ACCELERATE_USE_MEGATRON_LM"):
             raise ProcessesError(
                 f"accelerate was configured for {kind} and --device is {device}: look-ahead rows "
-                "train on several CPUs or GPUs, with or without FSDP"
+                "can be trained on several CPUs or GPUs, with or without FSDP"
             )
-        # FSDP's meshes keep the group that they use alive, with its threads, after its destruction.
+        # A group of our own: FSDP's meshes keep theirs, and its threads, alive after destruction.
         self._group: ProcessGroup | None = new_group()
 
     @property
     def device(self) -> str:
-        """Where this process computes."""
+        """Device of this process."""
         return str(self._state.device)
 
     @property
     def place(self) -> tuple[int, int]:
-        """This process's number, from 0, and how many there are."""
+        """Index of this process, from 0, and the number of processes."""
         return self._state.process_index, self._state.num_processes
 
     @property
     def neighbours(self) -> int:
-        """How many of the processes share this one's device, itself included."""
+        """Number of processes that share this one's device, including itself."""
         if self._state.device.type != "cpu":
             return 1
         return int(os.environ.get("LOCAL_WORLD_SIZE", self.place[1]))
 
     def shard(self, loaded: LoadedModel) -> None:
-        """Split the target over the processes, where that was asked for, and move it there."""
+        """Shard the target over the processes and move it to their devices, if requested."""
         if self.sharded:
             shard_layers(loaded.model, self._state.device)
 
     def average(self, loss: float, parameters: Mapping[str, Tensor]) -> float:
-        """Every gradient becomes the mean over all processes; gives that of the loss.
+        """Replace every gradient by its mean over all processes; return the mean loss.
 
         Raises:
-            ProcessesError: one of the others is gone.
+            ProcessesError: Another process has ended.
         """
         gradients = [p.grad for p in parameters.values() if p.grad is not None]
         numbers = torch.tensor([loss], dtype=torch.float64, device=self._state.device)
-        self._add_up(numbers)
+        self._sum(numbers)
         if gradients:
             flat = torch.cat([gradient.flatten() for gradient in gradients])
-            self._add_up(flat)
+            self._sum(flat)
             sizes = [gradient.numel() for gradient in gradients]
             means = torch.split(flat / self.place[1], sizes)
             for gradient, mean in zip(gradients, means, strict=True):
@@ -120,16 +120,16 @@ class AcceleratedProcesses:
         return float(numbers) / self.place[1]
 
     def any(self, flag: bool) -> bool:
-        """Whether one of the processes says so."""
+        """Return True if the flag is set in any process."""
         return self.average(float(flag), {}) > 0
 
     @contextlib.contextmanager
     def ending_together(self) -> Iterator[None]:
-        """Let all processes end at the same time, with nothing of their exchange left running.
+        """Let all processes end at the same time, with no communication thread left running.
 
-        One that ends first would take the connection of the others away. A thread that lets go of
-        an exchanged tensor while the interpreter ends aborts it; the threads of our group have
-        ended when it is destroyed.
+        A process that ends first would break the connection of the others. A thread that releases
+        a communicated tensor during interpreter shutdown aborts the process; the threads of our
+        own group have ended once it is destroyed.
         """
         try:
             yield
@@ -138,24 +138,25 @@ class AcceleratedProcesses:
             self._group = None
             self._state.destroy_process_group()
 
-    def _add_up(self, values: Tensor) -> None:
+    def _sum(self, values: Tensor) -> None:
         try:
             all_reduce(values, group=self._group)
         except RuntimeError as error:  # the connection broke
             raise ProcessesError(
-                "another of the processes is gone: see what it said, then go on with --resume"
+                "another process has ended: see its error message, then continue with --resume"
             ) from error
 
 
 def shard_layers(model: nn.Module, device: torch.device) -> None:
-    """Split a model's decoder layers over all processes, and move it to their devices.
+    """Shard a model's decoder layers over all processes and move it to their devices.
 
-    A layer is whole for as long as it computes. Embeddings, the last norm and the output layer
-    stay whole everywhere: a sampler head and the loss need them all the time.
+    A layer is gathered only while it computes. Embeddings, the last norm and the output layer stay
+    whole in every process, because the sampler head and the loss use them all the time.
 
     Args:
-        model: of transformers; may lie elsewhere, so that it never has to fit on one device.
-        device: this process's.
+        model: Model of transformers. It may be on another device, so that it never has to fit on
+            one.
+        device: Device of this process.
     """
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     body: Any = getattr(model, str(model.base_model_prefix))
@@ -165,8 +166,8 @@ def shard_layers(model: nn.Module, device: torch.device) -> None:
     whole = {p for p in model.parameters() if not isinstance(p, DTensor)}
     for tensor in (*whole, *model.buffers()):
         tensor.data = tensor.data.to(device)
-    fully_shard(body, mesh=mesh, ignored_params=whole)  # one order of passes for all layers
-    _log.info("%d layers are split over %d processes", len(layers), mesh.size())
+    fully_shard(body, mesh=mesh, ignored_params=whole)  # root module: keeps all layers in one order
+    _log.info("%d layers are sharded over %d processes", len(layers), mesh.size())
 
 
 def _decoder_layers(body: nn.Module, count: int) -> nn.ModuleList:
@@ -174,9 +175,10 @@ def _decoder_layers(body: nn.Module, count: int) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise ProcessesError(
-        f"{type(body).__name__} does not show its layers: train without FSDP, or another model"
+        f"{type(body).__name__} has no list of decoder layers: train without FSDP or use "
+        "another model"
     )
 
 
-def _asked(variable: str) -> bool:
+def _env_flag(variable: str) -> bool:
     return os.environ.get(variable, "").lower() in ("1", "true", "yes")

@@ -1,4 +1,4 @@
-"""What a finished training run leaves for people: the model card and the curves."""
+"""Model card and training curves of a finished run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from passlm.train.loop import Progress
 
 
 def curves(history: Sequence[Progress]) -> bytes:
-    """Loss, held-out accepted length and acceptance by row over the steps, as PNG."""
+    """Plot loss, held-out accepted length and acceptance by row; return the PNG file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -23,12 +23,12 @@ def curves(history: Sequence[Progress]) -> bytes:
     losses = [p.loss for p in history]
     loss.plot(steps, losses, color="0.8", linewidth=0.8)
     loss.plot(steps, _smoothed(losses), color="C0")
-    loss.set(title="training loss", xlabel="step", ylabel="nats a row")
+    loss.set(title="training loss", xlabel="step", ylabel="nats per row")
     length.plot([p.step for p in measured], [p.accepted_length for p in measured], "o-")
     length.set(title="held-out accepted length", xlabel="step", ylim=(0, None))
     shares = measured[-1].accepted_by_position or () if measured else ()
     rows.bar(range(1, len(shares) + 1), shares)
-    rows.set(title="held-out groups accepted to row j", xlabel="row j", ylim=(0, None))
+    rows.set(title="held-out groups accepted up to row j", xlabel="row j", ylim=(0, None))
     for axes in (loss, length, rows):
         axes.spines[["top", "right"]].set_visible(False)
     png = io.BytesIO()
@@ -46,7 +46,7 @@ def _smoothed(values: Sequence[float], weight: float = 0.95) -> list[float]:
 
 
 def model_card(card: Card) -> str:
-    """The folder's README, as a Hugging Face model card."""
+    """Return the folder's README, a Hugging Face model card."""
     return "\n".join(
         [
             "---",
@@ -57,9 +57,9 @@ def model_card(card: Card) -> str:
             "---",
             f"# Look-ahead for {card.base_model}",
             "",
-            f"{_parts(card)} for Parallel Speculative Sampling (PaSS). The model drafts with them "
-            "and validates the drafts itself: it writes what it would write without them, in "
-            "fewer passes.",
+            f"{_parts(card)} for Parallel Speculative Sampling (PaSS). The model uses them to "
+            "draft tokens and verifies the drafts itself: its output is the same as without them, "
+            "in fewer forward passes.",
             "",
             "```python",
             "import passlm",
@@ -68,7 +68,7 @@ def model_card(card: Card) -> str:
             'print(lm.generate("def fib(n):")[0].text)',
             "```",
             "",
-            f"Made for {card.target.shape}.",
+            f"Made for: {card.target.shape}.",
             "",
             "## Accepted length",
             "",
@@ -78,41 +78,41 @@ def model_card(card: Card) -> str:
             "",
             *_table(("setting", "value"), card.training),
             "",
-            *_of_head(card),
+            *_draft_head_section(card),
             "![curves](curves.png)",
             "",
         ]
     )
 
 
-def _of_head(card: Card) -> list[str]:
-    """How the draft head was trained, and what of its guesses held-out text accepts."""
+def _draft_head_section(card: Card) -> list[str]:
+    """Return the card's section on the draft head: its training and its acceptance."""
     if card.head is None:
         return []
     return ["## Draft head", "", *_table(("setting", "value"), card.head), ""]
 
 
 def _parts(card: Card) -> str:
-    """What the folder holds, in words."""
+    """Return a description of what the folder holds."""
     parts = [
         f"{card.look_ahead_tokens} look-ahead input embeddings of {card.target.d_model} numbers"
     ]
     if card.lora is not None:
         layers = sum(len(group) for group in card.lora["groups"])
         parts.append(
-            f"updates of rank {card.lora['rank']} for {layers} linear layers, which act on "
-            "look-ahead rows alone"
+            f"updates of rank {card.lora['rank']} for {layers} linear layers, applied to "
+            "look-ahead rows only"
         )
     if card.sampler is not None:
         told = card.sampler.get("tokens", 1)
         parts.append(
-            f"a sampler head of width {card.sampler['width']}, told {told} token"
-            f"{'s' * (told > 1)} before each row's own"
+            f"a sampler head of width {card.sampler['width']} that takes the {told} preceding "
+            f"token{'s' * (told > 1)} of each row as input"
         )
     if card.head is not None:
         parts.append(
-            f"a draft head of width {card.head['width']}, which guesses {card.head['depths']} "
-            f"tokens behind a row among {card.head['listed']}, without look-ahead rows"
+            f"a draft head of width {card.head['width']} that proposes {card.head['depths']} "
+            f"tokens from a vocabulary of {card.head['listed']}, without look-ahead rows"
         )
     return "; ".join(parts)
 
