@@ -9,7 +9,7 @@ import pytest
 
 from passlm.decoding.decoder import agreed_pass, closed_up
 from passlm.decoding.noise import Noise
-from passlm.decoding.strategies import Adaptive, Choice, Limits, Shared, Strategy, autoregressive
+from passlm.decoding.strategies import Adaptive, Choice, Limits, PassSize, Strategy, autoregressive
 from passlm.decoding.text import Request, Row
 from passlm.params import SamplingParams
 from passlm.plan import Chain, Guessing, Plan
@@ -120,7 +120,7 @@ def test_the_choice_is_the_best_of_all_plans() -> None:
     curve = CostCurve((1, 21), (1.0, 2.2), (1, 3), (0.1, 0.2), 0.03)
     chooser = AutoPlan(curve, (0.7, 0.5, 0.3), lookup=False).begin()
     chances = [0.7, 0.5, 0.3]
-    value, plan = chooser._best(chances)
+    value, plan = chooser._search(chances)
     others = []
     for candidates, rows in product(range(4), (1, 2, 3)):
         for hung in product((0, rows), repeat=1 + candidates):
@@ -136,7 +136,7 @@ def _value(
     for chance in chances:
         reached.append(reached[-1] * chance)
     ends = [now - later for now, later in zip(reached, [*reached[1:], 0.0], strict=True)]
-    worth = sum(end * chooser._worth[rows] for end, rows in zip(ends, groups, strict=True))
+    worth = sum(end * chooser._group_values[rows] for end, rows in zip(ends, groups, strict=True))
     cost = curve.of(len(groups), sum(groups), max(groups))
     if len(groups) + sum(groups) > 1:
         cost *= auto._CAUTION
@@ -149,7 +149,7 @@ def test_rows_that_a_pass_has_anyway_are_used(rows: int) -> None:
     has paid for."""
     chooser = AutoPlan(STEEP, PRIOR).begin()
     assert chooser.choose([COPIED], WIDE).plan.rows < 9
-    plan = chooser.choose([COPIED], Limits(1000, shared=Shared(rows))).plan
+    plan = chooser.choose([COPIED], Limits(1000, shared=PassSize(rows))).plan
     assert plan.rows <= rows
     assert plan.candidates == rows - 1
 
@@ -162,16 +162,16 @@ def test_texts_agree_on_what_is_best_for_all() -> None:
 
     def agreed(
         chains: list[list[Chain]], strategy: Adaptive | Strategy = settings
-    ) -> Shared | None:
+    ) -> PassSize | None:
         request = Request.of([1], SamplingParams(), 100, strategy)
         return agreed_pass(
             [Row(request, 100, "length", Noise(0), [1], proposed=own) for own in chains]
         )
 
-    assert agreed([sure] * 4) == Shared(9)
-    assert agreed([sure] * 3 + [none]) == Shared(9)
-    assert agreed([sure] + [none] * 15) == Shared(1)
-    assert agreed([none] * 4) == Shared(1)
+    assert agreed([sure] * 4) == PassSize(9)
+    assert agreed([sure] * 3 + [none]) == PassSize(9)
+    assert agreed([sure] + [none] * 15) == PassSize(1)
+    assert agreed([none] * 4) == PassSize(1)
     assert agreed([sure]) is None
     assert agreed([sure, sure], autoregressive) is None
 
@@ -183,13 +183,13 @@ def test_look_ahead_rows_of_one_text_are_paid_for_by_all() -> None:
     chooser = AutoPlan(curve, (0.9, 0.9, 0.9, 0.9)).begin()
     chooser.resize(4)
     assert {shared.look_ahead for shared in chooser.passes} == {False, True}
-    plain, dear = Shared(5), Shared(5, look_ahead=True)
+    plain, dear = PassSize(5), PassSize(5, look_ahead=True)
     assert max(chooser.choose([], Limits(1000, shared=plain)).plan.groups) == 0
     assert max(chooser.choose([], Limits(1000, shared=dear)).plan.groups) == 4
     cost = chooser._settings.cost
     assert cost(5, 0, 0, dear) == pytest.approx(cost(5, 0, 0, plain) + 0.5 * auto._CAUTION)
     unsure = AutoPlan(curve, (0.0,) * 4).begin()
-    assert unsure.worth([], plain) > unsure.worth([], dear)
+    assert unsure.value_of([], plain) > unsure.worth([], dear)
 
 
 def test_a_batch_that_changes_changes_the_costs_and_not_what_was_learnt() -> None:
@@ -219,7 +219,7 @@ def test_a_batch_that_changes_changes_the_costs_and_not_what_was_learnt() -> Non
 
 
 def test_a_text_hears_of_the_batch_when_its_size_has_changed() -> None:
-    """Catches plans weighed anew for a text that left and another that took its place, and a size
+    """Catches plans.values anew for a text that left and another that took its place, and a size
     that is never told."""
     heard: list[int] = []
 
@@ -252,7 +252,7 @@ def test_gaps_are_filled_from_the_end(staying: list[int], places: list[int]) -> 
 def test_the_best_plan_is_the_best_of_all(curve: CostCurve, worth: tuple[float, ...]) -> None:
     """Catches groups that are passed over though they pay."""
     chooser = AutoPlan(curve, PRIOR).begin()
-    chooser._worth = list(worth)
+    chooser._group_values = list(worth)
     for first, later in product((0.05, 0.4, 0.9), (0.1, 0.8)):
         chances = [first, *[later] * 5]
         values = []
@@ -268,7 +268,7 @@ def test_the_best_plan_is_the_best_of_all(curve: CostCurve, worth: tuple[float, 
                 gained = sum(reached) + sum(ends[place] for place in at) * worth[rows]
                 price = chooser._settings.cost(1 + candidates, len(at) * rows, rows, None)
                 values.append(gained - chooser.rate * price)
-        assert chooser._best(chances)[0] == pytest.approx(max(values))
+        assert chooser._search(chances)[0] == pytest.approx(max(values))
 
 
 def test_what_a_pass_took_counts_for_every_text_of_it() -> None:
@@ -277,7 +277,7 @@ def test_what_a_pass_took_counts_for_every_text_of_it() -> None:
     alone, together = AutoPlan(curve).begin(), AutoPlan(curve).begin()
     for _ in range(100):
         alone.learn(alone.choose([], WIDE), [WRONG])
-        together.learn(together.choose([], Limits(1000, shared=Shared(5))), [WRONG])
+        together.learn(together.choose([], Limits(1000, shared=PassSize(5))), [WRONG])
     assert alone.rate == pytest.approx(1.0, rel=0.05)
     assert together.rate == pytest.approx(0.5, rel=0.05)
 
@@ -319,24 +319,24 @@ def test_what_a_text_begins_with_is_weighed_once(monkeypatch: pytest.MonkeyPatch
     curves = {1: FLAT, 4: STEEP}
     plan = AutoPlan(FLAT, PRIOR, curves=curves.get)
     weighings: list[AutoChooser] = []
-    weigh = AutoChooser._weigh_anew
+    weigh = AutoChooser._update_values
 
     def counted(self: AutoChooser) -> None:
         weighings.append(self)
         weigh(self)
 
-    monkeypatch.setattr(AutoChooser, "_weigh_anew", counted)
+    monkeypatch.setattr(AutoChooser, "_update_values", counted)
     first = plan.begin()
     once = len(weighings)
     assert once > 0
-    assert plan.begin().weighed == first.weighed
+    assert plan.begin().values == first.values
     assert len(weighings) == once
     for _ in range(3):
         for texts in (4, 1):
             first.resize(texts)
     assert len(weighings) == 2 * once
     first.resize(4)
-    assert plan.resized(4).begin().weighed == first.weighed
+    assert plan.resized(4).begin().values == first.values
     assert plan.resized(4).resized(1) is plan
 
 
@@ -346,12 +346,12 @@ def test_what_groups_are_worth_is_remembered_by_the_size_of_the_batch() -> None:
     chooser = plan.begin()
     for _ in range(64):
         chooser.learn(chooser.choose([DRAFT], WIDE), [WRONG])
-    learnt = chooser.weighed[1]
-    assert learnt != plan.begin().weighed[1]
+    learnt = chooser.values[1]
+    assert learnt != plan.begin().values[1]
     chooser.resize(4)
-    assert max(chooser.weighed[1]) == 0, "it has seen how seldom groups are right"
+    assert max(chooser.values[1]) == 0, "it has seen how seldom groups are right"
     chooser.resize(1)
-    assert chooser.weighed[1] == learnt
+    assert chooser.values[1] == learnt
 
 
 def test_text_without_likely_tokens_is_not_drafted_for() -> None:
@@ -384,10 +384,10 @@ def test_first_guesses_tell_more_of_a_head_than_later_ones() -> None:
     curve = CostCurve((1, 11), (1.0, 3.0), head_seconds=(0.1,))
     chooser = AutoPlan(curve, lookup=False, head=(0.9,)).begin()
     unsure = Chain((1,), "head", sureness=(0.05,))
-    worth = [chooser.weighed[0][0]]
+    worth = [chooser.values[0][0]]
     for _ in range(12):
         chooser.choose([unsure], WIDE)
-        worth.append(chooser.weighed[0][0])
+        worth.append(chooser.values[0][0])
     falls = [after / before for before, after in pairwise(worth)]
     assert falls[0] == pytest.approx(2 / 3)
     assert falls == sorted(falls)

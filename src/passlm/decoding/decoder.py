@@ -16,7 +16,7 @@ from torch import Tensor
 from passlm.decoding.drafters import drafters_for
 from passlm.decoding.noise import Noise
 from passlm.decoding.stopping import cut_block
-from passlm.decoding.strategies import Shared
+from passlm.decoding.strategies import PassSize
 from passlm.decoding.text import Request, Row
 from passlm.drafts.protocol import Drafter, Verified
 from passlm.errors import InputError
@@ -251,7 +251,7 @@ def closed_up(indices: Sequence[int]) -> list[int]:
     return [place if place in there else moving.pop() for place in places]
 
 
-def agreed_pass(rows: Sequence[Row]) -> Shared | None:
+def agreed_pass(rows: Sequence[Row]) -> PassSize | None:
     """Return the size of pass that is worth most to the batch; None for a single sequence.
 
     All sequences pay for the longest plan and for look-ahead rows of any: unused rows are lost.
@@ -260,7 +260,7 @@ def agreed_pass(rows: Sequence[Row]) -> Shared | None:
     if len(rows) < 2 or not choosing:
         return None
 
-    def worth(shared: Shared) -> float:
-        return sum(chooser.worth(own, shared) for chooser, own in choosing)
+    def value(shared: PassSize) -> float:
+        return sum(chooser.value_of(own, shared) for chooser, own in choosing)
 
-    return max(choosing[0][0].passes, key=worth)
+    return max(choosing[0][0].passes, key=value)

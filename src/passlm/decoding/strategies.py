@@ -17,7 +17,7 @@ from passlm.plan import Chain, Guessing, Plan, Source
 
 
 @dataclass(frozen=True)
-class Shared:
+class PassSize:
     """Size of a pass that all sequences of a batch agreed on.
 
     Every sequence pays for this size, whether it uses all rows or not.
@@ -44,7 +44,7 @@ class Limits:
 
     room: int
     span: int | None = None
-    shared: Shared | None = None
+    shared: PassSize | None = None
 
     @property
     def candidates(self) -> int:
@@ -101,11 +101,11 @@ class Chooser(Protocol):
         ...
 
     @property
-    def passes(self) -> tuple[Shared, ...]:
+    def passes(self) -> tuple[PassSize, ...]:
         """Kinds of passes that the sequences of a batch choose from; empty if plans are fixed."""
         ...
 
-    def resize(self, texts: int) -> None:
+    def resize(self, batch_size: int) -> None:
         """Update the batch size."""
         ...
 
@@ -119,7 +119,7 @@ class Chooser(Protocol):
         """
         ...
 
-    def worth(self, chains: Sequence[Chain], shared: Shared) -> float:
+    def value_of(self, chains: Sequence[Chain], shared: PassSize) -> float:
         """Return the value of such a pass to this sequence, in tokens."""
         ...
 
@@ -176,21 +176,21 @@ class FixedChooser:
 
     strategy: Strategy
     guesses: int = 0
-    passes: tuple[Shared, ...] = ()
+    passes: tuple[PassSize, ...] = ()
 
     @property
     def drafts(self) -> bool:
         """Whether the strategy is another one than plain decoding."""
         return self.strategy is not autoregressive
 
-    def resize(self, texts: int) -> None:
+    def resize(self, batch_size: int) -> None:
         """Do nothing: a fixed plan does not depend on the batch size."""
 
     def draft_length(self, source: Source, chains: Sequence[Chain], most: int) -> int:
         """Return `guesses` for the draft head, 0 for prompt lookup, `most` for other drafters."""
         return min({"head": self.guesses, "lookup": 0}.get(source, most), most)
 
-    def worth(self, chains: Sequence[Chain], shared: Shared) -> float:
+    def value_of(self, chains: Sequence[Chain], shared: PassSize) -> float:
         """Return 0: there is nothing to choose from."""
         return 0.0
 

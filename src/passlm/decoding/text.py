@@ -23,7 +23,7 @@ from passlm.decoding.strategies import (
     Chooser,
     FixedChooser,
     Limits,
-    Shared,
+    PassSize,
     Strategy,
     autoregressive,
 )
@@ -186,7 +186,7 @@ class Row:
         sampled = not request.distribution.greedy and request.draft == "sampled"
         return sampled and request.judge == "rejection"
 
-    def _limits(self, shared: Shared | None = None) -> Limits:
+    def _limits(self, shared: PassSize | None = None) -> Limits:
         span = None if self.context is None else self.context - len(self.tokens)
         return Limits(self.room, span, shared)
 
@@ -205,7 +205,7 @@ class Row:
         most = self._limits().candidates
         return self._chooser.draft_length(source, self.proposed, most) if most else 0
 
-    def choose_plan(self, shared: Shared | None = None) -> PassRow:
+    def choose_plan(self, shared: PassSize | None = None) -> PassRow:
         """Choose the next pass from the proposals, within what can still be of use.
 
         Args:

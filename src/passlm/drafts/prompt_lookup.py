@@ -1,6 +1,6 @@
-"""Prompt lookup: draft tokens copied from where the last few tokens stood before in the text.
+"""Prompt lookup: draft tokens copied from an earlier occurrence of the last few tokens.
 
-Costs no pass and no weights. Saxena, "Prompt Lookup Decoding" (2023); Yang et al., "Inference with
+Needs no pass and no weights. Saxena, "Prompt Lookup Decoding" (2023); Yang et al., "Inference with
 reference" (arXiv 2304.04487). Whether a match is worth verifying is left to `planning/auto.py`.
 """
 
@@ -12,28 +12,28 @@ from weakref import WeakKeyDictionary
 from passlm.drafts.protocol import DraftSequence, PassResult, Verified
 from passlm.plan import Chain, Source
 
-_INDEXED = (4, 3, 2, 1)  # lengths of the token sequences looked up, longest first
-LONGEST_MATCH = 16  # a longer one is hardly better evidence
+_INDEXED = (4, 3, 2, 1)  # lengths of the n-grams to look up, longest first
+LONGEST_MATCH = 16  # a longer match is hardly better evidence
 
 
 class PromptLookup:
-    """An index over one text that grows at its end."""
+    """An n-gram index of one sequence that grows at its end."""
 
     def __init__(self) -> None:
         self._known = 0
-        self._after: dict[tuple[int, ...], int] = {}  # token sequence -> place behind its last use
+        self._after: dict[tuple[int, ...], int] = {}  # n-gram -> place after its last occurrence
 
     def find(self, text: Sequence[int], count: int) -> tuple[list[int], int]:
-        """What followed the text's last tokens the last time they occurred.
+        """Return the tokens that followed the last tokens at their previous occurrence.
 
         Args:
-            text: all token ids so far: those given before, and any behind them.
-            count: at most so many tokens. Where the text ends before, it is taken to go on
-                repeating what lies between the two occurrences.
+            text: all token ids so far: those of the previous call, and any after them.
+            count: number of tokens. Where the sequence ends before, the part between the two
+                occurrences is repeated.
 
         Returns:
-            The tokens, and how many of the last tokens agreed (up to `LONGEST_MATCH`); nothing
-            and 0 where even the last one is new.
+            The tokens, and the number of matching tokens, up to `LONGEST_MATCH`; no tokens and 0
+            if the last token has not occurred before.
         """
         self._extend(text)
         end = len(text)
@@ -46,7 +46,7 @@ class PromptLookup:
         return [], 0
 
     def _extend(self, text: Sequence[int]) -> None:
-        """Index the sequences that some token follows."""
+        """Index the n-grams that are followed by a token."""
         for place in range(max(1, self._known), len(text)):
             for length in _INDEXED:
                 if length <= place:
@@ -79,7 +79,7 @@ class LookupDrafter:
 
 
 def _agreeing(text: Sequence[int], place: int) -> int:
-    """How many tokens before `place` and at the end of the text are the same."""
+    """Return the number of equal tokens before `place` and at the end of the sequence."""
     longest = min(LONGEST_MATCH, place)
     for length in range(longest):
         if text[place - 1 - length] != text[-1 - length]:

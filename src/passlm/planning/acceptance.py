@@ -1,9 +1,9 @@
-"""How often candidates are accepted in one text: what is believed first, and what is counted.
+"""Acceptance rates of candidates in one sequence: a prior, and counts.
 
-A candidate's chance depends on where it comes from: on its place in a look-ahead group, on how sure
-the draft head was of it, on how much text agreed before it was copied. And it depends on the
-target's confidence in the text's own next tokens, which every pass shows. What follows for plans is
-left to `auto.py`.
+The probability that a candidate is accepted depends on its source: on its depth in a look-ahead
+group, on the draft head's own probability, on the number of matching tokens before a copied one. It
+also depends on the target's confidence in its next tokens, which every pass shows. Planning from
+these rates is left to `auto.py`.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from functools import lru_cache
 from passlm.drafts.prompt_lookup import LONGEST_MATCH
 from passlm.plan import Chain, Source
 
-_MEMORY = 0.97  # what counts keep of their weight when one more is counted
-_LONG_MEMORY = 0.998  # and from pass to pass, so that what failed once is tried again
-_PRIOR_WEIGHT = 6.0  # how many counted candidates the prior is worth
-_CONFIDENCE_MEMORY = 0.9  # what the mean confidence keeps of its weight with every token
-# How often the next token is as it was behind the last place where k tokens agreed, k = 1 to 16:
-# greedy answers of SmolLM2-135M-Instruct to recipes/make_prompts.py's prompts, 33,000 tokens.
+_MEMORY = 0.97  # decay of counts when one more candidate is counted
+_LONG_MEMORY = 0.998  # decay of counts per pass, so that what failed once is tried again
+_PRIOR_WEIGHT = 6.0  # weight of the prior, in candidates
+_CONFIDENCE_MEMORY = 0.9  # decay of the mean confidence per token
+# Probability that the token after k matching tokens is the one that followed them before, k = 1 to
+# 16: greedy answers of SmolLM2-135M-Instruct to recipes/make_prompts.py's prompts, 33,000 tokens.
 _LOOKUP_PRIOR = (
     *(0.23, 0.57, 0.65, 0.72, 0.76, 0.79, 0.83, 0.85),
     *(0.85, 0.87, 0.90, 0.93, 0.94, 0.94, 0.95, 0.98),
 )
-# How often a draft head's token is accepted, by the probability that it gave it: below 0.1, 0.2,
-# ..., above 0.8; docs/results/priors.json, 12,000 guesses behind answers to prompts that it was not
-# trained on, at temperatures from 0 to 1.5, each text's confidence taken into account.
+# Acceptance rate of a draft head's token by the head's probability: below 0.1, 0.2, ..., above 0.8;
+# docs/results/priors.json, 12,000 guesses in answers to prompts that it was not trained on, at
+# temperatures from 0 to 1.5, corrected for each sequence's confidence.
 _SURE = (0.1, 0.2, 0.3, 0.45, 0.6, 0.8)
 _HEAD_PRIOR = (0.07, 0.18, 0.30, 0.42, 0.53, 0.66, 0.88)
-# The same of a head that knows the noise, at temperatures from 0.2 to 1.5 together: 22,000 guesses.
+# The same for a head that knows the noise, at temperatures from 0.2 to 1.5: 22,000 guesses.
 _KNOWING_PRIOR = (0.09, 0.16, 0.25, 0.36, 0.50, 0.64, 0.87)
 
-# Of a drafter that is not known here, by place: counts take over after a few candidates.
+# For other drafters, by depth; counts outweigh it after a few candidates.
 _UNKNOWN_PRIOR = (0.5,) * 12
 
 Key = tuple[str, tuple[int, ...]]
@@ -44,7 +44,7 @@ NO_CHAIN: Key = ("look-ahead", ())
 
 
 def expected_length(chances: Sequence[float]) -> float:
-    """`E(M)`, the mean accepted length of a chain, from each candidate's chance."""
+    """Return `E(M)`, the mean accepted length of a chain, from each candidate's probability."""
     reached, total = 1.0, 0.0
     for chance in chances:
         reached *= chance
@@ -53,7 +53,7 @@ def expected_length(chances: Sequence[float]) -> float:
 
 
 def kind_of(chain: Chain) -> Key:
-    """Where the candidates of a chain are counted."""
+    """Return the name and levels under which the candidates of a chain are counted."""
     if chain.sureness and chain.source == "head":
         return "sureness", tuple(bisect_right(_SURE, sure) for sure in chain.sureness)
     return chain.source, levels(chain.source, len(chain.tokens), chain.evidence)
@@ -61,7 +61,7 @@ def kind_of(chain: Chain) -> Key:
 
 @lru_cache(maxsize=512)
 def levels(source: Source, length: int, evidence: int = 0) -> tuple[int, ...]:
-    """Levels by place, or by how much text agrees once a candidate is reached."""
+    """Return levels by depth or, for copied tokens, by the number of matching tokens."""
     if source == "lookup":
         return tuple(min(evidence + place, LONGEST_MATCH) - 1 for place in range(length))
     if source in ("look-ahead", "head"):
@@ -70,11 +70,10 @@ def levels(source: Source, length: int, evidence: int = 0) -> tuple[int, ...]:
 
 
 class Acceptance:
-    """Chances that candidates are accepted, given that those before them were: counted, forgetting.
+    """Acceptance rates by level, given that the candidates before were accepted; counts decay.
 
     Args:
-        prior: what is believed of greedy text before anything is counted, and again once it is
-            forgotten.
+        prior: rates for greedy decoding before anything is counted.
     """
 
     def __init__(self, prior: Sequence[float]) -> None:
@@ -88,36 +87,36 @@ class Acceptance:
         return (_PRIOR_WEIGHT * self._believed[level] + self._hits[level]) / weight
 
     def believe(self, confidence: float) -> None:
-        """Take the prior's odds times a text's confidence for what is believed; see `Observed`."""
+        """Multiply the odds of the prior by a sequence's confidence; see `Observed`."""
         self._believed = tuple(p * confidence / (1 - p + p * confidence) for p in self._prior)
 
     def count(self, level: int, accepted: bool) -> None:
-        """One candidate that was reached."""
+        """Count one candidate whose predecessors were all accepted."""
         self._hits[level] = self._hits[level] * _MEMORY + accepted
         self._trials[level] = self._trials[level] * _MEMORY + 1
 
     def forget(self) -> None:
-        """Let a pass go by: what is not met any more is believed a little less."""
+        """Decay all counts by one pass."""
         for counts in (self._hits, self._trials):
             for level, value in enumerate(counts):
                 counts[level] = value * _LONG_MEMORY
 
 
 class Observed:
-    """What one text shows of the candidates at hand, verified or not, and of its own tokens.
+    """Counts of one sequence: its proposed candidates, verified or not, and its confidence.
 
     The more evenly the target spreads its probability, the less any guess can be right. From
-    temperature 0 to 1.5 the odds of a candidate are close to those that it has in greedy text times
-    the text's confidence, the mean probability of its likeliest next tokens: `recipes/priors.py`
-    finds it to the power of 0.85 to 1 for the look-ahead rows, for lookup and for the head by how
-    sure it is.
+    temperature 0 to 1.5, the odds of a candidate are close to its odds in greedy decoding times the
+    sequence's confidence, the mean probability of its likeliest next tokens. `recipes/priors.py`
+    finds a power of 0.85 to 1 of the confidence for look-ahead rows, for lookup, and for the draft
+    head by its own probability.
 
-    A draft head that knows the noise of the draws has taken that into account: what it is sure of
-    is right as often in hot text (the power of the confidence that fits its guesses best is -0.2).
+    A draft head that knows the sampling noise has this in its own probability: its sure guesses are
+    right as often at high temperatures (the best power of the confidence is -0.2).
 
     Args:
-        look_ahead: chance of each look-ahead candidate in greedy text.
-        head: chance of each of the draft head's tokens, where it is not known how sure it is.
+        look_ahead: acceptance rate of each look-ahead candidate in greedy decoding.
+        head: acceptance rate of each draft-head token whose probability is not given.
         known: the draft head knows the noise.
     """
 
@@ -135,16 +134,16 @@ class Observed:
 
     @property
     def confidence(self) -> float:
-        """Mean probability of the likeliest token, of late; 1 for greedy text."""
+        """Mean probability of the likeliest token over the last tokens; 1 for greedy decoding."""
         return self._confident / self._tokens
 
     @property
     def head_confidence(self) -> float:
-        """What it makes of the odds of a draft head's guesses."""
+        """The factor of the odds of a draft head's guesses."""
         return 1.0 if self._known else self.confidence
 
     def chances(self, key: Key) -> list[float]:
-        """Chance of each candidate of such a chain, once those before it are accepted."""
+        """Return the probability of each candidate of a chain if those before it are accepted."""
         counted, at = key
         counts = self._counts_of(counted)
         return [counts[level] for level in at]
@@ -158,12 +157,13 @@ class Observed:
     def count(
         self, chains: Sequence[Chain], settled: Sequence[int], confidences: Sequence[float]
     ) -> None:
-        """Hear what a pass settled.
+        """Count what a pass settled.
 
         Args:
-            chains: those that were at hand.
-            settled: the candidates accepted and the token drawn behind them.
-            confidences: the likeliest token's probability for each of these; none in greedy text.
+            chains: the chains that were proposed.
+            settled: the accepted candidates and the token drawn after them.
+            confidences: the likeliest token's probability for each of these; empty for greedy
+                decoding.
         """
         for probability in filter(math.isfinite, confidences):  # processors may forbid all tokens
             self._confident = self._confident * _CONFIDENCE_MEMORY + probability

@@ -1,6 +1,6 @@
-"""What passes of so many rows cost, and the speed that METHOD's formulas predict from it.
+"""The cost of a pass by its number of rows, and the throughput that the method's formulas predict.
 
-Measuring a curve is left to `kept_costs.py`, choosing plans by it to `auto.py`.
+Measuring a curve is left to `measure.py`, choosing plans by it to `auto.py`.
 """
 
 from __future__ import annotations
@@ -11,24 +11,24 @@ from dataclasses import dataclass, replace
 
 from passlm.plan import Guessing
 
-BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # texts at a time that costs are measured for
+BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # batch sizes that costs are measured for
 
 
 @dataclass(frozen=True)
 class CostCurve:
-    """Seconds of one pass, judging and drafting included, on one machine.
+    """Seconds of one pass, with judging and drafting, on one machine.
 
     Attributes:
-        rows: rows of the passes measured, from 1 up.
-        seconds: what each took, without look-ahead rows.
-        groups: lengths of the look-ahead groups measured on a lone root; none without files.
-        group_seconds: what each took more than a pass of as many real rows.
-        row_seconds: what one more look-ahead row takes more than a real one, where several groups
-            are computed and one is drafted from.
-        head_seconds: what a draft head takes for 1, 2, ... tokens; none without one.
-        draw_seconds: what a candidate of each text takes more if it is drawn, and not the likeliest
-            token, which the other times are of;
-        know_seconds: and if it is made knowing the noise of the draws.
+        rows: numbers of real rows of the measured passes, from 1 up.
+        seconds: seconds of each, without look-ahead rows.
+        groups: lengths of the look-ahead groups measured on a single root; empty without files.
+        group_seconds: extra seconds of each over a pass of as many real rows.
+        row_seconds: extra seconds of one more look-ahead row over a real one, where several groups
+            are computed and one is used.
+        head_seconds: seconds of a draft head for 1, 2, ... tokens; empty without one.
+        draw_seconds: extra seconds of a candidate of each sequence if it is drawn; the other times
+            are those of likeliest tokens.
+        know_seconds: extra seconds of a candidate that is guessed with the sampling noise.
     """
 
     rows: tuple[int, ...]
@@ -43,10 +43,12 @@ class CostCurve:
     def __post_init__(self) -> None:
         pairs = (self.rows, self.seconds), (self.groups, self.group_seconds)
         if any(len(x) != len(y) or list(x) != sorted(set(x)) for x, y in pairs) or not self.rows:
-            raise ValueError("a cost curve needs as many times as rows, and these in order")
+            raise ValueError(
+                "a cost curve needs as many times as rows, and the rows in rising order"
+            )
 
     def drawing(self, guessing: Guessing) -> CostCurve:
-        """The costs where candidates are made so."""
+        """Return the costs for a way of guessing candidates."""
         kinds = {"likeliest": 0.0, "drawn": self.draw_seconds, "knowing": self.know_seconds}
         more = kinds[guessing]
         groups = tuple(s + more * n for n, s in zip(self.groups, self.group_seconds, strict=True))
@@ -54,12 +56,12 @@ class CostCurve:
         return replace(self, group_seconds=groups, head_seconds=head)
 
     def of(self, real: int, look_ahead: int = 0, drafted: int = 0) -> float:
-        """Seconds of a pass.
+        """Return the seconds of a pass.
 
         Args:
-            real: real rows.
-            look_ahead: look-ahead rows, of all groups.
-            drafted: rows of the group that is drafted from.
+            real: number of real rows.
+            look_ahead: number of look-ahead rows in all groups.
+            drafted: number of rows of the group that is used.
         """
         seconds = _between(self.rows, self.seconds, real + look_ahead)
         if look_ahead:
@@ -68,28 +70,34 @@ class CostCurve:
         return seconds
 
     def head(self, tokens: int) -> float:
-        """Seconds that a draft head takes for so many tokens."""
+        """Return the seconds that a draft head takes for a number of tokens."""
         return self.head_seconds[tokens - 1] if tokens else 0.0
 
     def plain(self) -> float:
-        """Tokens a second of plain decoding."""
+        """Return the tokens per second of plain decoding."""
         return 1 / self.of(1)
 
     def two_pass(self, expected: float, rows: int) -> float:
-        """Tokens a second of two-pass decoding, `(2 + E(L)) / (c(drafting) + c(1 + L))`."""
+        """Return the tokens per second of two-pass decoding.
+
+        `(2 + E(L)) / (c(drafting) + c(1 + L))` for `L` rows and an expected accepted length `E`.
+        """
         return (2 + expected) / (self.of(1, rows, rows) + self.of(1 + rows))
 
     def one_pass(self, expected: float, rows: int) -> float:
-        """Tokens a second of one-pass decoding, `(1 + E(M)) / c((1 + M)(1 + L))`, `M = L`."""
+        """Return the tokens per second of one-pass decoding.
+
+        `(1 + E(M)) / c((1 + M)(1 + L))` with `M = L` rows.
+        """
         return (1 + expected) / self.of(1 + rows, (1 + rows) * rows, rows)
 
     def by_head(self, expected: float, tokens: int) -> float:
-        """Tokens a second with a draft head, `(1 + E(k)) / (h(k) + c(1 + k))` of `k` guesses."""
+        """Return the tokens per second with a draft head, `(1 + E(k)) / (h(k) + c(1 + k))`."""
         return (1 + expected) / (self.head(tokens) + self.of(1 + tokens))
 
 
 def _between(places: Sequence[int], values: Sequence[float], place: int) -> float:
-    """Linear between what was measured, and on beyond the last two."""
+    """Interpolate linearly, and extrapolate from the last two measured places."""
     if len(places) == 1:
         return values[0]
     at = min(max(bisect_right(places, place), 1), len(places) - 1)

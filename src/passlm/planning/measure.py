@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from passlm.decoding.decoder import Decoder
-from passlm.decoding.strategies import Choice, Chooser, Limits, Shared, verifying
+from passlm.decoding.strategies import Choice, Chooser, Limits, PassSize, verifying
 from passlm.decoding.text import Request
 from passlm.layers.int8 import Int8Linear
 from passlm.model.cache import RowCache
@@ -196,13 +196,13 @@ class _Script:
     def begin(self, guessing: Guessing = "likeliest") -> Chooser:
         return self
 
-    def resize(self, texts: int) -> None:
+    def resize(self, batch_size: int) -> None:
         pass
 
     def draft_length(self, source: Source, chains: Sequence[Chain], most: int) -> int:
         return self.timed.guessed if source == "head" else 0
 
-    def worth(self, chains: Sequence[Chain], shared: Shared) -> float:
+    def value_of(self, chains: Sequence[Chain], shared: PassSize) -> float:
         return 0.0
 
     def choose(self, chains: Sequence[Chain], limits: Limits) -> Choice:
