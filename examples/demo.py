@@ -16,13 +16,13 @@ if not sys.stderr.isatty():
 import passlm
 from passlm.outputs import Output
 
-PROMPT = '''def count_words(text: str) -> dict[str, int]:
-    """Count how often each word occurs in a text.
+PROMPT = '''class Stack:
+    """A last-in, first-out stack of items."""
 
-    >>> count_words("the cat and the dog")
-    {'the': 2, 'cat': 1, 'and': 1, 'dog': 1}
-    """
-'''
+    def __init__(self):
+        self.items = []
+
+    def push(self, item):'''
 METHODS = ("ar", "two-pass", "one-pass", "auto")
 
 
