@@ -1,4 +1,4 @@
-"""docs/design.md names the packages and modules that there are, in the order of the contract."""
+"""docs/design.md and CONTRIBUTING.md name the packages, modules and tests that there are."""
 
 from __future__ import annotations
 
@@ -34,3 +34,11 @@ def test_each_module_is_named(package: str) -> None:
     assert modules - named == set(), f"list them in the table of docs/design.md, {package}/"
     gone = named - modules - {"generate", "cpp"}  # transformers' own, and a folder
     assert gone == set(), f"remove them from the table of docs/design.md, {package}/"
+
+
+def test_the_tests_named_for_contributors_exist() -> None:
+    """Catches a test file that was renamed and not in CONTRIBUTING.md."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"\btest_[\w*]+\.py", text))
+    assert named
+    assert [name for name in sorted(named) if not list((ROOT / "tests").glob(name))] == []
