@@ -1,4 +1,4 @@
-"""The decoding step over a batch of sequences: propose, run, judge, settle.
+"""The decoding step over a batch of sequences: propose, choose, run, judge, settle, remember.
 
-Tokens are ids here; text exists only in `generate`. Imports `model`, `drafts` and what lies below.
+Works on token ids; text exists only in `generate`. Imports `model`, `drafts` and what lies below.
 """

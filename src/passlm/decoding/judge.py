@@ -1,9 +1,9 @@
 """The two judges: which candidates are accepted, and which token is drawn after them.
 
-Pure functions on small tensors; both give every settled token the target's own distribution. They
-look at a pass's rows in order and at none behind the first refusal, so rows may be computed as
-they are asked for. Probabilities come from `distribution.py`, what is done with the verdict is left
-to `decoder.py`.
+Pure functions on small tensors. Under both judges, every settled token has the target's own
+distribution. They read a pass's rows in order and none after the first refusal, so rows may be
+computed on demand. Probabilities come from `distribution.py`; applying the verdict is left to
+`text.py` and `decoder.py`.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch import Tensor
 
 
 class Rows(Protocol):
-    """Numbers of the whole vocabulary, `[V]`, by the row of the pass: a tensor, or computed."""
+    """Values over the vocabulary, `[V]`, by row of the pass: a tensor, or computed on demand."""
 
     def __getitem__(self, row: int, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Computed:
-    """Rows that are computed when they are asked for."""
+    """Rows that are computed on demand."""
 
     row: Callable[[int], Tensor]
 
@@ -34,19 +34,19 @@ class Computed:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How many candidates were accepted, and the token that settles behind them."""
+    """The number of accepted candidates, and the token that settles after them."""
 
     accepted: int
     token: int
 
 
 def draw(probabilities: Tensor, exponential: Tensor | None) -> Tensor:
-    """Token ids drawn by the exponential race.
+    """Draw token ids by the exponential race.
 
     Args:
         probabilities: `[..., V]`.
-        exponential: standard exponential noise, `[..., V]`; None for one-hot rows, where noise
-            changes nothing.
+        exponential: standard exponential noise, `[..., V]`; None for one-hot rows, which noise
+            does not change.
 
     Returns:
         `[...]`.
@@ -57,14 +57,14 @@ def draw(probabilities: Tensor, exponential: Tensor | None) -> Tensor:
 
 
 def guess(q: Tensor, exponential: Tensor, weight: float) -> Tensor:
-    """Tokens that the coupled judge is likely to draw, by a draft's `q` and the noise it will use.
+    """Guess the tokens that the coupled judge will draw, from a draft's `q` and the known noise.
 
-    `argmax(q / e)` would be that of a draft which knows `p`. It does not, and a race in which the
-    noise counts for less, `argmax(q / e^w)`, meets the judge's token more often: docs/log.md.
+    `argmax(q / e)` would be right if `q` were `p`. Since it is not, a race with less noise,
+    `argmax(q / e^w)`, guesses the judge's token more often; see docs/log.md.
 
     Args:
-        q: `[..., V]`.
-        exponential: the noise of the places, `[..., V]`.
+        q: the draft's probabilities, `[..., V]`.
+        exponential: the noise of the positions, `[..., V]`.
         weight: `w`.
 
     Returns:
@@ -74,7 +74,7 @@ def guess(q: Tensor, exponential: Tensor, weight: float) -> Tensor:
 
 
 def greedy(settled: Sequence[int], candidates: Sequence[int]) -> Verdict:
-    """Accept the candidates that are what settles anyway: both judges where `p` is one-hot.
+    """Accept candidates that equal the target's tokens: both judges for a one-hot `p`.
 
     Args:
         settled: the target's tokens after the root and after each candidate, `1 + M`.
@@ -87,7 +87,9 @@ def greedy(settled: Sequence[int], candidates: Sequence[int]) -> Verdict:
 
 
 def coupled(p: Rows, candidates: Sequence[int], exponential: Rows | None) -> Verdict:
-    """Settle what plain sampling with the same noise would; a candidate is a guess at it.
+    """Settle the tokens that plain sampling with the same noise would draw.
+
+    A candidate is accepted if it is that token.
 
     Gumbel coupling, drafter-invariant speculative decoding (Daliri, Musco, Suresh,
     arXiv 2408.07978): the settled token at each position depends on `p` and its noise alone.
@@ -110,7 +112,7 @@ def _drawn(p: Tensor, exponential: Rows | None, row: int) -> int:
 
 
 def acceptance(p: Tensor, q: Tensor, candidates: Tensor) -> Tensor:
-    """The chance that each candidate is accepted, `min(1, p(d) / q(d))`, `[M]`.
+    """Return the probability that each candidate is accepted, `min(1, p(d) / q(d))`, `[M]`.
 
     Leviathan, Kalman, Matias, "Fast inference from transformers via speculative decoding"
     (arXiv 2211.17192); Chen et al. (arXiv 2302.01318).
@@ -125,7 +127,7 @@ def acceptance(p: Tensor, q: Tensor, candidates: Tensor) -> Tensor:
 
 
 def residual(p: Tensor, q: Tensor) -> Tensor:
-    """What to draw from after a refusal, `norm(max(p - q, 0))`.
+    """Return the distribution to draw from after a refusal, `norm(max(p - q, 0))`.
 
     Args:
         p: the target's distribution, `[V]`.
@@ -133,7 +135,7 @@ def residual(p: Tensor, q: Tensor) -> Tensor:
     """
     excess = (p - q).clamp(min=0.0)
     total = excess.sum()
-    # p and q equal up to rounding: a refusal had a chance of about 1e-7, and p is the limit.
+    # p and q are equal up to rounding: a refusal had a probability of about 1e-7; p is the limit.
     return excess / total if total > 0 else p
 
 
@@ -144,7 +146,7 @@ def rejection(
     uniform: Tensor,
     exponential: Rows | None,
 ) -> Verdict:
-    """Accept each candidate with its chance, in order; at the first refusal draw the residual.
+    """Accept each candidate with its probability, in order; draw the residual at a refusal.
 
     Args:
         p: the target's distributions after the root and after each candidate, `[1 + M, V]`.
@@ -154,7 +156,7 @@ def rejection(
         exponential: noise for the drawn token, `[1 + M, V]`; None where `p` is one-hot.
     """
     for row, candidate in enumerate(candidates):
-        assert q is not None, "candidates come with what they were drawn from"
+        assert q is not None, "candidates come with the distributions they were drawn from"
         here, drafted = p[row], q[row]
         chance = acceptance(
             here[None], drafted[None], torch.tensor([candidate], device=here.device)

@@ -1,7 +1,7 @@
-"""Where a text ends, also in the middle of an accepted block.
+"""Where a sequence ends, possibly in the middle of an accepted block.
 
-Token ids (end of sequence, length) and text (stop strings) are looked at apart: what is below
-`generate.py` sees ids only.
+Ends by token ids (end of sequence, length) and by text (stop strings) are separate, since modules
+below `generate.py` see ids only.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from passlm.outputs import FinishReason
 def cut_block(
     tokens: Sequence[int], eos: Collection[int], room: int, full: FinishReason = "length"
 ) -> tuple[int, FinishReason | None]:
-    """How many tokens of a settled block are kept, and why the text ends there, if it does.
+    """Return the number of tokens of a settled block to keep, and the finish reason, if any.
 
     Args:
         tokens: newly settled token ids.
-        eos: ids that end the text; the one found is kept as its last token.
-        room: how many tokens may still be written, 1 or more.
-        full: the reason to give where `room` runs out.
+        eos: ids that end the sequence; the one found is kept as its last token.
+        room: number of tokens that may still be generated, 1 or more.
+        full: the finish reason where `room` runs out.
     """
     for kept, token in enumerate(tokens[:room], start=1):
         if token in eos:
@@ -31,7 +31,7 @@ def cut_block(
 
 
 class StopStrings:
-    """Streams text up to the first stop string and holds back what may be the start of one.
+    """Streams text up to the first stop string; holds back text that may be the start of one.
 
     Args:
         stops: the stop strings, none of them empty.
@@ -42,11 +42,11 @@ class StopStrings:
         self.held = ""
 
     def push(self, text: str) -> tuple[str, bool]:
-        """Take new text; give what can be shown now, and whether a stop string was met.
+        """Add new text; return the text to show now, and whether a stop string was found.
 
-        The stop string that is complete first ends the text, the longest if there are several:
-        how the text is cut into pieces changes nothing. The text before it is whole; nothing of
-        it or behind it is given.
+        The stop string that is complete first ends the text, the longest if there are several. The
+        result does not depend on how the text is cut into pieces. All text before the stop string
+        is returned, the stop string and the text after it are not.
         """
         self.held += text
         starts = {stop: self.held.find(stop) for stop in self.stops}
@@ -60,13 +60,13 @@ class StopStrings:
         return shown, False
 
     def flush(self) -> str:
-        """The text held back, once no more will come."""
+        """Return the text held back, once there is no more to come."""
         shown, self.held = self.held, ""
         return shown
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest proper beginning of `stop` that `text` ends with."""
+    """Return the length of the longest proper prefix of `stop` that `text` ends with."""
     for length in range(min(len(stop) - 1, len(text)), 0, -1):
         if text.endswith(stop[:length]):
             return length

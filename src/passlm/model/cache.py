@@ -1,11 +1,11 @@
-"""A fixed-capacity key-value cache in which every row of the batch has its own length.
+"""A key-value cache in which every row of the batch has its own length.
 
-A pass writes its rows behind each batch row's length; settling is setting the length, and what
-lies behind it is overwritten by the next pass. Capacity grows in blocks. Which slots a row may
-see is left to `target.py`, which makes the masks.
+A pass writes its rows after each batch row's length. Settling rows adds to the length; slots after
+it are overwritten by the next pass. Capacity grows in blocks. Masks, which hide the slots that a
+row may not see, are left to `pass_inputs.py`.
 
-All layers lie in one block of memory: many smaller ones, of texts that come and go, would leave
-holes that fit nothing later. Batch rows that leave make room for those that join.
+All layers share one block of memory. Many smaller blocks of sequences that come and go would
+fragment it. Batch rows that leave make room for those that join.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, StaticLayer
 
-BLOCK = 128  # slots by which capacity grows: a copy every 128 tokens, little memory unused
+BLOCK = 128  # slots by which capacity grows: one copy every 128 tokens, little unused memory
 
 
 class RowLayer(StaticLayer):  # type: ignore[no-untyped-call]  # its base's hook
-    """Keys and values of one layer, `[B, heads, capacity, d_head]`, written where it is told."""
+    """Keys and values of one layer, `[B, heads, capacity, d_head]`."""
 
     def __init__(self, cache: RowCache) -> None:
         super().__init__(max_cache_len=0)
-        # No cycle: what a cache holds is to be free once nobody has it.
+        # A weak reference, so that memory is freed as soon as the cache is dropped.
         self._cache = weakref.ref(cache)
-        self.stored: tuple[Tensor, Tensor] | None = None  # of all rows that there is room for
+        self.stored: tuple[Tensor, Tensor] | None = None  # of all `held` rows
 
     @property
     def cache(self) -> RowCache:
-        """The cache that it is a layer of."""
+        """The cache that the layer belongs to."""
         cache = self._cache()
         assert cache is not None, "a layer is used as a part of its cache"
         return cache
 
     def hold(self, keys: Tensor, values: Tensor) -> None:
-        """Take these tensors, `[held, heads, capacity, d_head]`, for its own."""
+        """Store keys and values in these tensors, `[held, heads, capacity, d_head]`."""
         self.stored = keys, values
         self.show()
 
     def show(self) -> None:
-        """Let `keys` and `values` be those of the batch rows that there are."""
+        """Set `keys` and `values` to views of the current batch rows."""
         if self.stored is not None:
             count = len(self.cache.lengths)
             self.keys, self.values = self.stored[0][:count], self.stored[1][:count]
@@ -52,7 +52,7 @@ class RowLayer(StaticLayer):  # type: ignore[no-untyped-call]  # its base's hook
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Write the pass's keys and values `[B, heads, Q, d_head]`; give all filled slots."""
+        """Write a pass's keys and values `[B, heads, Q, d_head]`; return all filled slots."""
         if self.stored is None:
             self.hold(self._empty(key_states), self._empty(value_states))
         assert self.keys is not None, "just made"
@@ -76,21 +76,21 @@ class RowLayer(StaticLayer):  # type: ignore[no-untyped-call]  # its base's hook
             stored[rows, :, slots] = states.transpose(1, 2)
 
     def get_seq_length(self) -> int:
-        """The longest settled length in the batch."""
+        """Return the longest settled length in the batch."""
         return max(self.cache.lengths, default=0)
 
     def get_max_length(self) -> int:
-        """Slots allocated now; more are added as needed."""
+        """Return the number of slots allocated now; more are added as needed."""
         return self.cache.capacity
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Keys a pass of `query_length` rows meets, and the first one's slot."""
+        """Return the number of keys that a pass reads, and the first one's slot."""
         return self.cache.filled, 0
 
 
 @dataclass(frozen=True)
 class _Shape:
-    """Of one row and slot of a layer, and what its numbers are."""
+    """Sizes of a layer, and a tensor of its type and device."""
 
     heads: int
     d_head: int
@@ -99,14 +99,14 @@ class _Shape:
 
 @dataclass(frozen=True)
 class _Part:
-    """Some batch rows of a cache, as far as they are filled."""
+    """Some batch rows of a cache, up to a number of slots."""
 
     cache: RowCache
     rows: Sequence[int]
     slots: int
 
     def runs(self) -> Iterator[tuple[int, slice]]:
-        """Rows that follow each other: where they go to, and where they are."""
+        """Yield consecutive rows: the place of the first in `rows`, and a slice of the cache."""
         start = 0
         for at in range(1, 1 + len(self.rows)):
             if at == len(self.rows) or self.rows[at] != self.rows[at - 1] + 1:
@@ -115,13 +115,15 @@ class _Part:
 
 
 class RowCache(Cache):
-    """The cache of a batch whose rows advance at their own pace.
+    """KV cache of a batch whose rows advance independently.
 
     Attributes:
-        lengths: settled rows of each batch row; slots at and behind it are free.
-        held: batch rows that there is room for.
-        capacity: slots allocated for each batch row.
-        filled: slots in use by the pass under way.
+        lengths: settled tokens of each batch row; slots from there on are free.
+        held: number of batch rows that memory is allocated for.
+        capacity: number of slots allocated for each batch row.
+        filled: number of slots in use by the current pass.
+        write_slots: first slot that the current pass writes and None, or 0 and the slots of each
+            batch row, `[B, Q]`.
     """
 
     def __init__(self, layers: int, batch: int = 1) -> None:
@@ -134,10 +136,10 @@ class RowCache(Cache):
         super().__init__(layers=list(self.row_layers))
 
     def begin(self, rows: int, device: torch.device) -> None:
-        """Make room for a pass of `rows` rows behind every batch row's length."""
+        """Make room for a pass of `rows` rows after every batch row's length."""
         self.filled = max(self.lengths) + rows
         if self.filled > self.capacity:
-            self._renew(_blocks(self.filled), [self._all()])
+            self._reallocate(_blocks(self.filled), [self._all()])
         start = self.lengths[0]
         if all(length == start for length in self.lengths):
             self.write_slots = (start, None)  # one slice: no index to build, no gather
@@ -152,7 +154,7 @@ class RowCache(Cache):
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...] | None:
-        """Heads and `d_head` of each layer; None where one has none, or unlike keys and values."""
+        """Heads and `d_head` of each layer; None if a layer is empty or keys and values differ."""
         found = []
         for layer in self.row_layers:
             if layer.stored is None or layer.stored[0].shape != layer.stored[1].shape:
@@ -163,16 +165,16 @@ class RowCache(Cache):
     def slots(
         self, sizes: Sequence[tuple[int, int]], dtype: torch.dtype
     ) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of every layer, `[B, heads, capacity, d_head]`, for others to write to.
+        """Return keys and values of every layer, `[B, heads, capacity, d_head]`, to be written to.
 
         Args:
             sizes: heads and `d_head` of each layer.
-            dtype: of layers never written before.
+            dtype: type of layers that were never written.
         """
         if any(layer.stored is None for layer in self.row_layers):
             none = torch.empty(0, dtype=dtype)
             shapes = [_Shape(heads, d_head, none) for heads, d_head in sizes]
-            self._renew(self.capacity, [self._all()], shapes=shapes)
+            self._reallocate(self.capacity, [self._all()], shapes=shapes)
         shown = []
         for layer in self.row_layers:
             assert layer.keys is not None, "just made"
@@ -181,18 +183,18 @@ class RowCache(Cache):
         return shown
 
     def settle(self, row: int, count: int) -> None:
-        """Keep the first `count` rows that the last pass wrote for batch row `row`."""
+        """Keep the first `count` rows that the last pass wrote for a batch row."""
         self.lengths[row] += count
 
     def append(self, other: RowCache) -> None:
-        """Take over the batch rows of `other`, which must not be used any more."""
+        """Move the batch rows of `other` to the end of this cache; do not use `other` again."""
         before, count = len(self.lengths), len(self.lengths) + len(other.lengths)
         joining = other._all()
         capacity = max(self.capacity, _blocks(joining.slots))
         if count > self.held or capacity > self.capacity or not self._alike(other):
             held = max(count, self.held, 2 * before)  # few copies while a batch grows
             parts = [self._all(), joining]
-            self._renew(capacity, parts, held, [*self.lengths, *other.lengths])
+            self._reallocate(capacity, parts, held, [*self.lengths, *other.lengths])
             return
         self.lengths = self.lengths + other.lengths
         for mine, theirs in zip(self.row_layers, other.row_layers, strict=True):
@@ -202,38 +204,40 @@ class RowCache(Cache):
             mine.show()
 
     def copied(self, row: int, count: int) -> RowCache:
-        """The first `count` settled slots of one batch row, as a cache of its own.
+        """Return the first `count` settled slots of one batch row as a new cache.
 
-        It has no free slots, so that remembering a short text takes little memory.
+        The new cache has no free slots, so that keeping a short prefix takes little memory.
         """
         copy = RowCache(len(self.row_layers))
-        copy._renew(count, [_Part(self, [row], count)], lengths=[count])
+        copy._reallocate(count, [_Part(self, [row], count)], lengths=[count])
         return copy
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Keep only these batch rows, in this order, and the blocks that they fill."""
+        """Keep only these batch rows, in this order, and free the blocks that none fills."""
         kept = [self.lengths[row] for row in rows]
         part = _Part(self, list(rows), max(kept, default=0))
-        moves_up = all(place <= row for place, row in enumerate(rows))
-        if not moves_up or 2 * _blocks(part.slots) <= self.capacity:
-            self._renew(_blocks(part.slots), [part], len(rows), kept)
+        moves_down = all(place <= row for place, row in enumerate(rows))
+        if not moves_down or 2 * _blocks(part.slots) <= self.capacity:
+            self._reallocate(_blocks(part.slots), [part], len(rows), kept)
             return
         self.lengths = kept
         for layer in self.row_layers:
             if layer.stored is not None:
                 with torch.inference_mode(layer.stored[0].is_inference()):
-                    _copy(part, layer.stored, layer.stored, 0)  # upwards: nothing is lost
+                    _copy(
+                        part, layer.stored, layer.stored, 0
+                    )  # to lower rows: no row is overwritten before it is moved
             layer.show()
 
     def _all(self) -> _Part:
         return _Part(self, range(len(self.lengths)), max(self.lengths, default=0))
 
     def _alike(self, other: RowCache) -> bool:
-        """Whether each has the layers that the other has."""
+        """Return whether the same layers were written in both caches."""
         pairs = zip(self.row_layers, other.row_layers, strict=True)
         return all((mine.stored is None) == (theirs.stored is None) for mine, theirs in pairs)
 
-    def _renew(
+    def _reallocate(
         self,
         capacity: int,
         parts: Sequence[_Part],
@@ -241,16 +245,16 @@ class RowCache(Cache):
         lengths: Sequence[int] | None = None,
         shapes: Sequence[_Shape] | None = None,
     ) -> None:
-        """Put the layers into new memory, and what these parts hold into them, one behind another.
+        """Allocate new memory for the layers and copy these parts into it, one after another.
 
-        Where there is no memory for it, all stays as it was.
+        If there is not enough memory, nothing is changed.
 
         Args:
-            capacity: slots for each row.
-            parts: the batch rows that there are to be.
-            held: rows that there is to be room for; None for as many as now.
-            lengths: of the batch rows; None for those that there are.
-            shapes: of the layers, where not all are known yet.
+            capacity: number of slots of each row.
+            parts: the batch rows to keep.
+            held: number of rows to allocate; None for the present number.
+            lengths: lengths of the kept batch rows; None for the present ones.
+            shapes: shapes of the layers, where some were never written.
         """
         held = self.held if held is None else held
         known = [self._shape(at, parts, shapes) for at in range(len(self.row_layers))]
@@ -287,7 +291,7 @@ class RowCache(Cache):
 
 
 class PrefixLayer(StaticLayer):  # type: ignore[no-untyped-call]  # its base's hook
-    """Keys and values of a text that rows are hung on without being kept: for training."""
+    """Keys and values of a known sequence, for look-ahead rows in training; not written to."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__(max_cache_len=keys.shape[2])
@@ -297,39 +301,39 @@ class PrefixLayer(StaticLayer):  # type: ignore[no-untyped-call]  # its base's h
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """The text's keys and values followed by those given, `[B, heads, S + R, d_head]`."""
+        """Return the stored keys and values and the new ones, `[B, heads, S + R, d_head]`."""
         keys, values = self.prefix
         return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
 
     def get_seq_length(self) -> int:
-        """Tokens of the text, `S`."""
+        """Return the number of stored tokens, `S`."""
         return int(self.prefix[0].shape[2])
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Keys that a pass of `query_length` rows meets, and the first one's slot."""
+        """Return the number of keys that a pass reads, and the first one's slot."""
         return self.get_seq_length() + query_length, 0
 
 
 def as_prefix(cache: RowCache) -> Cache:
-    """The settled rows of a batch of equal lengths, to hang look-ahead rows on with gradients."""
+    """Return the settled rows of a batch of equal lengths, for look-ahead rows with gradients."""
     length = cache.lengths[0]
     layers = []
     for layer in cache.row_layers:
-        assert layer.keys is not None, "the texts were not run"
-        assert layer.values is not None, "the texts were not run"
+        assert layer.keys is not None, "the sequences were not run"
+        assert layer.values is not None, "the sequences were not run"
         layers.append(PrefixLayer(layer.keys[:, :, :length], layer.values[:, :, :length]))
     return Cache(layers=list(layers))
 
 
 def _blocks(slots: int) -> int:
-    """The least capacity that holds so many slots."""
+    """Return the least capacity with at least this number of slots."""
     return -(-slots // BLOCK) * BLOCK
 
 
 def _copy(
     part: _Part, given: tuple[Tensor, Tensor], into: tuple[Tensor, Tensor], first: int
 ) -> None:
-    """The filled slots of a part's rows, to the rows from `first` on."""
+    """Copy the slots of a part's rows to the rows from `first` on."""
     for at, rows in part.runs():
         for mine, theirs in zip(into, given, strict=True):
             to = slice(first + at, first + at + rows.stop - rows.start)
@@ -338,7 +342,7 @@ def _copy(
 
 
 def _copy_rows(mine: Tensor, theirs: Tensor, to: slice, rows: slice, slots: int) -> None:
-    if mine is theirs and to.stop > rows.start:  # what is read must not have been written
+    if mine is theirs and to.stop > rows.start:  # source and destination overlap: copy in order
         for row in range(rows.stop - rows.start):
             mine[to.start + row, :, :slots] = theirs[rows.start + row, :, :slots]
     else:

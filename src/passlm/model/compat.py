@@ -48,7 +48,7 @@ def cache_name(forward: Callable[..., Any]) -> str | None:
 
 
 def _is_cache(annotation: Any) -> bool:
-    """Whether an annotation is `Cache`, a class of caches, or a union with one."""
+    """Return whether an annotation is `Cache`, a class of caches, or a union with one."""
     if isinstance(annotation, str):
         return "Cache" in annotation
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:

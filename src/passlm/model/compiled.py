@@ -53,15 +53,15 @@ __all__ = ["CompileError", "CompiledPasses", "Given", "Shapes"]
 
 
 class Given(NamedTuple):
-    """What a pass is given of its rows.
+    """Inputs of a compiled pass, by row.
 
     Attributes:
         inputs: input embeddings, `[B, Q, d_model]`.
         positions: `[B, Q]`.
-        mask: `[B, 1, Q, S]`, or one for each kind of layers.
-        slots: where each row is written, `[B, Q]`.
-        texts: which text each row is of, `[B, Q]`.
-        gate: 1 for a look-ahead row and 0 for a real one, `[B, Q]`; None without such rows.
+        mask: `[B, 1, Q, S]`, or one for each kind of layer.
+        slots: cache slot that each row writes, `[B, Q]`.
+        texts: batch row of each row, `[B, Q]`.
+        gate: 1 for a look-ahead row and 0 for a real one, `[B, Q]`; None without look-ahead rows.
     """
 
     inputs: Tensor
@@ -72,7 +72,12 @@ class Given(NamedTuple):
     gate: Tensor | None
 
     def in_line(self, numbers: Sequence[int], longest: int) -> Given:
-        """The first so many rows of each text in one line, without those that fill up others."""
+        """Return the rows of all sequences packed into one line, without padding.
+
+        Args:
+            numbers: number of rows of each sequence.
+            longest: number of rows of each sequence with padding, `Q`.
+        """
         starts = range(0, len(numbers) * longest, longest)
         pairs = zip(starts, numbers, strict=True)
         kept = torch.cat([torch.arange(start, start + number) for start, number in pairs])
@@ -95,17 +100,18 @@ class Given(NamedTuple):
 
 
 class CompiledPasses:
-    """The compiled passes of one model: loaded from `folder`, or made there when first needed.
+    """The compiled passes of one model: loaded from a folder, or made there when first needed.
 
     Args:
-        model: its weights are copied into what is compiled; later changes do not reach it.
-        shapes: of what a pass is given.
-        folder: where packages are kept.
-        probe: runs the model on a short text; see `lora.groups_of`.
+        model: the model; its weights are copied into the package, so later changes have no effect.
+        shapes: shapes of the inputs of a pass.
+        folder: folder of the packages.
+        probe: runs the model on a short sequence; see `lora.groups_of`.
 
     Attributes:
         shapes: the same.
-        in_line: whether the rows of all texts are given in one line, as `B = 1` and `Q = N`.
+        in_line: whether the rows of all sequences are packed into one line, with `B = 1` and
+            `Q = N`.
     """
 
     def __init__(
@@ -132,11 +138,11 @@ class CompiledPasses:
         lora: AppliedLora | None,
         layers: Sequence[tuple[Tensor, Tensor]],
     ) -> Tensor:
-        """Hidden states, `[B, Q, d_model]`, as the output layer takes them.
+        """Return the inputs of the output layer, `[B, Q, d_model]`.
 
         Args:
-            given: the rows, those of all texts in one line where `in_line` says so.
-            lora: what acts on look-ahead rows.
+            given: the inputs of the pass, packed into one line where `in_line` is true.
+            lora: updates of look-ahead rows.
             layers: keys and values, `[B, heads, S, d_head]`; written to.
 
         Raises:
@@ -193,7 +199,7 @@ class CompiledPasses:
         return [own[:number] for own, number in zip(hidden, numbers, strict=True)]
 
     def expect(self, lora: AppliedLora | None) -> None:
-        """Hear what acts on look-ahead rows to come: its package then serves all passes."""
+        """Set the updates of look-ahead rows to come, so that one package serves all passes."""
         skipped = lora is not None and all(map(joinable, lora.of_layers()))
         self._expected = lora if skipped else None
 
@@ -204,7 +210,10 @@ class CompiledPasses:
                 key = self._key(lora)
                 if key not in self._packages:
                     self._packages[key] = self._made(lora, self._folder / f"{key}.pt2")
-                known = self._loaded[id(lora)] = lora, self._packages[key]  # keeps the id its own
+                known = self._loaded[id(lora)] = (
+                    lora,
+                    self._packages[key],
+                )  # holding it keeps its id unique
             return known[1]
 
     def _made(self, lora: AppliedLora | None, path: Path) -> aot_package.Run:
@@ -212,7 +221,7 @@ class CompiledPasses:
             compile_to(self._example(lora), path)
         try:
             return aot_package.opened(path)
-        except Exception as error:  # of torch's loader: a file cut short, or no room for its parts
+        except Exception as error:  # of torch's loader: a truncated file, or no disk space
             what = ""
             if not zipfile.is_zipfile(path):
                 path.unlink(missing_ok=True)
@@ -239,7 +248,7 @@ class CompiledPasses:
 
 
 def _digest(tensors: Any) -> str:
-    """Of all bytes: a package holds copies of them."""
+    """Return a digest of all bytes of some tensors."""
     digest = hashlib.blake2b(digest_size=16)
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())

@@ -1,6 +1,6 @@
-"""What a pass is given and what it gives.
+"""The inputs and outputs of a pass.
 
-Running it is left to `target.py`, what is done with logits to `decoding/decoder.py`.
+Running a pass is left to `target.py`, the use of logits to `decoding/decoder.py`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from passlm.drafts.sampler_head import SamplerHead
 from passlm.layers.lora import AppliedLora
 from passlm.plan import Plan
 
-_MORE_ROWS = 6  # that the output layer computes in the time of reading its weights once more
+_MORE_ROWS = 6  # that the output layer computes in the time of reading its weights again
 
 
 @dataclass(frozen=True)
 class PassRow:
-    """What one batch row computes in a pass: its real tokens, root first, and its plan."""
+    """One batch row of a pass: its real tokens, root first, and its plan."""
 
     tokens: Sequence[int]
     plan: Plan
@@ -36,13 +36,13 @@ class PassRow:
 
 @dataclass(frozen=True)
 class LookAheadRows:
-    """What look-ahead rows are made of, in the target's type and place.
+    """The trained part for decoding, in the target's type and on its device.
 
     Attributes:
         inputs: input embeddings `LA_1..LA_L`, `[L, d_model]`.
-        lora: updates of the target's layers for these rows.
-        sampler: the head that weighs their guesses again.
-        head: what guesses behind a real row, without any of them.
+        lora: updates of the target's layers for look-ahead rows.
+        sampler: the sampler head, which corrects the logits of look-ahead rows.
+        head: the draft head, which drafts without look-ahead rows.
     """
 
     inputs: Tensor
@@ -52,19 +52,19 @@ class LookAheadRows:
 
     @property
     def reads_hidden(self) -> bool:
-        """Whether something takes what the output layer is given."""
+        """Whether a head reads the inputs of the output layer."""
         return self.sampler is not None or self.head is not None
 
 
 @dataclass
 class PassOutput:
-    """What a pass gave. Row `b` has meaning up to its own plan's length, real rows first.
+    """Output of a pass. Batch row `b` is valid up to its own plan's length, real rows first.
 
     Attributes:
         whole: logits of all rows, `[B, Q, V]`, where `Q` is the longest plan; None where they are
-            made when asked for.
-        hidden: what the target's output layer is given for each text, `[Q_b, d_model]`, or `[Q,
-            d_model]` where there are logits of all rows; None where nothing asks for it.
+            computed on demand.
+        hidden: inputs of the output layer for each batch row, `[Q_b, d_model]`, or `[Q, d_model]`
+            where `whole` is given; None where nothing reads them.
         head: the output layer.
     """
 
@@ -75,23 +75,25 @@ class PassOutput:
 
     @property
     def logits(self) -> Tensor:
-        """Logits of all rows, `[B, Q, V]`, of texts with plans of one length."""
+        """Logits of all rows, `[B, Q, V]`; the plans must have one length."""
         if self.whole is None:
             self._make_all()
             return torch.stack(self._made)
         return self.whole
 
     def of(self, places: Sequence[tuple[int, slice]]) -> list[Tensor]:
-        """Logits of some rows of some texts, `[rows, V]` each, made all at once.
+        """Return the logits of some rows of some batch rows, `[rows, V]` each.
+
+        All are computed in one call.
 
         Args:
-            places: number of the text in the batch, and its rows.
+            places: index of a batch row, and a slice of its rows.
         """
         if not places:
             return []
         if self.whole is not None:
             return [self.whole[text, rows] for text, rows in places]
-        assert self.hidden is not None, "neither logits nor what they are made of"
+        assert self.hidden is not None, "there are neither logits nor hidden states"
         asked = [self.hidden[text][rows] for text, rows in places]
         if not self._made and sum(map(len, self.hidden)) - sum(map(len, asked)) > _MORE_ROWS:
             return self._logits_of(asked)
@@ -100,25 +102,26 @@ class PassOutput:
 
     def _make_all(self) -> None:
         if not self._made:
-            assert self.hidden is not None, "neither logits nor what they are made of"
+            assert self.hidden is not None, "there are neither logits nor hidden states"
             self._made = self._logits_of(self.hidden)
 
     def _logits_of(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        assert self.head is not None, "neither logits nor what makes them"
+        assert self.head is not None, "there are neither logits nor an output layer"
         made = self.head(torch.cat(list(parts)))
         return list(torch.split(made, [len(part) for part in parts]))
 
 
 @dataclass(frozen=True)
 class Hung:
-    """What look-ahead rows of known texts gave, before the target's output layer.
+    """Hidden states of look-ahead rows on known sequences, before the target's output layer.
 
     Attributes:
-        hidden: of the look-ahead rows, `[B, R, d_model]`, with gradients.
-        text_hidden: of the texts' own rows, `[T, S, d_model]`, without.
+        hidden: those of the look-ahead rows, `[B, R, d_model]`, with gradients.
+        text_hidden: those of the sequences' own rows, `[T, S, d_model]`, without gradients.
         depth: `j` of each look-ahead row, `[B, R]`.
-        position: of each look-ahead row, `[B, R]`; it predicts the token at `position + 1`.
-        text: which of the texts each look-ahead row hangs on, `[B, R]`.
+        position: position of each look-ahead row, `[B, R]`; it predicts the token at
+            `position + 1`.
+        text: index of the sequence that each look-ahead row belongs to, `[B, R]`.
     """
 
     hidden: Tensor

@@ -1,6 +1,6 @@
-"""Which models can be decoded by plans, why others cannot, and what their configurations say.
+"""Decide which models are supported, and read what their configurations say about attention.
 
-Looks at a model and changes nothing; using it is left to `target.py`.
+Reads a model and changes nothing. Using it is left to `target.py`.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ _LAYER_KINDS = ("full_attention", "sliding_attention")
 
 
 class UnsupportedModelError(InputError):
-    """The model's state cannot be rolled back, or it is not a decoder; the message says why."""
+    """A model that cannot be decoded by plans; the message says why."""
 
 
 def check_supported(model: PreTrainedModel) -> None:
-    """Refuse, by name, a model that plans cannot decode.
+    """Raise an error that names the reason if plans cannot decode a model.
 
     Raises:
-        UnsupportedModelError: not a decoder, state that cannot be rolled back, positions or
-            attention that cannot be told, or an attention kernel without masks.
+        UnsupportedModelError: the model is not a decoder, has state that cannot be rolled back,
+            positions or attention that look-ahead rows cannot be given, or an attention kernel
+            without masks.
     """
     name = type(model).__name__
     config = model.config.get_text_config()
@@ -47,12 +48,13 @@ def check_supported(model: PreTrainedModel) -> None:
 
 def _reason_by_class(model: PreTrainedModel) -> str | None:
     if getattr(model.config, "is_encoder_decoder", False):
-        return "it is an encoder-decoder, and PaSS needs a decoder alone"
+        return "it is an encoder-decoder, and PaSS needs a decoder-only model"
     if getattr(model, "_is_stateful", False):
         return "its recurrent state cannot be rolled back when a candidate is refused"
     if not model.can_generate():
-        return "it is no causal language model"
-    # Only encoders that can be made decoders know cross-attention; gpt_neox has is_decoder too.
+        return "it is not a causal language model"
+    # Only encoders that can be used as decoders have the option cross-attention; gpt_neox has
+    # is_decoder as well.
     is_decoder = getattr(model.config, "is_decoder", True)
     if hasattr(model.config, "add_cross_attention") and not is_decoder:
         return "it is an encoder, whose tokens see those behind them (its is_decoder is False)"
@@ -93,12 +95,12 @@ def _reason_by_positions(config: Any) -> str | None:
 
 
 def attention(model: PreTrainedModel) -> str:
-    """The attention implementation that a model was loaded with."""
+    """Return the attention implementation that a model was loaded with."""
     return str(model.config.get_text_config()._attn_implementation)
 
 
 def window_of(config: Any) -> int | None:
-    """Positions that a row of sliding layers sees, itself included; None without such layers."""
+    """Return the positions that a row of a sliding layer sees, including its own; None for none."""
     kinds = getattr(config, "layer_types", None)
     if kinds is not None and "sliding_attention" not in kinds:
         return None
@@ -107,7 +109,7 @@ def window_of(config: Any) -> int | None:
 
 
 def longrope_switch(config: Any) -> int | None:
-    """The number of positions up to which longrope's frequencies are the short ones."""
+    """Return the number of positions up to which longrope uses its short frequencies."""
     ropes = getattr(config, "rope_parameters", None) or {}
     every = [ropes] if "rope_type" in ropes else [r for r in ropes.values() if isinstance(r, dict)]
     switches = [
@@ -119,7 +121,7 @@ def longrope_switch(config: Any) -> int | None:
 
 
 def layer_kinds(config: Any, window: int | None) -> tuple[str, ...]:
-    """The kinds of attention that its layers have, each once."""
+    """Return the kinds of attention of a model's layers, each once."""
     kinds = getattr(config, "layer_types", None)
     if kinds:
         return tuple(dict.fromkeys(kinds))

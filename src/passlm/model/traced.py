@@ -41,13 +41,13 @@ class CompileError(Exception):
 
 
 class _SlotLayer(StaticLayer):  # type: ignore[no-untyped-call]  # its base's hook
-    """A cache layer of tensors that are inputs of the traced pass.
+    """A cache layer whose tensors are inputs of the traced pass.
 
     Args:
         keys: `[B, heads, S, d_head]`.
-        values: likewise.
-        slots: where each row is written, `[B, Q]`, or `[1, N]` in one line.
-        texts: which text each row of one line is of, `[N]`; None where each text has a line.
+        values: like `keys`.
+        slots: slot that each row writes, `[B, Q]`, or `[1, N]` for rows packed into one line.
+        texts: batch row of each row of one line, `[N]`; None where rows are not packed.
     """
 
     def __init__(self, keys: Tensor, values: Tensor, slots: Tensor, texts: Tensor | None) -> None:
@@ -59,7 +59,7 @@ class _SlotLayer(StaticLayer):  # type: ignore[no-untyped-call]  # its base's ho
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Write the pass's keys and values `[B, heads, Q, d_head]`; give all slots."""
+        """Write a pass's keys and values `[B, heads, Q, d_head]`; return all slots."""
         assert self.keys is not None, "made with tensors"
         assert self.values is not None, "made with tensors"
         for stored, states in ((self.keys, key_states), (self.values, value_states)):
@@ -75,17 +75,17 @@ class _SlotLayer(StaticLayer):  # type: ignore[no-untyped-call]  # its base's ho
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
-        """Positions are given, so nothing is counted."""
+        """Return 0: positions are inputs of the pass."""
         return 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """All slots, from the first."""
+        """Return the number of all slots, and the first one."""
         assert self.keys is not None, "made with tensors"
         return int(self.keys.shape[2]), 0
 
 
 class _GatedSplit(RowSplit):
-    """All rows get the update of theirs times `gate`, 0 for real ones."""
+    """Adds to every row its LoRA update times `gate`, which is 0 for real rows."""
 
     def __init__(self, gate: Tensor) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class _GatedSplit(RowSplit):
 
 
 class _Body(nn.Module):
-    """The pass as a function of tensors alone."""
+    """A pass as a function of tensors alone."""
 
     def __init__(
         self,
@@ -113,10 +113,10 @@ class _Body(nn.Module):
         super().__init__()
         self.body: nn.Module = getattr(model, str(model.base_model_prefix))
         self.joined = joined
-        self.lora = lora  # of layers that are not joined
+        self.lora = lora  # of layers that are not fused
         self.in_line = in_line
         self.cache_name = str(cache_name(self.body.forward))
-        self._model = [model]  # no part of it
+        self._model = [model]  # in a list, so that it is not a submodule
 
     def forward(
         self,
@@ -150,13 +150,13 @@ class _Body(nn.Module):
 
 @dataclass(frozen=True)
 class Shapes:
-    """What a traced pass is given.
+    """Shapes of the inputs of a traced pass.
 
     Attributes:
-        d_model: numbers in an input embedding.
-        layers: heads of keys and values, and numbers in each, for each layer.
-        mask_kinds: names of the masks; one alone is given without its name.
-        mask_type: of the masks.
+        d_model: size of an input embedding.
+        layers: heads of keys and values, and their size, for each layer.
+        mask_kinds: names of the masks; a single mask is given without its name.
+        mask_type: type of the masks.
     """
 
     d_model: int
@@ -167,7 +167,7 @@ class Shapes:
 
 @dataclass(frozen=True)
 class Trace:
-    """What is traced, with example inputs."""
+    """A pass to be traced with example inputs."""
 
     model: PreTrainedModel
     shapes: Shapes
@@ -176,7 +176,7 @@ class Trace:
     in_line: bool
 
     def exported(self) -> torch.export.ExportedProgram:
-        """The pass for any number of texts, rows and slots."""
+        """Return the pass, exported for any number of sequences, rows and slots."""
         texts = torch.export.Dim("texts", min=1, max=_MOST_SEQUENCES)
         rows = torch.export.Dim("rows", min=1, max=MOST_ROWS)
         slots = torch.export.Dim("slots", min=2, max=_MOST_SLOTS)
@@ -231,39 +231,39 @@ class Trace:
 
 
 def compile_to(trace: Trace, path: Path) -> None:
-    """Make the package; there whole or not at all.
+    """Compile a pass into a package; write the whole file or none.
 
     Raises:
         CompileError: there is no compiler, or the model cannot be traced.
     """
-    _log.info("compiling passes, once: it takes minutes; kept as %s", path)
+    _log.info("compiling passes, which takes minutes, once; they are kept as %s", path)
     try:
         with staging(path.parent) as folder, torch.no_grad(), _settings():
             staged = folder / path.name
             torch._inductor.aoti_compile_and_package(trace.exported(), package_path=str(staged))
             os.replace(staged, path)
-    except Exception as error:  # whatever torch, transformers, the compiler or the disk raise
+    except Exception as error:  # torch, transformers, the compiler and the disk raise many
         _log.debug("compiling failed", exc_info=True)
         raise CompileError(first_line(error)) from error
 
 
 @contextmanager
 def _settings() -> Iterator[None]:
-    """Inductor's settings while it compiles."""
+    """Set inductor's options inside a `with` block."""
     import torch._inductor.config as inductor
     import torch.fx.experimental._config as symbols
 
     if native.compiler() is None:
         raise CompileError("there is no C++ compiler here: install g++")
     oblivious: Any = symbols
-    # Layers of one input are computed in one call.
+    # Compute layers that share an input in one call.
     options: dict[str, Any] = {"freezing": True, "cpp.enable_concat_linear": True}
     if native.available():
         options["aot_inductor.custom_ops_to_c_shims"] = {
             getattr(torch.ops.passlm, name).default: [shim] for name, shim in native.C_SHIMS.items()
         }
     with inductor.patch(options), oblivious.patch(backed_size_oblivious=True):
-        yield  # oblivious: a graph traced with 2 texts and 5 rows serves 1 of each as well
+        yield  # size-oblivious: a graph traced with 2 sequences and 5 rows also serves 1 of each
 
 
 def first_line(error: BaseException) -> str:
