@@ -49,7 +49,7 @@ def test_the_formulas_of_the_method() -> None:
 @pytest.mark.parametrize("rows", [(2, 1), (1, 1), (1,), ()])
 def test_a_curve_out_of_order_is_refused(rows: tuple[int, ...]) -> None:
     """Catches costs that would be looked up in the wrong place."""
-    with pytest.raises(ValueError, match="in order"):
+    with pytest.raises(ValueError, match="in rising order"):
         CostCurve(rows, (1.0, 2.0))
 
 
