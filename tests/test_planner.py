@@ -189,7 +189,7 @@ def test_look_ahead_rows_of_one_text_are_paid_for_by_all() -> None:
     cost = chooser._settings.cost
     assert cost(5, 0, 0, dear) == pytest.approx(cost(5, 0, 0, plain) + 0.5 * auto._CAUTION)
     unsure = AutoPlan(curve, (0.0,) * 4).begin()
-    assert unsure.value_of([], plain) > unsure.worth([], dear)
+    assert unsure.value_of([], plain) > unsure.value_of([], dear)
 
 
 def test_a_batch_that_changes_changes_the_costs_and_not_what_was_learnt() -> None:
