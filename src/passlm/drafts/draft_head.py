@@ -1,12 +1,12 @@
 """The draft head: candidates from the last settled row's hidden state, without look-ahead rows.
 
-Every pass has already made the hidden state of the last row it accepted. From that and from the
-embeddings of the last few tokens, settled or drafted since, this head guesses the next token among
-those that texts are mostly made of, and then the ones behind it. A guess costs a small part of a
-pass, so that a draft can be had where no look-ahead group was hung.
+Every pass computes the hidden state of its last accepted row. From that state and the embeddings of
+the last few tokens, settled or drafted since, this head proposes the next token among the most
+frequent ones of the vocabulary, and then the tokens after it. A proposal costs a small part of a
+pass and needs no look-ahead group in the pass before.
 
-Heads that are told the tokens before theirs: Hydra (Ankner et al., arXiv 2402.05109). Drafting from
-a part of the vocabulary: FR-Spec (Zhao et al., arXiv 2502.14856).
+Heads that read the tokens before theirs: Hydra (Ankner et al., arXiv 2402.05109). Drafting from a
+part of the vocabulary: FR-Spec (Zhao et al., arXiv 2502.14856).
 """
 
 from __future__ import annotations
@@ -48,17 +48,17 @@ torch.library.define(
 class DraftHead(nn.Module):
     """Two layers from a hidden state and embeddings to logits of the listed tokens.
 
-    A guess `j` tokens behind the row has the logits
+    A guess `j` tokens after the row has the logits
     `E out(silu(hidden_in(h) + token_in(e) + depth_in_j))`, where `E` are the listed tokens' rows of
     the target's output layer.
 
     Args:
         hidden_in: `[width, d_model]`, for the row's hidden state.
-        token_in: `[width, tokens * d_model]`, for the embeddings of so many tokens before the
+        token_in: `[width, tokens * d_model]`, for the embeddings of the `tokens` tokens before the
             guessed one, the last one first.
-        depth_in: `[depths, width]`, one for each token that may be guessed behind a row.
+        depth_in: `[depths, width]`, one for each token that can be guessed after a row.
         out: `[d_model, width]`.
-        listed: ids of the tokens that may be guessed, `[K]`.
+        listed: ids of the tokens that can be guessed, `[K]`.
     """
 
     NAMES = ("hidden_in", "token_in", "depth_in", "out", "listed")
@@ -78,7 +78,7 @@ class DraftHead(nn.Module):
     def start(
         cls, d_model: int, width: int, tokens: int, depths: int, listed: Tensor, seed: int = 0
     ) -> DraftHead:
-        """A head that knows nothing yet: `out` is zero."""
+        """Return an untrained head: `out` is zero."""
         generator = torch.Generator().manual_seed(seed)
         hidden_in = torch.randn(width, d_model, generator=generator) / d_model**0.5
         token_in = torch.randn(width, tokens * d_model, generator=generator)
@@ -92,21 +92,21 @@ class DraftHead(nn.Module):
 
     @property
     def width(self) -> int:
-        """Numbers between the two layers."""
+        """Size of the hidden layer."""
         return int(self.out.shape[1])
 
     @property
     def tokens(self) -> int:
-        """How many tokens before the guessed one it is told."""
+        """Number of tokens before the guessed one that the head reads."""
         return int(self.token_in.shape[1]) // int(self.hidden_in.shape[1])
 
     @property
     def depths(self) -> int:
-        """How many tokens it can guess behind a row."""
+        """Number of tokens that the head can guess after a row."""
         return len(self.depth_in)
 
     def description(self) -> dict[str, int]:
-        """What a look-ahead card says of its shape."""
+        """Return the head's shape as a look-ahead card states it."""
         return {
             "width": self.width,
             "tokens": self.tokens,
@@ -115,17 +115,17 @@ class DraftHead(nn.Module):
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that is stored, by its name."""
+        """Return all stored tensors by name."""
         return {f"head.{name}": getattr(self, name) for name in self.NAMES}
 
     def logits(self, hidden: Tensor, before: Tensor, depth: Tensor, outputs: Tensor) -> Tensor:
-        """Logits of the listed tokens, `[R, K]`, for training.
+        """Return logits of the listed tokens, `[R, K]`, for training.
 
         Args:
             hidden: hidden states of real rows, as the target's output layer takes them, `[R, d]`.
             before: input embeddings of the tokens before the guessed ones, the last one first,
                 `[R, tokens, d]`.
-            depth: how many tokens behind its row each guess is, from 1, `[R]`.
+            depth: number of tokens that each guess is after its row, from 1, `[R]`.
             outputs: rows of the target's output layer for the listed tokens, `[K, d]`.
         """
         hidden, before, outputs = (rows.to(self.out.dtype) for rows in (hidden, before, outputs))
@@ -137,18 +137,18 @@ class DraftHead(nn.Module):
 
 @dataclass(frozen=True)
 class AppliedHead:
-    """A draft head in the form decoding takes: copies without gradients, for one target.
+    """A draft head for decoding: copies without gradients, for one target.
 
     Attributes:
-        hidden_in: product with `hidden_in`; the others likewise.
-        token_in: of the embeddings of the tokens before.
-        out: back to a hidden state.
-        outputs: the listed tokens' rows of the target's output layer.
+        hidden_in: product with the hidden states.
+        token_in: product with the embeddings of the tokens before.
+        out: product from the hidden layer to a hidden state.
+        outputs: product with the listed tokens' rows of the target's output layer.
         depth_in: `[depths, width]`.
         listed: ids of the listed tokens, `[K]`.
         inputs: input embeddings of the target, `[V, d_model]`.
-        scales: what makes each of them one of root mean square 1, `[V]` float32.
-        tokens: how many tokens before the guessed one are told.
+        scales: factors that give each of them a root mean square of 1, `[V]` float32.
+        tokens: number of tokens before the guessed one that the head reads.
     """
 
     hidden_in: nn.Module
@@ -163,10 +163,10 @@ class AppliedHead:
 
     @classmethod
     def of(cls, head: DraftHead, tables: Embeddings, dtype: torch.dtype) -> AppliedHead:
-        """A head for a target with these tables.
+        """Return a head for a target with these tables.
 
-        On a CPU rows are float32. Where our own products are the fastest, weights are int8, since
-        reading them is most of a guess, and what a row gives does not depend on the rows beside it.
+        On a CPU, rows are float32. Where our own products are the fastest, weights are int8, since
+        reading them is most of the cost, and a row's result does not depend on the other rows.
         """
         device = tables.inputs.device
         rows = torch.float32 if device.type == "cpu" else dtype
@@ -191,16 +191,16 @@ class AppliedHead:
 
     @property
     def depths(self) -> int:
-        """How many tokens it can guess behind a row."""
+        """Number of tokens that the head can guess after a row."""
         return len(self.depth_in)
 
     def logits(self, from_hidden: Tensor, last: Tensor, depth: int) -> Tensor:
-        """Logits of the listed tokens, `[N, K]`.
+        """Return logits of the listed tokens, `[N, K]`.
 
         Args:
             from_hidden: the hidden states' part of the first layer, `[N, width]`.
-            last: ids of the last tokens of each text, the last one first, `[N, tokens]`.
-            depth: of the guess, from 0.
+            last: ids of the last tokens of each sequence, the last one first, `[N, tokens]`.
+            depth: depth of the guess, from 0.
         """
         told = self.inputs[last].to(from_hidden) * self.scales[last, None].to(from_hidden)
         inner = from_hidden + self.token_in(told.flatten(-2)) + self.depth_in[depth]
@@ -214,9 +214,9 @@ class AppliedHead:
 
     @cached_property
     def joint(self) -> list[Tensor] | None:
-        """What the operator that makes guesses in one call is given of it.
+        """Inputs of the operator that makes all guesses in one call.
 
-        None where there is no such operator, or it does not take the target's embeddings.
+        None where the operator is missing or does not support the target's embeddings.
         """
         layers = [self.hidden_in, self.token_in, self.out, self.outputs]
         ours = [layer for layer in layers if isinstance(layer, RowsProduct)]
@@ -238,12 +238,12 @@ class _Linear(nn.Module):
 
 
 class HeadSampler:
-    """Drafts behind the last rows of some texts, token by token; can stand in for a `GroupSampler`.
+    """Logits of a draft head for several sequences, one depth after the other.
 
     Args:
         head: the head.
-        hidden: the rows' hidden states, `[d_model]` each.
-        lengths: how many tokens each text is to have, up to the head's depths.
+        hidden: hidden states of the sequences' last accepted rows, `[d_model]` each.
+        lengths: number of tokens to propose for each sequence, up to the head's depths.
     """
 
     def __init__(self, head: AppliedHead, hidden: Sequence[Tensor], lengths: Sequence[int]) -> None:
@@ -260,7 +260,7 @@ class HeadSampler:
     def shortlists(
         self, depth: int, groups: Sequence[int], histories: Sequence[Sequence[int]]
     ) -> tuple[list[Shortlist], Tensor]:
-        """What some texts may guess at one depth; see `GroupSampler.shortlists`."""
+        """Return shortlists and their logits at one depth; see `GroupSampler.shortlists`."""
         head = self._head
         logits = self._logits(depth, groups, histories)
         best, places = shortlist(logits, min(SHORTLIST, len(head.listed)))
@@ -270,15 +270,14 @@ class HeadSampler:
     def likeliest(
         self, texts: Sequence[Sequence[int]], draws: Draws | None = None
     ) -> list[list[tuple[int, float]]]:
-        """Each text's likeliest tokens, one behind the other, and how sure the head is of each.
+        """Return each sequence's likeliest next tokens and the head's probability of each.
 
-        A draw is the token of the largest `l - T log e`, with noise `e` (the Gumbel-max trick):
-        who knows the noise guesses better.
+        A draw is the token of the largest `l - T log e` with noise `e` (the Gumbel-max trick), so a
+        guess that uses the known noise is better.
 
         Args:
-            texts: the tokens so far.
-            draws: what is known of the noise to come; None for the likeliest tokens without it,
-                with the head's probability of each.
+            texts: the tokens of each sequence so far.
+            draws: the noise of the next positions; None to guess without it.
         """
         if self._head.joint is not None and are_rows(self._hidden):
             return self._together(texts, self._head.joint, draws)
@@ -376,6 +375,6 @@ class DraftHeadDrafter:
 
 
 def scales(embeddings: Tensor) -> Tensor:
-    """What `normed` multiplies each embedding by, `[V]` float32, without a copy of the table."""
+    """Return the factors by which `normed` multiplies embeddings, `[V]` float32, without a copy."""
     lengths: Tensor = torch.linalg.vector_norm(embeddings, dim=-1, dtype=torch.float32)
     return (lengths.square() / embeddings.shape[1] + EPSILON).rsqrt()

@@ -1,11 +1,11 @@
-"""The sampler head: a look-ahead row's guess, weighed again once the tokens before it are known.
+"""The sampler head: corrects a look-ahead row's logits once the tokens before it are known.
 
-A look-ahead row guesses without knowing the tokens drawn just before it. This head takes the row's
-hidden state and the embeddings of the last one or few of them and weighs the row's own best tokens
-anew. It runs along a group, one row after the other, without a pass of the target.
+A look-ahead row predicts without knowing the tokens drawn just before it. This head reads the row's
+hidden state and the embeddings of the last few tokens and corrects the logits of the row's own best
+tokens. It runs along a group, one row after the other, without a pass of the target.
 
 Samragh et al., "Your LLM knows the future" (arXiv 2507.11851), sample in this way; Hydra (Ankner
-et al., arXiv 2402.05109) shows what knowing the token before is worth.
+et al., arXiv 2402.05109) shows the gain from knowing the token before.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ torch.library.define(
 )
 
 SHORTLIST = 64
-OUT_OF_REACH = -1e9  # the logit of a token off the shortlist: finite, since processors divide
+OUT_OF_REACH = -1e9  # logit of a token that is not on the shortlist: finite, for processors
 EPSILON = 1e-6
 
 
 class SamplerHead(nn.Module):
     """Two layers from a hidden state and embeddings to a correction of the hidden state.
 
-    `correction = out(silu(hidden_in(h) + token_in(e)))`, and a shortlisted token's logit grows by
-    the product of the correction and the token's output embedding.
+    `correction = out(silu(hidden_in(h) + token_in(e)))`. The product of the correction and a
+    token's output embedding is added to the logit of each shortlisted token.
 
     Args:
         hidden_in: `[width, d_model]`, for the row's hidden state.
-        token_in: `[width, tokens * d_model]`, for the embeddings of so many tokens before the
+        token_in: `[width, tokens * d_model]`, for the embeddings of the `tokens` tokens before the
             row's, the last one first.
         out: `[d_model, width]`.
-        shortlist: how many of the row's best tokens are weighed.
+        shortlist: number of the row's best tokens to correct.
     """
 
     NAMES = ("hidden_in", "token_in", "out")
@@ -63,7 +63,7 @@ class SamplerHead(nn.Module):
     def start(
         cls, d_model: int, width: int, shortlist: int = SHORTLIST, seed: int = 0, tokens: int = 1
     ) -> SamplerHead:
-        """A head that changes nothing yet: `out` is zero."""
+        """Return an untrained head that changes nothing: `out` is zero."""
         generator = torch.Generator().manual_seed(seed)
         first = torch.randn(1 + tokens, width, d_model, generator=generator) / d_model**0.5
         token_in = torch.cat(list(first[1:]), dim=1)
@@ -71,29 +71,29 @@ class SamplerHead(nn.Module):
 
     @property
     def width(self) -> int:
-        """Numbers between the two layers."""
+        """Size of the hidden layer."""
         return int(self.out.shape[1])
 
     @property
     def tokens(self) -> int:
-        """How many tokens before its own a row is told."""
+        """Number of tokens before a row's own that the head reads."""
         return int(self.token_in.shape[1]) // int(self.hidden_in.shape[1])
 
     def told(self, tokens: int) -> SamplerHead:
-        """The same head that is told so many tokens, with no weight yet on those it was not."""
+        """Return a copy of the head extended to `tokens` inputs; weights of new inputs are zero."""
         more = (tokens - self.tokens) * self.hidden_in.shape[1]
         token_in = nn.functional.pad(self.token_in.detach(), (0, more))
         return SamplerHead(self.hidden_in.detach(), token_in, self.out.detach(), self.shortlist)
 
     def description(self) -> dict[str, int]:
-        """What a look-ahead card says of it."""
+        """Return the head's shape as a look-ahead card states it."""
         return {"width": self.width, "shortlist": self.shortlist, "tokens": self.tokens}
 
     def copied(self, device: torch.device, dtype: torch.dtype) -> SamplerHead:
-        """A copy for decoding, without gradients.
+        """Return a copy for decoding, without gradients.
 
-        On a CPU its rows are float32; where our own products are the fastest, their weights have
-        the type asked for, and a row's numbers do not depend on the rows beside it.
+        On a CPU, rows are float32. Where our own products are the fastest, weights have the given
+        type, and a row's result does not depend on the other rows.
         """
         rows = torch.float32 if device.type == "cpu" else dtype
         copies = [getattr(self, n).detach().to(device, rows, copy=True) for n in self.NAMES]
@@ -104,19 +104,19 @@ class SamplerHead(nn.Module):
         return copy
 
     def tensors(self) -> dict[str, Tensor]:
-        """All parameters by the name they are stored under."""
+        """Return all parameters by the names they are stored under."""
         return {f"sampler.{name}": tensor for name, tensor in self.named_parameters()}
 
     def from_hidden(self, hidden: Tensor) -> Tensor:
-        """The row's part of the first layer, `[..., width]`, known before the tokens are.
+        """Return a row's part of the first layer, `[..., width]`, which needs no tokens.
 
         Args:
-            hidden: hidden states of look-ahead rows, as the target's head takes them, `[..., d]`.
+            hidden: hidden states of look-ahead rows, as the output layer takes them, `[..., d]`.
         """
         return self._times("hidden_in", normed(hidden.to(self.out.dtype)))
 
     def correction(self, from_hidden: Tensor, before: Tensor) -> Tensor:
-        """What is added to the hidden state, `[..., d_model]`.
+        """Return the correction of the hidden state, `[..., d_model]`.
 
         Args:
             from_hidden: `[..., width]`.
@@ -128,7 +128,7 @@ class SamplerHead(nn.Module):
 
     @property
     def packed(self) -> list[Tensor] | None:
-        """The layers' weights as our own products take them; None where torch multiplies."""
+        """Packed weights of the layers for our own products; None where torch's are used."""
         return [self._products[name].packed for name in self.NAMES] if self._products else None
 
     def _times(self, name: str, rows: Tensor) -> Tensor:
@@ -137,7 +137,9 @@ class SamplerHead(nn.Module):
 
 
 def normed(rows: Tensor) -> Tensor:
-    """Rows of root mean square 1: hidden states and embeddings differ in size from model to model.
+    """Return rows scaled to a root mean square of 1.
+
+    Hidden states and embeddings differ in scale between models.
 
     Args:
         rows: `[..., d]`.
@@ -147,11 +149,11 @@ def normed(rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Embeddings:
-    """The target's tables, which it shares with the head.
+    """The target's embedding tables, which the head shares.
 
     Attributes:
         inputs: input embeddings, `[V, d_model]`.
-        outputs: rows of its output layer, `[V, d_model]`; may be the same tensor.
+        outputs: rows of the output layer, `[V, d_model]`; may be the same tensor.
     """
 
     inputs: Tensor
@@ -160,18 +162,18 @@ class Embeddings:
 
 @dataclass(frozen=True)
 class Shortlist:
-    """The tokens that a row may guess.
+    """The candidate tokens of one row.
 
     Attributes:
         tokens: their ids, `[K]`.
-        vocabulary: how many there are in all.
+        vocabulary: size of the vocabulary.
     """
 
     tokens: Tensor
     vocabulary: int
 
     def of_all(self, logits: Tensor) -> Tensor:
-        """Logits of these tokens, `[1, K]`, among those of all tokens, `[1, V]`."""
+        """Return logits of all tokens, `[1, V]`, from those of the shortlist, `[1, K]`."""
         whole = logits.new_full((1, self.vocabulary), OUT_OF_REACH)
         whole[:, self.tokens] = logits
         return whole
@@ -179,13 +181,13 @@ class Shortlist:
 
 @dataclass(frozen=True)
 class Draws:
-    """What is known of the draws to come, where guesses share the noise that will settle them.
+    """Predetermined sampling noise of the next draws of several sequences.
 
     Attributes:
-        noise: standard exponential numbers of the next positions of each text, for the tokens that
-            a draft head lists or for all, `[N, depths, K]` float32, on the CPU.
-        temperatures: by which each text's logits are divided.
-        noise_weights: what the noise counts for then, from 0 to 1; see `judge.guess`.
+        noise: standard exponential numbers of the next positions of each sequence, for the tokens
+            that a draft head lists or for all, `[N, depths, K]` float32, on the CPU.
+        temperatures: divisor of each sequence's logits.
+        noise_weights: exponent of the noise, from 0 to 1; see `judge.guess`.
     """
 
     noise: Tensor
@@ -194,27 +196,28 @@ class Draws:
 
     @cached_property
     def scales(self) -> Tensor:
-        """By what logarithms of the noise are multiplied beside a text's own logits, `[N]`."""
+        """Factor of the logarithm of the noise beside undivided logits, `[N]`."""
         return torch.tensor(self.temperatures) * torch.tensor(self.noise_weights)
 
     @cached_property
     def flattened(self) -> Tensor:
-        """By what sums are divided before they say how sure a guess is, `[N]`.
+        """Divisor of the sums of logits and noise before the softmax, `[N]`.
 
-        Of hot text noise is the larger part of a sum, and its largest number no sign of being sure.
+        At high temperatures noise is the larger part of a sum, so its largest value alone says
+        little about the probability of a guess.
         """
         return torch.tensor(self.temperatures).clamp(min=1.0)
 
     def join(
         self, logits: Tensor, texts: Sequence[int], depth: int, tokens: Tensor | None = None
     ) -> Tensor:
-        """Logits of some texts with their tokens' shares in the race, `[n, k]`.
+        """Return the logits of some sequences with the noise of their tokens added, `[n, k]`.
 
         Args:
             logits: `[n, k]`.
-            texts: numbers of the texts.
-            depth: of the position, from 0.
-            tokens: places of theirs in the noise, `[n, k]`; None for all of them in order.
+            texts: indices of the sequences.
+            depth: depth of the position, from 0.
+            tokens: indices of the tokens in the noise, `[n, k]`; None for all in order.
         """
         at = list(texts)
         noise = self.noise[at, depth]
@@ -223,13 +226,13 @@ class Draws:
 
 
 class GroupSampler:
-    """Look-ahead groups on their way from logits to drafts, row by row.
+    """Corrected logits of look-ahead groups, one depth after the other.
 
     Args:
         head: the sampler head.
         tables: the target's embeddings.
-        logits: of each group's rows, `[l, V]`.
-        hidden: their hidden states, `[l, d_model]`.
+        logits: logits of each group's rows, `[l, V]`.
+        hidden: hidden states of the same rows, `[l, d_model]`.
     """
 
     def __init__(
@@ -249,7 +252,7 @@ class GroupSampler:
 
     @cached_property
     def _listed(self) -> tuple[Tensor, Tensor]:
-        """The logits of each row's best tokens and their ids, both `[R, shortlist]`."""
+        """Logits of each row's best tokens and their ids, both `[R, shortlist]`."""
         return shortlist(_joined(self._logits), min(self._head.shortlist, self._vocabulary))
 
     @cached_property
@@ -260,12 +263,11 @@ class GroupSampler:
     def likeliest(
         self, texts: Sequence[Sequence[int]], draws: Draws | None = None
     ) -> list[list[int]]:
-        """The likeliest token of each row, given those of the rows before it.
+        """Return the likeliest token of each row, given those of the rows before it.
 
         Args:
             texts: the tokens before each group's first row.
-            draws: what is known of the noise to come, for all tokens; None for the likeliest
-                tokens without it.
+            draws: the noise of the next positions, for all tokens; None to guess without it.
         """
         inputs, outputs = self._tables.inputs, self._tables.outputs
         weights = self._head.packed
@@ -297,13 +299,13 @@ class GroupSampler:
     def shortlists(
         self, depth: int, groups: Sequence[int], histories: Sequence[Sequence[int]]
     ) -> tuple[list[Shortlist], Tensor]:
-        """What the rows at one depth of some groups may guess, `N` of them, and their logits.
+        """Return shortlists of the rows at one depth of `N` groups, and their logits.
 
-        Of a history shorter than what the head is told, the first token is told again.
+        Where a history is shorter than the head's input, its first token is repeated.
 
         Args:
-            depth: of the rows, from 0.
-            groups: numbers of the groups, which reach so deep.
+            depth: depth of the rows, from 0.
+            groups: indices of the groups, all long enough.
             histories: the tokens before each group's row.
 
         Returns:
@@ -314,21 +316,21 @@ class GroupSampler:
         known = self._tables.inputs[last_tokens(histories, self._head.tokens, every.device)]
         correction = self._head.correction(self._from_hidden[rows], known)
         tokens = every[rows]
-        # Sums of their own, not a product: a row's numbers do not depend on the rows beside it.
+        # Separate sums, not a matrix product: a row's result does not depend on the other rows.
         gained = (self._tables.outputs[tokens].to(correction) * correction[:, None]).sum(-1)
         logits = best[rows] + gained.float()
         return [Shortlist(own, self._vocabulary) for own in tokens], logits
 
 
 def are_rows(*tensors: Tensor) -> bool:
-    """Whether the operators that guess in one call take these as rows of numbers."""
+    """Return whether the operators that guess in one call support these tensors."""
     return all(t.is_contiguous() and t.dtype in (torch.bfloat16, torch.float32) for t in tensors)
 
 
 def last_tokens(texts: Sequence[Sequence[int]], count: int, device: torch.device) -> Tensor:
-    """The last tokens of each text, the last one first, `[N, count]`.
+    """Return the last tokens of each sequence, the last one first, `[N, count]`.
 
-    Of a text that is shorter the first one is given again.
+    Where a sequence is shorter, its first token is repeated.
     """
     back = range(1, count + 1)
     last = [[text[max(len(text) - steps, 0)] for steps in back] for text in texts]
@@ -342,7 +344,7 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 def weighed(
     head: SamplerHead, tables: Embeddings, logits: Tensor, hidden: Tensor, before: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Shortlists of many rows whose tokens before are known, for training.
+    """Return corrected shortlists of many rows whose previous tokens are known, for training.
 
     Args:
         head: the sampler head.
@@ -352,7 +354,7 @@ def weighed(
         before: ids of the tokens before the rows', the last one first, `[R, tokens]`.
 
     Returns:
-        Ids of the shortlisted tokens and their new logits, both `[R, shortlist]`.
+        Ids of the shortlisted tokens and their corrected logits, both `[R, shortlist]`.
     """
     best, tokens = logits.topk(min(head.shortlist, logits.shape[1]))
     correction = head.correction(head.from_hidden(hidden), tables.inputs[before])
