@@ -1,27 +1,52 @@
-"""Fixtures that more than one test file uses."""
+"""Fixtures that more than one test file uses, and the folder of the test run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 
-import pytest
-import torch
-from tiny import ARCHITECTURES, MORE_ARCHITECTURES
+import run_folder
 
-from passlm.model.target import Target
-from passlm.planning import kept_costs
+FOLDER, OURS = run_folder.enter()  # before the imports below, which read the environment
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from filelock import FileLock  # noqa: E402
+from tiny import ARCHITECTURES, MORE_ARCHITECTURES  # noqa: E402
+
+from passlm.kernels import native  # noqa: E402
+from passlm.model.target import Target  # noqa: E402
+from passlm.planning import kept_costs  # noqa: E402
 
 torch.set_num_threads(1)  # the models are so small that a second thread only costs
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _costs_apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What passes of test models cost is no business of the user's cache."""
-    folder = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kept_costs, "cache_folder", lambda: folder)
-        yield
+def _build_once(build: Callable[[Sequence[str], Path], None]) -> Callable[..., None]:
+    """Return a build of our own operators that waits for another worker's."""
+
+    def once(command: Sequence[str], library: Path) -> None:
+        with FileLock(FOLDER / "native.lock"):
+            if not library.is_file():
+                build(command, library)
+
+    return once
+
+
+# At import: tests that need the operators are skipped as they are collected. A test may set
+# `PASSLM_CACHE` to a folder of its own, in which they are not to be compiled again.
+native._build = _build_once(native._build)
+native.cache_folder = lambda: FOLDER / "passlm"
+# Each worker has cost curves of its own: some tests measure with a clock that they set.
+kept_costs.cache_folder = lambda: FOLDER / WORKER
+
+
+def pytest_unconfigure() -> None:
+    """Delete the folder of the run, in the process that made it."""
+    if OURS:
+        run_folder.leave(FOLDER)
 
 
 @pytest.fixture(scope="session")
