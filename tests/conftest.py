@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import run_folder
 
@@ -41,6 +42,23 @@ native._build = _build_once(native._build)
 native.cache_folder = lambda: FOLDER / "passlm"
 # Each worker has cost curves of its own: some tests measure with a clock that they set.
 kept_costs.cache_folder = lambda: FOLDER / WORKER
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Distribute the tests as `schedule.py` says."""
+    from schedule import LongestFirst
+
+    config.option.loadscopereorder = False  # by number of tests
+    return LongestFirst(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put the groups of tests that take longest first, for a worker of pytest-xdist."""
+    if hasattr(config, "workerinput"):
+        from schedule import rank
+
+        items.sort(key=lambda item: rank(item.nodeid))
 
 
 def pytest_unconfigure() -> None:

@@ -26,7 +26,6 @@ from byte_model import save_folders
 from passlm.cli import INTERRUPTED, USAGE, main
 from passlm.cli.serve import KEY_VARIABLE, model_name, read_keys
 from passlm.errors import InputError
-from passlm.loading.gguf import CACHE_VARIABLE
 from passlm.serve.run import address_of, bound_socket, is_loopback
 
 TESTS = Path(__file__).parent
@@ -82,7 +81,6 @@ def process(
             **os.environ,
             "PYTHONPATH": source,
             "OMP_NUM_THREADS": "1",
-            CACHE_VARIABLE: str(model.parent / "cache"),
             **(environment or {}),
         },
         stdout=subprocess.PIPE,
