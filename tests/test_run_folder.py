@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import run_folder
 from conftest import FOLDER
 
@@ -47,6 +48,7 @@ def test_caches_lie_in_the_folder_of_the_run() -> None:
         assert Path(name).is_relative_to(FOLDER)
 
 
+@pytest.mark.slow
 def test_a_filled_user_cache_is_neither_read_nor_written(tmp_path: Path) -> None:
     """Catches tests that pass or fail by what earlier programs left on the machine, and tests
     that leave something there: each file that the run keeps has a spoilt one in the user's."""
