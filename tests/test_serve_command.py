@@ -13,7 +13,6 @@ import stat
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import IO
 import httpx
 import pytest
 from byte_model import save_folders
+from serving import until
 
 from passlm.cli import INTERRUPTED, USAGE, main
 from passlm.cli.serve import KEY_VARIABLE, model_name, read_keys
@@ -182,7 +182,7 @@ def test_interrupting_is_130_and_a_second_signal_ends_at_once(
         ):
             next(response.iter_lines())
             server.process.send_signal(signal.SIGTERM)
-            time.sleep(0.3)
+            until(lambda: any("shutting down" in line for line in server.log))
             server.process.send_signal(signal.SIGTERM)
             # Its own code, or the signal's where the process was past listening to signals.
             assert server.process.wait(5) in (128 + signal.SIGTERM, -signal.SIGTERM)
