@@ -10,7 +10,7 @@ from typing import Any
 
 import run_folder
 
-FOLDER, OURS = run_folder.enter()  # before the imports below, which read the environment
+FOLDER = run_folder.enter()  # before the imports below, which read the environment
 WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")
 
 import pytest  # noqa: E402
@@ -59,12 +59,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         from schedule import rank
 
         items.sort(key=lambda item: rank(item.nodeid))
-
-
-def pytest_unconfigure() -> None:
-    """Delete the folder of the run, in the process that made it."""
-    if OURS:
-        run_folder.leave(FOLDER)
 
 
 @pytest.fixture(scope="session")

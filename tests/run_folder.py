@@ -10,6 +10,7 @@ keep it and to start later runs faster.
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 from pathlib import Path
@@ -20,14 +21,15 @@ RUN = "PASSLM_TEST_RUN"  # set by the process that made the folder
 _HUB = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_")  # their caches have a variable each
 
 
-def enter() -> tuple[Path, bool]:
+def enter() -> Path:
     """Point the caches of this process, and of those it starts, to the folder of the test run.
 
-    Returns:
-        The folder, and whether this process has to delete it at the end.
+    The process that makes a folder deletes it as it ends.
     """
     inherited, kept = os.environ.get(RUN), os.environ.get(KEPT)
     folder = Path(inherited or kept or mkdtemp(prefix="passlm-tests-")).absolute()
+    if not (inherited or kept):
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for name in [*os.environ]:
         if name.startswith(_HUB) and name.endswith("_CACHE"):
             del os.environ[name]
@@ -44,9 +46,4 @@ def enter() -> tuple[Path, bool]:
         "OMP_NUM_THREADS": "1",
     }
     (folder / "matplotlib").mkdir(parents=True, exist_ok=True)
-    return folder, inherited is None and kept is None
-
-
-def leave(folder: Path) -> None:
-    """Delete the folder."""
-    shutil.rmtree(folder, ignore_errors=True)
+    return folder

@@ -84,11 +84,10 @@ def test_a_run_deletes_its_folder(tmp_path: Path) -> None:
     theirs = {k: v for k, v in os.environ.items() if k not in (run_folder.RUN, run_folder.KEPT)}
     code = (
         "import run_folder\n"
-        "folder, ours = run_folder.enter()\n"
-        "assert ours and folder.is_dir()\n"
-        "assert run_folder.enter() == (folder, False)\n"
-        "run_folder.leave(folder)\n"
-        "assert not folder.exists()\n"
+        "folder = run_folder.enter()\n"
+        "assert folder.is_dir()\n"
+        "assert run_folder.enter() == folder\n"
+        "print(folder)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -99,4 +98,5 @@ def test_a_run_deletes_its_folder(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).parent == tmp_path
     assert list(tmp_path.iterdir()) == []
