@@ -1,4 +1,4 @@
-"""Fixtures that more than one test file uses, and the folder of the test run."""
+"""Fixtures that more than one test file uses, and the set-up of a test run."""
 
 from __future__ import annotations
 
@@ -6,23 +6,35 @@ import os
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import pytest
 import run_folder
+from filelock import FileLock
 
-FOLDER = run_folder.enter()  # before the imports below, which read the environment
-WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")
+if TYPE_CHECKING:
+    from passlm.model.target import Target
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from filelock import FileLock  # noqa: E402
-from tiny import ARCHITECTURES, MORE_ARCHITECTURES  # noqa: E402
+FOLDER = run_folder.enter()  # before torch, transformers and passlm, which read the environment
 
-from passlm.kernels import native  # noqa: E402
-from passlm.model.target import Target  # noqa: E402
-from passlm.planning import kept_costs  # noqa: E402
 
-torch.set_num_threads(1)  # the models are so small that a second thread only costs
+def pytest_configure(config: pytest.Config) -> None:
+    """Prepare a process that runs tests; the one that only distributes them needs no torch."""
+    if config.getoption("numprocesses", None):
+        return
+    import torch
+
+    from passlm.kernels import native
+    from passlm.planning import kept_costs
+
+    torch.set_num_threads(1)  # the models are so small that a second thread only costs
+    # A test may set `PASSLM_CACHE` to a folder of its own: our own operators are not to be compiled
+    # again there. Not in a fixture: some tests ask for the operators as they are collected.
+    native._build = _build_once(native._build)
+    native.cache_folder = lambda: FOLDER / "passlm"
+    # Each worker has cost curves of its own: some tests measure with a clock that they set.
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
+    kept_costs.cache_folder = lambda: FOLDER / worker
 
 
 def _build_once(build: Callable[[Sequence[str], Path], None]) -> Callable[..., None]:
@@ -34,14 +46,6 @@ def _build_once(build: Callable[[Sequence[str], Path], None]) -> Callable[..., N
                 build(command, library)
 
     return once
-
-
-# At import: tests that need the operators are skipped as they are collected. A test may set
-# `PASSLM_CACHE` to a folder of its own, in which they are not to be compiled again.
-native._build = _build_once(native._build)
-native.cache_folder = lambda: FOLDER / "passlm"
-# Each worker has cost curves of its own: some tests measure with a clock that they set.
-kept_costs.cache_folder = lambda: FOLDER / WORKER
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -64,6 +68,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def tiny_target() -> Callable[[str], Target]:
     """A target by its name in `tiny.py`, built once; tests must leave it as it is."""
+    from tiny import ARCHITECTURES, MORE_ARCHITECTURES
+
+    from passlm.model.target import Target
+
     known = ARCHITECTURES | MORE_ARCHITECTURES
 
     @cache
