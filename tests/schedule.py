@@ -10,9 +10,9 @@ from __future__ import annotations
 from xdist.scheduler import LoadScopeScheduling
 
 LONGEST = (
-    *("wheel", "compiled", "packaged model", "readme", "commands", "lossless", "distribution"),
-    *("serve_command", "products", "gguf_copy", "quantize", "processes", "serve_model", "page"),
-    *("devices", "run_folder", "bench_resume", "train_command", "cli", "serve_recipes"),
+    *("wheel", "compiled", "readme", "commands", "serve_model", "packaged model", "distribution"),
+    *("processes", "lossless", "serve_command", "products", "gguf_copy", "quantize", "page"),
+    *("decode_sampling", "serve_recipes", "devices", "run_folder", "train_command", "bench_resume"),
 )
 GROUPS = {
     "test_advise.py::test_two_prompts_of_the_real_model": "packaged model",
