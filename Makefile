@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLDEST := .venv-oldest
 LATEST := .venv-latest
+WORKERS ?= 2
+PYTEST = python -m pytest -n $(WORKERS)
+UNIT := not (model or readme or slow)
 
 .PHONY: demo test check unit oldest latest install clean
 
@@ -12,10 +15,10 @@ demo: $(READY)
 	@$(BIN)/python examples/demo.py
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/$(PYTEST)
 
 unit: $(READY)
-	$(BIN)/python -m pytest -m "not model and not readme" -n 2
+	$(BIN)/$(PYTEST) -m "$(UNIT)"
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -26,14 +29,14 @@ check: $(READY)
 
 install: $(READY)
 
-# The lowest versions that pyproject.toml admits: all tests without the real model, and each command.
+# The lowest versions that pyproject.toml admits: the tests of `unit`, and each command.
 oldest: $(OLDEST)/.ready
-	$(OLDEST)/bin/python -m pytest -m "command or not (model or readme)" -n 2
+	$(OLDEST)/bin/$(PYTEST) -m "command or $(UNIT)"
 
 # What a user gets today: the newest version of everything, whatever the pinned sets say.
 latest: $(LATEST)/.ready
 	$(LATEST)/bin/python -m pip freeze
-	$(LATEST)/bin/python -m pytest
+	$(LATEST)/bin/$(PYTEST)
 
 $(READY): pyproject.toml constraints.txt
 $(READY): SET = --constraint constraints.txt

@@ -162,6 +162,7 @@ def test_how_much_wider() -> None:
     assert low * high == pytest.approx(4)
 
 
+@pytest.mark.slow
 def test_how_often_nothing_is_called_a_gain() -> None:
     """Catches intervals too narrow for their number of plans: docs/quality.md says 2 in 100 with 12
     prompts. Seeds are fixed; a right rule gives more than 20 of 300 once in 20,000 tests."""

@@ -242,6 +242,7 @@ def test_stopped_run_keeps_what_is_answered(lm: Generator, ask: Callable[..., Pa
     assert 2 <= len(done) < len(prompts)
 
 
+@pytest.mark.slow
 def test_interrupted_command_goes_on(
     tmp_path: Path, ask: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -80,6 +80,7 @@ def two_suites(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return arguments(folder, "--suite", "text", *METHODS, *LISTS)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("clock")
 def test_a_run_that_is_cut_off_gives_what_a_whole_one_does(
     two_suites: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -130,6 +131,7 @@ def test_an_interrupted_run_says_how_to_go_on(
     assert "finished runs are lost without --out" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_killed_process_loses_one_prompt_at_most(folder: Path, tmp_path: Path) -> None:
     """Catches lines that are kept in a buffer, where no handler gets to write them."""
     out = tmp_path / "out"

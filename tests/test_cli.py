@@ -253,6 +253,7 @@ def started(arguments: list[str], **options: Any) -> subprocess.Popen[bytes]:
     )
 
 
+@pytest.mark.slow
 def test_interrupted_training_goes_on_to_the_same_end(
     folders: tuple[Path, Path], text: Path, tmp_path: Path
 ) -> None:
@@ -272,6 +273,7 @@ def test_interrupted_training_goes_on_to_the_same_end(
     assert b"Traceback" not in errors
 
 
+@pytest.mark.slow
 def test_closed_pipe_is_quiet(base: list[str]) -> None:
     """Catches a BrokenPipeError shown to somebody who piped into `head`."""
     process = started(["generate", PROMPT, *base, "--max-new-tokens", "150", "--ignore-eos"])

@@ -73,6 +73,7 @@ def texts(
     return [row.tokens for row in rows], accepted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", [GREEDY, TEMPERED], ids=["greedy", "tempered"])
 @pytest.mark.parametrize("plan", PLANS, ids=["plain", "two-pass", "one-pass", "chosen"])
 def test_compiled_passes_write_the_same(
@@ -92,6 +93,7 @@ def test_compiled_passes_write_the_same(
     assert expected[1] > 0 or plan is autoregressive
 
 
+@pytest.mark.slow
 def test_one_package_serves_passes_with_and_without_look_ahead_rows(folder: Path) -> None:
     """Catches a second copy of the weights in memory, layers joined in another order than they are
     called in, and the update of one of them added to its neighbour."""
@@ -112,6 +114,7 @@ def test_one_package_serves_passes_with_and_without_look_ahead_rows(folder: Path
         assert len(fast._compiled._packages) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", [GREEDY, TEMPERED], ids=["greedy", "tempered"])
 def test_a_draft_head_guesses_the_same(folder: Path, sampling: SamplingParams) -> None:
     """Catches hidden states of compiled passes that are of other rows, or not normed as the eager
@@ -141,6 +144,7 @@ def guesses(
     return verified
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["a line for each text", "copies"])
 def test_where_our_attention_does_not_compute(
     tmp_path: Path, look_ahead: LookAhead, monkeypatch: pytest.MonkeyPatch, form: str
@@ -159,6 +163,7 @@ def test_where_our_attention_does_not_compute(
     assert fast.in_line == (form == "copies" and native.available())
 
 
+@pytest.mark.slow
 def test_layers_of_two_kinds(folder: Path, tiny_target: Callable[[str], Target]) -> None:
     """Catches a sliding window that is lost, and masks given to the wrong layers."""
     eager = tiny_target("gemma3")
@@ -168,6 +173,7 @@ def test_layers_of_two_kinds(folder: Path, tiny_target: Callable[[str], Target])
     assert fast.engine == "compiled"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "changes"), [("falcon", {}), ("opt", {"word_embed_proj_dim": 16})]
 )
@@ -183,6 +189,7 @@ def test_sizes_that_the_configuration_does_not_say(
     assert fast.engine == ("eager" if name == "falcon" else "compiled")  # it cannot be traced
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not native.available(), reason="int8 weights need our own products")
 def test_rounded_layers_of_a_float16_model(tmp_path: Path) -> None:
     """Catches rows of a type that the products do not take, met after minutes of compiling."""
@@ -193,6 +200,7 @@ def test_rounded_layers_of_a_float16_model(tmp_path: Path) -> None:
     assert fast.engine == "compiled, int8"
 
 
+@pytest.mark.slow
 def test_packages_are_kept(
     folder: Path, look_ahead: LookAhead, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,6 +253,7 @@ def test_a_folder_that_cannot_be_written_is_no_fault(
     assert "run eagerly" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_damaged_package_is_deleted(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -260,6 +269,7 @@ def test_a_damaged_package_is_deleted(
     assert len(list(tmp_path.iterdir())) == count - 1
 
 
+@pytest.mark.slow
 def test_a_whole_package_that_cannot_be_opened_is_kept(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

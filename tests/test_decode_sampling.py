@@ -115,6 +115,7 @@ def chance_of_worse(drawn: Counter[tuple], expected: dict[tuple, float]) -> floa
     return float(torch.special.gammaincc(freedom, torch.tensor(statistic / 2).double()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [False, True], ids=["embeddings", "lora and sampler"])
 def test_decoding_draws_from_the_target(parts: bool) -> None:
     """Catches noise used twice, `q` of another row, a draft after another history: whatever the
@@ -135,6 +136,7 @@ def test_decoding_draws_from_the_target(parts: bool) -> None:
     check_modes(target, look_ahead, MODES)
 
 
+@pytest.mark.slow
 def test_a_draft_head_draws_from_the_target() -> None:
     """The same of drafts from a head that lists a part of the vocabulary: catches `q` over the
     list's places, or of tokens that are not on it."""
@@ -162,6 +164,7 @@ def check_modes(
             assert 0.1 < stats.accepted / sum(stats.judged_by_position) < 0.9, name
 
 
+@pytest.mark.slow
 def test_a_draw_is_not_picked_over() -> None:
     """Catches plans that look at how likely a drawn guess is: what is verified of them would be no
     draw from `q` any more, and the rejection judge, which takes it for one, would settle the likely

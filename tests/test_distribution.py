@@ -222,6 +222,7 @@ def test_equal_seeds_prove_nothing(plain: list[Texts]) -> None:
     assert all((a == b).all() for a, b in zip(plain, same, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("judge", ["coupled", "rejection"])
 @pytest.mark.parametrize("name", PLANS)
 def test_pass_draws_as_plain_decoding_does(name: str, judge: Judge, plain: list[Texts]) -> None:
@@ -305,6 +306,7 @@ def watched(
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("judge", ["coupled", "rejection"])
 @pytest.mark.parametrize("name", PLANS)
 def test_judged_tokens_have_the_probability_of_the_model(name: str, judge: Judge) -> None:
@@ -316,6 +318,7 @@ def test_judged_tokens_have_the_probability_of_the_model(name: str, judge: Judge
     assert found.p_value > 0.001
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draft", get_args(Draft))
 @pytest.mark.parametrize("judge", get_args(Judge))
 @pytest.mark.parametrize("penalty", [1.0, 1.2])
@@ -330,6 +333,7 @@ def test_a_draft_heads_tokens_are_judged_as_they_are_drawn(
     assert found.p_value > 0.001
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("penalty", [1.0, 1.2])
 def test_places_chosen_by_their_noise_are_not_judged(penalty: float) -> None:
     """Catches tokens found too often where those places are verified whose noise is of help."""
@@ -341,6 +345,7 @@ def test_places_chosen_by_their_noise_are_not_judged(penalty: float) -> None:
     assert others.p_value > 0.001
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", range(4))
 def test_judged_tokens_show_wrong_judges(at: int, recipe: ModuleType) -> None:
     """Catches a test that notices little: here even the mildest judge is found, and for judges that

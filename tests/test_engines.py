@@ -389,6 +389,7 @@ def test_a_closed_engine_is_gone(llama: EngineDecoding) -> None:
     assert not running(process)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ids", [[5], [48]])
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
 def test_the_process_ends_with_the_one_that_started_it(packages: Path, ids: list[int]) -> None:

@@ -289,6 +289,7 @@ def read_until(process: subprocess.Popen[str], words: str) -> None:
     pytest.fail(f"the process ended before it said {words!r}")
 
 
+@pytest.mark.slow
 def test_two_processes_convert_once(gguf: Path) -> None:
     """Both are made to wait at the lock: catches a second conversion on top of the first."""
     with loading_gguf._locked(loading_gguf._copy_folder(gguf)):

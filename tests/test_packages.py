@@ -55,6 +55,7 @@ def asked_for() -> Iterator[None]:
     sys.setswitchinterval(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own", [True, False])
 def test_what_a_package_gives(package: Path, own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches inputs in another order, and a machine without our operators that cannot run it."""
@@ -68,6 +69,7 @@ def test_what_a_package_gives(package: Path, own: bool, monkeypatch: pytest.Monk
         assert torch.allclose(run(list(INPUTS)), _Body()(rows, others), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_other_threads_work_during_a_pass(
     package: Path, own_operators: None, asked_for: None
 ) -> None:
@@ -96,6 +98,7 @@ def test_other_threads_work_during_a_pass(
     assert most > 10
 
 
+@pytest.mark.slow
 def test_threads_share_a_package(package: Path, own_operators: None) -> None:
     """Catches results mixed up between two threads that run one package without a lock."""
     run, (_, *others) = aot_package.opened(package), INPUTS
@@ -106,6 +109,7 @@ def test_threads_share_a_package(package: Path, own_operators: None) -> None:
         assert torch.allclose(output, _Body()(rows, others), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_package_is_closed(
     package: Path, own_operators: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

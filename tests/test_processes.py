@@ -26,6 +26,8 @@ from passlm.model.target import Target
 from passlm.train.loop import CHECKPOINT, HISTORY
 from passlm.train.processes import ProcessesError, launched, shard_layers
 
+pytestmark = pytest.mark.slow
+
 PLAIN = ("--multi_gpu",)  # so accelerate calls several processes on the CPUs of one machine, too
 SHARDED = ("--use_fsdp", "--fsdp_version", "2")
 SETTINGS = ("--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no")

@@ -174,6 +174,7 @@ def test_no_rows_and_many_threads() -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_shorter_registers() -> None:
     """Catches a layout or a kernel that works with AVX-512 only."""
     check = f"{__file__}::{test_products_are_those_of_the_matrix.__name__}"

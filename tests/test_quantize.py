@@ -143,6 +143,7 @@ def test_packing_leaves_rounded_layers_alone() -> None:
     assert target.engine == "eager, int8"
 
 
+@pytest.mark.slow
 @needs_operators
 def test_compiled_passes_of_a_rounded_model(tmp_path: Path) -> None:
     """Catches integer products that the compiler replaces by others, and the original model's

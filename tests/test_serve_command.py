@@ -13,7 +13,6 @@ import stat
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +21,11 @@ from typing import IO
 import httpx
 import pytest
 from byte_model import save_folders
+from serving import until
 
 from passlm.cli import INTERRUPTED, USAGE, main
 from passlm.cli.serve import KEY_VARIABLE, model_name, read_keys
 from passlm.errors import InputError
-from passlm.loading.gguf import CACHE_VARIABLE
 from passlm.serve.run import address_of, bound_socket, is_loopback
 
 TESTS = Path(__file__).parent
@@ -82,7 +81,6 @@ def process(
             **os.environ,
             "PYTHONPATH": source,
             "OMP_NUM_THREADS": "1",
-            CACHE_VARIABLE: str(model.parent / "cache"),
             **(environment or {}),
         },
         stdout=subprocess.PIPE,
@@ -111,6 +109,7 @@ def _collect(pipe: IO[str], into: list[str]) -> None:
         into.extend(pipe)
 
 
+@pytest.mark.slow
 def test_it_serves_and_ends_on_sigterm(folders: tuple[Path, Path]) -> None:
     """Catches a server that loses the text under way, or does not end."""
     with process(folders) as server:
@@ -129,6 +128,7 @@ def test_it_serves_and_ends_on_sigterm(folders: tuple[Path, Path]) -> None:
     assert "shutting down" in [line["event"] for line in server.lines()]
 
 
+@pytest.mark.slow
 def test_requests_that_come_while_it_goes_down_are_sent_away(folders: tuple[Path, Path]) -> None:
     """Catches a port that is closed while texts are still being finished."""
     with process(folders, "--max-tokens", "180") as server:
@@ -147,6 +147,7 @@ def test_requests_that_come_while_it_goes_down_are_sent_away(folders: tuple[Path
         assert server.process.wait(30) == 0
 
 
+@pytest.mark.slow
 def test_texts_are_cut_when_the_grace_is_over(folders: tuple[Path, Path]) -> None:
     """Catches a server that never ends because of a long text, and one open by mistake."""
     open_to_all = ["--host", "0.0.0.0", "--grace-seconds", "0", "--max-tokens", "180"]
@@ -164,6 +165,7 @@ def test_texts_are_cut_when_the_grace_is_over(folders: tuple[Path, Path]) -> Non
     assert any("were cut" in str(line["event"]) for line in server.lines())
 
 
+@pytest.mark.slow
 def test_interrupting_is_130_and_a_second_signal_ends_at_once(
     folders: tuple[Path, Path],
 ) -> None:
@@ -180,7 +182,7 @@ def test_interrupting_is_130_and_a_second_signal_ends_at_once(
         ):
             next(response.iter_lines())
             server.process.send_signal(signal.SIGTERM)
-            time.sleep(0.3)
+            until(lambda: any("shutting down" in line for line in server.log))
             server.process.send_signal(signal.SIGTERM)
             # Its own code, or the signal's where the process was past listening to signals.
             assert server.process.wait(5) in (128 + signal.SIGTERM, -signal.SIGTERM)
@@ -275,6 +277,7 @@ def test_addresses_are_told_as_one_types_them() -> None:
             assert is_loopback(listening)
 
 
+@pytest.mark.slow
 def test_fuzzing_finds_no_fault_and_no_break_of_the_schema(
     folders: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -23,15 +23,15 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.fixture
-def recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> Any:
+def recipe(monkeypatch: pytest.MonkeyPatch, name: str) -> Any:
     """A recipe, imported as it is when it is run: beside what it imports."""
     monkeypatch.syspath_prepend(str(RECIPES))
-    monkeypatch.setenv("PASSLM_CACHE", str(tmp_path / "cache"))  # for the server's process
     module = __import__(name)
     monkeypatch.delitem(sys.modules, name)
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["load_test"])
 def test_load(recipe: Any, flags: list[str], tmp_path: Path) -> None:
     """Catches clients that lose requests, and a report that hides what failed."""
@@ -61,6 +61,7 @@ def test_memory_is_compared_behind_the_warm_up(recipe: Any) -> None:
     assert recipe.memory_growth(stays, 120, 299) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["serve_speed"])
 def test_speed(
     recipe: Any, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

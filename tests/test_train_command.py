@@ -415,6 +415,7 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 WRITES = 7  # two checkpoints, the history between, tensors, card, curves, README
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", range(1, WRITES + 1))
 @pytest.mark.parametrize(
     ("name", "error"), [("fsync", FULL), ("replace", FULL), ("replace", Killed())], ids=str
@@ -483,6 +484,7 @@ def test_history_on_a_full_disk_is_one_line(
     assert [p.step for p in read_history(out)] == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 def test_second_signal_ends_a_step_that_hangs(run: Run, tmp_path: Path, out: Path) -> None:
     """Catches Ctrl-C that has no effect for as long as a step of a large model takes."""
     code = (

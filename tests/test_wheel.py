@@ -31,7 +31,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (wheel,) = (folder / "dist").glob("passlm-*.whl")
     run([sys.executable, "-m", "venv", str(folder / "env")], folder)
     python = folder / "env" / "bin" / "python"
-    install = [str(python), "-m", "pip", "--quiet", "--disable-pip-version-check", "install"]
+    install = [str(python), *pip[1:], "install", "--no-compile"]  # all of torch takes half a minute
     for what in (
         [f"torch=={version('torch').split('+')[0]}"],
         [f"{wheel}[serve]"],

@@ -22,7 +22,7 @@ COMMANDS = {
     "info": "info smollm2-135m",
     "profile": "profile --json",
     "bench": "bench --prompts PROMPTS --methods ar,two-pass,hf --limit 1 --max-new-tokens 8 --json",
-    "advise": "advise --prompts PROMPTS --limit 2 --time-limit 10 --max-new-tokens 8 --json",
+    "advise": "advise --prompts PROMPTS --limit 2 --time-limit 100 --max-new-tokens 8 --json",
     "distill-data": "distill-data --prompts PROMPTS --out ANSWERS --max-new-tokens 8 --json",
     "train": "train --data TEXT --out ROWS --kind embeddings --lookahead-tokens 2 --steps 2 "
     "--sequences 1 --sequence-tokens 64 --anchors 4 --evaluate-texts 1 --json",
