@@ -310,14 +310,14 @@ def test_a_text_that_makes_steps_fail_ends_alone(
 def test_what_settled_before_a_fault_is_told(
     lm: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches tokens lost when drafting fails: they were settled, and the text is a pass ahead."""
+    """Catches tokens lost when the step fails after they were settled, as drafters may make it."""
     scheduler, told, alone = started(lm)
     decoder = scheduler._decoder
 
     def fails(*_: object) -> None:
         raise RuntimeError("drafting that fails")
 
-    monkeypatch.setattr(decoder, "_draft", fails)
+    monkeypatch.setattr(decoder, "_remember", fails)
     drain(scheduler)
     assert scheduler.faults == 1
     assert [one.ids() for one in told] == [out.tokens for out in alone]
