@@ -20,8 +20,15 @@ from fastapi import FastAPI
 from passlm.generate import Generator
 from passlm.outputs import Step
 from passlm.serve.app import create_app
-from passlm.serve.feed import Decoding
-from passlm.serve.jobs import Ask, Deliver, Event, Job, State, WorkerSettings
+from passlm.serve.events import DecodingWorker
+from passlm.serve.protocol import (
+    Event,
+    EventCallback,
+    Job,
+    SequenceRequest,
+    WorkerSettings,
+    WorkerState,
+)
 from passlm.serve.run import WebServer, bound_socket
 from passlm.serve.settings import ServeSettings
 from passlm.serve.worker import Worker
@@ -29,7 +36,7 @@ from passlm.serve.worker import Worker
 MODEL = "bytes"
 SETTINGS = ServeSettings(model_name=MODEL, max_tokens=64)
 WORKER = WorkerSettings(max_batch=4, max_context=192, max_waiting=16, prefill_chunk=16)
-Script = Callable[[int, Ask], Iterable[Event | float]]
+Script = Callable[[int, SequenceRequest], Iterable[Event | float]]
 """The events of one text; a number is seconds to wait."""
 
 
@@ -46,22 +53,22 @@ class ScriptedWorker:
     def __init__(self, script: Script, refusal: Exception | None = None) -> None:
         self.script = script
         self.refusal = refusal
-        self.asked: list[Ask] = []
+        self.asked: list[SequenceRequest] = []
         self.cancelled: list[Job] = []
         self.ready = True
 
-    def submit(self, asks: Sequence[Ask], deliver: Deliver) -> list[Job]:
+    def submit(self, sequences: Sequence[SequenceRequest], deliver: EventCallback) -> list[Job]:
         """See `Worker`."""
         if self.refusal is not None:
             raise self.refusal
-        self.asked += asks
-        jobs = [Job(ask, index, deliver) for index, ask in enumerate(asks)]
+        self.asked += sequences
+        jobs = [Job(ask, index, deliver) for index, ask in enumerate(sequences)]
         threading.Thread(target=self._tell, args=(jobs,), daemon=True).start()
         return jobs
 
     def _tell(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
-            for event in self.script(job.index, job.ask):
+            for event in self.script(job.index, job.request):
                 if isinstance(event, float):
                     time.sleep(event)
                     continue
@@ -74,9 +81,9 @@ class ScriptedWorker:
         """See `Worker`."""
         self.cancelled += jobs
 
-    def state(self) -> State:
+    def state(self) -> WorkerState:
         """See `Worker`."""
-        return State(self.ready, 0, 0, 0, 768, 0, 0.0, 0)
+        return WorkerState(self.ready, 0, 0, 0, 768, 0, 0.0, 0)
 
     def stop(self, grace: float) -> bool:
         """See `Worker`."""
@@ -200,7 +207,7 @@ def scripted(
 ) -> Iterator[Server]:
     """A server around a scripted worker."""
     worker = ScriptedWorker(script, refusal)
-    decoding: Decoding = worker
+    decoding: DecodingWorker = worker
     app, seconds = create_app(lm, decoding, settings), settings.write_seconds
     with web(app, worker, send_buffer, seconds, settings.read_seconds) as server:
         yield server

@@ -18,8 +18,8 @@ from serving import MODEL, SETTINGS, Server, scripted, served, until
 
 from passlm.generate import Generator
 from passlm.serve.app import create_app
-from passlm.serve.jobs import Piece, QueueFullError
 from passlm.serve.logs import JsonLines
+from passlm.serve.protocol import QueueFullError, SequenceOutput
 from passlm.serve.settings import ServeSettings, SettingsError
 
 PROMPT = "def f(x):"
@@ -56,7 +56,7 @@ def guarded(lm: Generator) -> Iterator[Server]:
         max_body=4096,
         log_prompts=True,
     )
-    with scripted(lm, lambda index, ask: [Piece((), "eos")], settings=settings) as running:
+    with scripted(lm, lambda index, ask: [SequenceOutput((), "eos")], settings=settings) as running:
         yield running
 
 

@@ -13,8 +13,8 @@ pytest.importorskip("uvicorn", reason="the server needs the extra 'serve'")
 
 from passlm.cli import serve
 from passlm.cli.common import add_decoding_arguments, add_model_arguments
-from passlm.serve.jobs import State, WorkerSettings
 from passlm.serve.metrics import Metrics
+from passlm.serve.protocol import WorkerSettings, WorkerState
 from passlm.serve.run import LAST_SECONDS
 from passlm.serve.settings import ServeSettings
 
@@ -43,8 +43,8 @@ def test_every_flag_is_described() -> None:
 
 def test_every_metric_is_described() -> None:
     """Catches a metric that its page does not know, or knows by another name."""
-    nothing = [False if field.type == "bool" else 0 for field in fields(State)]
-    metrics = Metrics(lambda: State(*nothing))  # type: ignore[arg-type]
+    nothing = [False if field.type == "bool" else 0 for field in fields(WorkerState)]
+    metrics = Metrics(lambda: WorkerState(*nothing))  # type: ignore[arg-type]
     text = metrics.exposition()[0].decode()
     kinds = dict(re.findall(r"^# TYPE (passlm_\S+) (\w+)$", text, re.MULTILINE))
     told = {name for name in kinds if not name.endswith("_created")}

@@ -22,9 +22,17 @@ from serving import MODEL, SETTINGS, WORKER, ScriptedWorker, Server, chunks, scr
 
 from passlm.cli.serve import raise_file_limit
 from passlm.generate import Generator
-from passlm.serve.feed import Feed
-from passlm.serve.jobs import Ask, ClosedError, Event, Failed, Piece, QueueFullError, Token
-from passlm.serve.metrics import Meter, Metrics
+from passlm.serve.events import EventQueue
+from passlm.serve.metrics import Metrics, RequestMetrics
+from passlm.serve.protocol import (
+    ClosedError,
+    Event,
+    Failed,
+    QueueFullError,
+    SequenceOutput,
+    SequenceRequest,
+    Token,
+)
 from passlm.serve.run import _stopped
 
 PROMPT = "def f(x):"
@@ -46,7 +54,7 @@ def letters(count: int, pause: float = 0.0) -> list[Event | float]:
     """Pieces of one letter each."""
     pieces: list[Event | float] = []
     for _ in range(count):
-        pieces += [Piece((Token(65, "a", 0, -0.5, ((65, -0.5),) * 20),)), pause]
+        pieces += [SequenceOutput((Token(65, "a", 0, -0.5, ((65, -0.5),) * 20),)), pause]
     return pieces
 
 
@@ -136,7 +144,9 @@ def test_a_client_that_left_is_told_apart_in_the_log(
 
 def test_a_slow_reader_gets_everything(lm: Generator) -> None:
     """Catches pieces that are lost where a client's buffers are full."""
-    with scripted(lm, lambda i, a: [*letters(300), Piece((), "eos")], send_buffer=4096) as server:
+    with scripted(
+        lm, lambda i, a: [*letters(300), SequenceOutput((), "eos")], send_buffer=4096
+    ) as server:
         raw = connected(server.url, {**LONG, "stream": True, "logprobs": 5}, receive_buffer=4096)
         found = bytearray()
         while not found.endswith(b"0\r\n\r\n"):
@@ -154,8 +164,8 @@ def test_a_reader_that_has_stopped_is_left_and_others_are_not(lm: Generator) -> 
     settings = replace(SETTINGS, write_seconds=0.5)
     endless = [*letters(600), 30.0]
 
-    def script(index: int, ask: Ask) -> list[Event | float]:
-        return endless if ask.logprobs else [*letters(3), Piece((), "eos")]
+    def script(index: int, ask: SequenceRequest) -> list[Event | float]:
+        return endless if ask.logprobs else [*letters(3), SequenceOutput((), "eos")]
 
     with scripted(lm, script, settings=settings, send_buffer=4096) as server:
         stuck = {**LONG, "stream": True, "logprobs": 5}
@@ -225,7 +235,7 @@ def test_a_request_that_does_not_come_is_not_waited_for(lm: Generator, sent: byt
 
 def test_a_request_in_work_is_not_cut_by_the_time_it_had_to_come(lm: Generator) -> None:
     """Catches a clock of the head that runs on while the answer is written."""
-    script = [*letters(2, 0.3), Piece((), "eos")]
+    script = [*letters(2, 0.3), SequenceOutput((), "eos")]
     settings = replace(SETTINGS, read_seconds=0.2)
     with scripted(lm, lambda i, a: script, settings=settings) as server:
         assert server.text(PROMPT) == "aa"
@@ -234,7 +244,7 @@ def test_a_request_in_work_is_not_cut_by_the_time_it_had_to_come(lm: Generator) 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_request_that_waited_in_vain_is_told_so(lm: Generator, stream: bool) -> None:
     """Catches an empty text that looks like the model's answer."""
-    with scripted(lm, lambda index, ask: [Piece((), "waited")]) as server:
+    with scripted(lm, lambda index, ask: [SequenceOutput((), "waited")]) as server:
         refused = server.post("completions", {**LONG, "stream": stream})
     assert (refused.status_code, refused.headers["retry-after"]) == (503, "10")
 
@@ -274,7 +284,7 @@ def test_a_thousand_requests_at_once_are_all_answered() -> None:
 
 def test_a_refused_client_succeeds_when_it_comes_back(lm: Generator) -> None:
     """Catches a Retry-After that the official client does not follow."""
-    script = [*letters(2), Piece((), "eos")]
+    script = [*letters(2), SequenceOutput((), "eos")]
     with scripted(lm, lambda index, ask: script, QueueFullError(1)) as server:
         sdk = openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=2)
         threading.Timer(0.5, setattr, (server.worker, "refusal", None)).start()
@@ -315,7 +325,7 @@ def test_a_fault_amid_a_stream_is_its_last_event(lm: Generator) -> None:
 def test_a_fault_in_one_of_several_texts_ends_the_others(lm: Generator) -> None:
     """Catches texts that go on for a request which was answered already."""
 
-    def script(index: int, ask: Ask) -> list[Event | float]:
+    def script(index: int, ask: SequenceRequest) -> list[Event | float]:
         return [Failed("broken")] if index == 0 else letters(100, 0.1)
 
     with scripted(lm, script) as server:
@@ -365,11 +375,11 @@ def test_a_fault_of_the_web_side_is_a_500(lm: Generator, caplog: pytest.LogCaptu
 def test_an_event_for_nobody_is_dropped(lm: Generator) -> None:
     """Catches a worker's thread that dies because the event loop is gone."""
 
-    async def made() -> Feed:
-        return Feed(Meter(Metrics(lambda: None), 0.0))  # type: ignore[arg-type, return-value]
+    async def made() -> EventQueue:
+        return EventQueue(RequestMetrics(Metrics(lambda: None), 0.0))  # type: ignore[arg-type, return-value]
 
     feed = asyncio.run(made())
-    feed.deliver(0, Piece((), "eos"))
+    feed.deliver(0, SequenceOutput((), "eos"))
 
 
 # Going down
@@ -417,7 +427,7 @@ def test_a_worker_that_does_not_end_is_not_waited_for(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("stream", [True, False])
 def test_texts_that_are_cut_say_so(lm: Generator, stream: bool) -> None:
     """Catches half a text that looks whole because the server went down."""
-    script = [*letters(2), 0.2, Piece((), "cancelled")]
+    script = [*letters(2), 0.2, SequenceOutput((), "cancelled")]
     with scripted(lm, lambda index, ask: script) as server:
         response = server.post("completions", {**LONG, "stream": stream})
     assert response.status_code == (200 if stream else 503)
@@ -432,8 +442,8 @@ def test_a_stream_that_waits_says_that_it_is_there(
     lm: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches proxies that close a stream whose text has not begun."""
-    monkeypatch.setattr("passlm.serve.answers.QUIET_SECONDS", 0.1)
-    script = [0.5, *letters(1), Piece((), "eos")]
+    monkeypatch.setattr("passlm.serve.responses.QUIET_SECONDS", 0.1)
+    script = [0.5, *letters(1), SequenceOutput((), "eos")]
     with scripted(lm, lambda index, ask: script) as server:
         text = server.post("completions", {**LONG, "stream": True}).text
         assert text.startswith(": waiting\n\n")

@@ -25,7 +25,7 @@ for _ in range(2**28 // size // 4):
 full = resident()
 others.clear()
 if sys.argv[1] == "trim":
-    memory.give_back()
+    memory.release_free_memory()
 print(full - start, resident() - start)
 """
 

@@ -22,23 +22,27 @@ from transformers import PreTrainedTokenizerFast
 from passlm.generate import Options
 from passlm.outputs import Stats
 from passlm.params import SamplingParams, StopParams
-from passlm.serve.asks import Wanted
-from passlm.serve.compose import ChatComposer, CompletionComposer, Composer, usage
-from passlm.serve.jobs import Ask, Job, Piece, Token
-from passlm.serve.spelling import Spelling
+from passlm.serve.protocol import Job, SequenceOutput, SequenceRequest, Token
+from passlm.serve.requests import GenerationRequest
+from passlm.serve.response_builder import ChatBuilder, CompletionBuilder, ResponseBuilder, usage
+from passlm.serve.token_bytes import TokenBytes
 
-SPELLING = Spelling(byte_tokenizer())
+SPELLING = TokenBytes(byte_tokenizer())
 IDS = dict(zip(ascii_lowercase, byte_tokenizer()(ascii_lowercase)["input_ids"], strict=True))
 
 
-def wanted(texts: int, logprobs: int | None, show: bool = False, echo: str = "") -> Wanted:
+def wanted(
+    texts: int, logprobs: int | None, show: bool = False, echo: str = ""
+) -> GenerationRequest:
     options = Options(SamplingParams(), StopParams(), "ar", 0)
-    return Wanted((Ask((1, 2), options, logprobs),) * texts, texts, (echo,), show)
+    return GenerationRequest(
+        (SequenceRequest((1, 2), options, logprobs),) * texts, texts, (echo,), show
+    )
 
 
 def used() -> Any:
     asked = wanted(1, None)
-    return usage(asked, [Job(asked.asks[0], 0, lambda *_: None)])
+    return usage(asked, [Job(asked.sequences[0], 0, lambda *_: None)])
 
 
 def token(letter: str, text: str | None = None, position: int = 0) -> Token:
@@ -47,16 +51,18 @@ def token(letter: str, text: str | None = None, position: int = 0) -> Token:
     return Token(IDS[letter], letter if text is None else text, position, -0.5, top)
 
 
-def streamed(composer: Composer, pieces: Sequence[tuple[int, Piece]]) -> list[dict[str, Any]]:
+def streamed(
+    composer: ResponseBuilder, pieces: Sequence[tuple[int, SequenceOutput]]
+) -> list[dict[str, Any]]:
     return [json.loads(chunk) for index, piece in pieces for chunk in composer.chunks(index, piece)]
 
 
-def pieces() -> st.SearchStrategy[list[tuple[int, Piece]]]:
+def pieces() -> st.SearchStrategy[list[tuple[int, SequenceOutput]]]:
     """Pieces of two texts, mixed, whose tokens show their letters at once or later."""
     letters = st.text(st.sampled_from("abc"), min_size=1, max_size=4)
     one = st.tuples(st.integers(0, 1), letters, st.integers(0, 3))
 
-    def made(plan: list[tuple[int, str, int]]) -> list[tuple[int, Piece]]:
+    def made(plan: list[tuple[int, str, int]]) -> list[tuple[int, SequenceOutput]]:
         held, out = ["", ""], []
         for index, word, late in plan:
             tokens = []
@@ -65,8 +71,8 @@ def pieces() -> st.SearchStrategy[list[tuple[int, Piece]]]:
                 shown = "" if place < late else held[index]
                 held[index] = held[index] if place < late else ""
                 tokens.append(token(letter, shown, place))
-            out.append((index, Piece(tuple(tokens))))
-        ends = [(index, Piece((), "length")) for index in (0, 1)]
+            out.append((index, SequenceOutput(tuple(tokens))))
+        ends = [(index, SequenceOutput((), "length")) for index in (0, 1)]
         return [*out, *ends]
 
     return st.lists(one, max_size=6).map(made)
@@ -74,15 +80,15 @@ def pieces() -> st.SearchStrategy[list[tuple[int, Piece]]]:
 
 @given(pieces(), st.booleans(), st.booleans())
 def test_a_completion_stream_joined_is_the_whole_reply(
-    parts: list[tuple[int, Piece]], logprobs: bool, show: bool
+    parts: list[tuple[int, SequenceOutput]], logprobs: bool, show: bool
 ) -> None:
     """Catches text or log-probabilities that are lost, doubled or moved in a stream."""
     asked = wanted(2, 2 if logprobs else None, show, echo="echo ")
-    whole = CompletionComposer(asked, "m", SPELLING, False)
+    whole = CompletionBuilder(asked, "m", SPELLING, False)
     for index, piece in parts:
         whole.take(index, piece)
     reply = json.loads(whole.whole(used()).model_dump_json())
-    chunks = streamed(CompletionComposer(asked, "m", SPELLING, False), parts)
+    chunks = streamed(CompletionBuilder(asked, "m", SPELLING, False), parts)
     for index, choice in enumerate(reply["choices"]):
         own = [c for chunk in chunks for c in chunk["choices"] if c["index"] == index]
         assert "".join(c["text"] for c in own) == choice["text"]
@@ -101,15 +107,15 @@ def test_a_completion_stream_joined_is_the_whole_reply(
 
 @given(pieces(), st.booleans(), st.booleans())
 def test_a_chat_stream_joined_is_the_whole_reply(
-    parts: list[tuple[int, Piece]], logprobs: bool, show: bool
+    parts: list[tuple[int, SequenceOutput]], logprobs: bool, show: bool
 ) -> None:
     """Catches the same in chats, and replies that the official client's types do not allow."""
     asked = wanted(2, 2 if logprobs else None, show)
-    whole = ChatComposer(asked, "m", SPELLING, False)
+    whole = ChatBuilder(asked, "m", SPELLING, False)
     for index, piece in parts:
         whole.take(index, piece)
     reply = json.loads(whole.whole(used()).model_dump_json())
-    chunks = streamed(ChatComposer(asked, "m", SPELLING, True), parts)
+    chunks = streamed(ChatBuilder(asked, "m", SPELLING, True), parts)
     for chunk in chunks:
         ChatCompletionChunk.model_validate(chunk, strict=True)
         assert chunk["usage"] is None
@@ -128,23 +134,23 @@ def test_a_chat_stream_joined_is_the_whole_reply(
 def test_each_chunk_shows_its_pass() -> None:
     """Catches a token that the page cannot colour, and a pass that is not told."""
     parts = [
-        (0, Piece((token("a", position=1), token("b", "", 2), token("c", "bc", 0)))),
-        (0, Piece((token("a", "", 0),))),
-        (0, Piece((token("b", "ab", 0),), "eos")),
+        (0, SequenceOutput((token("a", position=1), token("b", "", 2), token("c", "bc", 0)))),
+        (0, SequenceOutput((token("a", "", 0),))),
+        (0, SequenceOutput((token("b", "ab", 0),), "eos")),
     ]
-    chunks = streamed(CompletionComposer(wanted(1, None, show=True), "m", SPELLING, False), parts)
+    chunks = streamed(CompletionBuilder(wanted(1, None, show=True), "m", SPELLING, False), parts)
     shown = [c["choices"][0]["passlm"] for c in chunks if "passlm" in c["choices"][0]]
     assert [s["positions"] for s in shown] == [[1, 2, 0], [0], [0]]
     assert [s["texts"] for s in shown] == [["a", "", "bc"], [""], ["ab"]]
-    plain = streamed(CompletionComposer(wanted(1, None), "m", SPELLING, False), parts)
+    plain = streamed(CompletionBuilder(wanted(1, None), "m", SPELLING, False), parts)
     assert not any("passlm" in c["choices"][0] for c in plain)
 
 
 def test_what_a_stop_string_is_made_of_is_not_told() -> None:
     """Catches log-probabilities of tokens that are no part of the text."""
-    composer = ChatComposer(wanted(1, 0), "m", SPELLING, False)
-    composer.take(0, Piece((token("a"), token("b", "")), None))
-    composer.take(0, Piece((token("c", ""),), "stop"))
+    composer = ChatBuilder(wanted(1, 0), "m", SPELLING, False)
+    composer.take(0, SequenceOutput((token("a"), token("b", "")), None))
+    composer.take(0, SequenceOutput((token("c", ""),), "stop"))
     reply = composer.whole(used())
     content = json.loads(reply.model_dump_json())["choices"][0]
     assert content["message"]["content"] == "a"
@@ -156,9 +162,9 @@ def test_what_a_stop_string_is_made_of_is_not_told() -> None:
 def test_the_end_is_not_told(held: bool) -> None:
     """Catches an end-of-sequence token among those of the text, where text was held back, and text
     that is lost with it."""
-    composer = CompletionComposer(wanted(1, 0), "m", SPELLING, False)
-    composer.take(0, Piece((token("a"), *([token("b", "")] if held else []))))
-    composer.take(0, Piece((token("z", "b" if held else "c"),), "eos"))
+    composer = CompletionBuilder(wanted(1, 0), "m", SPELLING, False)
+    composer.take(0, SequenceOutput((token("a"), *([token("b", "")] if held else []))))
+    composer.take(0, SequenceOutput((token("z", "b" if held else "c"),), "eos"))
     choice = json.loads(composer.whole(used()).model_dump_json())["choices"][0]
     assert choice["text"] == ("ab" if held else "ac")
     assert choice["logprobs"]["tokens"] == (["a", "b"] if held else ["a"])
@@ -168,8 +174,10 @@ def test_the_end_is_not_told(held: bool) -> None:
 
 def test_a_token_that_cannot_come_has_a_number() -> None:
     """Catches minus infinity, which JSON does not have."""
-    composer = ChatComposer(wanted(1, 1), "m", SPELLING, False)
-    composer.take(0, Piece((Token(IDS["a"], "a", 0, -math.inf, ((1, -math.inf),)),), "length"))
+    composer = ChatBuilder(wanted(1, 1), "m", SPELLING, False)
+    composer.take(
+        0, SequenceOutput((Token(IDS["a"], "a", 0, -math.inf, ((1, -math.inf),)),), "length")
+    )
     text = composer.whole(used()).model_dump_json()
     entry = json.loads(text)["choices"][0]["logprobs"]["content"][0]
     assert entry["logprob"] == entry["top_logprobs"][0]["logprob"] == -9999.0
@@ -178,12 +186,14 @@ def test_a_token_that_cannot_come_has_a_number() -> None:
 def test_usage_counts_prompts_once() -> None:
     """Catches prompts that are billed for each of their texts."""
     options = Options(SamplingParams(), StopParams(), "ar", 0)
-    asks = tuple(Ask(prompt, options) for prompt in ((1,), (1,), (1, 2, 3), (1, 2, 3)))
-    jobs = [Job(ask, index, lambda *_: None) for index, ask in enumerate(asks)]
+    sequences = tuple(
+        SequenceRequest(prompt, options) for prompt in ((1,), (1,), (1, 2, 3), (1, 2, 3))
+    )
+    jobs = [Job(ask, index, lambda *_: None) for index, ask in enumerate(sequences)]
     for job, reused in zip(jobs, (0, 1, 2, 3), strict=True):
         job.reused = reused
         job.stats = Stats(tokens=5, passes=2, judged_by_position=[2], accepted_by_position=[1])
-    total = usage(Wanted(asks, 2, ("", ""), False), jobs)
+    total = usage(GenerationRequest(sequences, 2, ("", ""), False), jobs)
     assert (total.prompt_tokens, total.completion_tokens, total.total_tokens) == (4, 20, 24)
     assert total.prompt_tokens_details.cached_tokens == 2
     assert (total.passlm.passes, total.passlm.accepted) == (8, 4)
@@ -213,7 +223,7 @@ def test_sentencepiece_tokens_are_spelt_in_bytes() -> None:
     model = Tokenizer(BPE(vocabulary, [], unk_token="<unk>"))
     model.pre_tokenizer = pre_tokenizers.Metaspace()
     model.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
-    spelling = Spelling(PreTrainedTokenizerFast(tokenizer_object=model))
+    spelling = TokenBytes(PreTrainedTokenizerFast(tokenizer_object=model))
     assert spelling(1) == (" the", b" the")
     assert spelling(2) == ("\\xe2", b"\xe2")
     assert spelling(3) == ("a", b"a")
@@ -233,7 +243,7 @@ def test_smollm2_is_spelt() -> None:
     from passlm.loading.models import load_model
 
     tokenizer = load_model("smollm2-135m").tokenizer
-    spelling = Spelling(tokenizer)
+    spelling = TokenBytes(tokenizer)
     text = "def f(x):\n\treturn 'naïve \U0001f600 \u2581 …'"
     ids = tokenizer(text)["input_ids"]
     assert b"".join(spelling(i)[1] for i in ids) == text.encode()

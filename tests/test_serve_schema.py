@@ -15,9 +15,9 @@ from starlette.exceptions import HTTPException
 
 from passlm.errors import InputError
 from passlm.generate import Generator
-from passlm.serve.asks import Intake, Wanted
-from passlm.serve.faults import ApiError, from_http, from_validation, refused
-from passlm.serve.schema import ChatRequest, CompletionRequest
+from passlm.serve.errors import ApiError, from_http, from_input_error, from_validation
+from passlm.serve.request_schema import ChatRequest, CompletionRequest
+from passlm.serve.requests import GenerationRequest, RequestReader
 from passlm.serve.settings import ServeSettings, SettingsError
 
 NAME = "bytes"
@@ -34,8 +34,8 @@ def lm() -> Generator:
 
 
 @pytest.fixture(scope="module")
-def intake(lm: Generator) -> Intake:
-    return Intake(lm, LIMITS, max_context=192)
+def intake(lm: Generator) -> RequestReader:
+    return RequestReader(lm, LIMITS, max_context=192)
 
 
 def fault(kind: type[ChatRequest | CompletionRequest], body: dict[str, Any]) -> ApiError:
@@ -46,11 +46,11 @@ def fault(kind: type[ChatRequest | CompletionRequest], body: dict[str, Any]) -> 
     return from_validation(RequestValidationError(errors))
 
 
-def completion(intake: Intake, **given: Any) -> Wanted:
+def completion(intake: RequestReader, **given: Any) -> GenerationRequest:
     return intake.completion(CompletionRequest.model_validate({**TEXT, **given}))
 
 
-def chat(intake: Intake, **given: Any) -> Wanted:
+def chat(intake: RequestReader, **given: Any) -> GenerationRequest:
     return intake.chat(ChatRequest.model_validate({**CHAT, **given}))
 
 
@@ -196,7 +196,7 @@ def test_a_wrong_part_of_a_message_is_found_where_it_is() -> None:
     assert error.param == "messages[0].content[1].text"
 
 
-def test_harmless_parameters_are_taken(intake: Intake) -> None:
+def test_harmless_parameters_are_taken(intake: RequestReader) -> None:
     """Catches a client that is refused for what it sends by habit."""
     chat(
         intake,
@@ -217,14 +217,14 @@ def test_harmless_parameters_are_taken(intake: Intake) -> None:
     )
 
 
-def test_a_whole_number_may_be_written_with_a_point(intake: Intake) -> None:
+def test_a_whole_number_may_be_written_with_a_point(intake: RequestReader) -> None:
     """Catches clients in languages that have one kind of number being refused."""
-    assert completion(intake, max_tokens=7.0).asks[0].options.stopping.max_new_tokens == 7
+    assert completion(intake, max_tokens=7.0).sequences[0].options.stopping.max_new_tokens == 7
 
 
-def test_defaults_are_those_of_openai(intake: Intake) -> None:
+def test_defaults_are_those_of_openai(intake: RequestReader) -> None:
     """Catches greedy text for clients that said nothing, and other lengths."""
-    text, answer = completion(intake).asks[0].options, chat(intake).asks[0].options
+    text, answer = completion(intake).sequences[0].options, chat(intake).sequences[0].options
     assert text.sampling.temperature == answer.sampling.temperature == 1.0
     assert text.stopping.max_new_tokens == 16
     assert answer.stopping.max_new_tokens == LIMITS.max_tokens
@@ -232,7 +232,7 @@ def test_defaults_are_those_of_openai(intake: Intake) -> None:
     assert text.sampling.seed is None
 
 
-def test_options_arrive(intake: Intake) -> None:
+def test_options_arrive(intake: RequestReader) -> None:
     """Catches an option that is taken and does nothing."""
     given = {
         "temperature": 0.5,
@@ -246,7 +246,7 @@ def test_options_arrive(intake: Intake) -> None:
     further = {"stop": ["a", "b"], "logit_bias": {"5": -100}, "max_tokens": 9}
     look_ahead = {"lookahead": {"method": "two-pass", "tokens": 3, "show": True}}
     wanted = completion(intake, **given, **further, **look_ahead)
-    options = wanted.asks[0].options
+    options = wanted.sequences[0].options
     assert {name: getattr(options.sampling, name) for name in given} == given
     assert options.sampling.logit_bias == {5: -100}
     assert options.stopping.stop == ("a", "b")
@@ -255,19 +255,19 @@ def test_options_arrive(intake: Intake) -> None:
     assert wanted.show
 
 
-def test_seeds_of_several_texts_go_on(intake: Intake) -> None:
+def test_seeds_of_several_texts_go_on(intake: RequestReader) -> None:
     """Catches n texts that are all the same, or whose order depends on the prompts."""
     wanted = completion(intake, prompt=["ab", "c"], n=3, seed=2**64 - 2)
-    seeds = [ask.options.sampling.seed for ask in wanted.asks]
+    seeds = [ask.options.sampling.seed for ask in wanted.sequences]
     assert seeds == [2**64 - 2, 2**64 - 1, 0] * 2
-    assert [len(ask.prompt) for ask in wanted.asks] == [2, 2, 2, 1, 1, 1]
+    assert [len(ask.prompt) for ask in wanted.sequences] == [2, 2, 2, 1, 1, 1]
     assert wanted.prompt_tokens == 3
-    assert completion(intake, seed=-1).asks[0].options.sampling.seed == 2**64 - 1
+    assert completion(intake, seed=-1).sequences[0].options.sampling.seed == 2**64 - 1
 
 
-def test_a_top_p_of_nothing_keeps_the_likeliest(intake: Intake) -> None:
+def test_a_top_p_of_nothing_keeps_the_likeliest(intake: RequestReader) -> None:
     """Catches OpenAI's lower end being refused further down."""
-    assert 0 < completion(intake, top_p=0).asks[0].options.sampling.top_p < 1e-300
+    assert 0 < completion(intake, top_p=0).sequences[0].options.sampling.top_p < 1e-300
 
 
 @pytest.mark.parametrize(
@@ -289,7 +289,7 @@ def test_a_top_p_of_nothing_keeps_the_likeliest(intake: Intake) -> None:
     ],
 )
 def test_what_is_beyond_the_server_is_refused(
-    intake: Intake, given: dict[str, Any], status: int, param: str
+    intake: RequestReader, given: dict[str, Any], status: int, param: str
 ) -> None:
     """Catches a limit that is not kept, or cut down silently."""
     with pytest.raises(ApiError) as caught:
@@ -307,7 +307,7 @@ def test_what_is_beyond_the_server_is_refused(
     ],
 )
 def test_chats_that_contradict_themselves_are_refused(
-    intake: Intake, given: dict[str, Any]
+    intake: RequestReader, given: dict[str, Any]
 ) -> None:
     """Catches one of two values being taken without a word."""
     with pytest.raises(ApiError):
@@ -316,14 +316,14 @@ def test_chats_that_contradict_themselves_are_refused(
 
 def test_what_the_model_cannot_do_is_told_in_one_line(lm: Generator) -> None:
     """Catches errors of deeper layers that become a 500."""
-    plain = Intake(Generator(lm.target, lm.tokenizer), LIMITS, 192)
+    plain = RequestReader(Generator(lm.target, lm.tokenizer), LIMITS, 192)
     for given in ({"method": "two-pass"}, {"tokens": 3}, {"method": "ar", "tokens": 1}):
         with pytest.raises(InputError) as caught:
             completion(plain, lookahead=given)
-        assert refused(caught.value).status == 400
+        assert from_input_error(caught.value).status == 400
 
 
-def test_messages_reach_the_template(intake: Intake, lm: Generator) -> None:
+def test_messages_reach_the_template(intake: RequestReader, lm: Generator) -> None:
     """Catches parts that are lost, and developer messages that a template does not know."""
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     wanted = chat(
@@ -334,7 +334,7 @@ def test_messages_reach_the_template(intake: Intake, lm: Generator) -> None:
             {"role": "assistant", "content": "c", "refusal": None, "annotations": []},
         ],
     )
-    assert lm.decode(wanted.asks[0].prompt) == "<system>d<user>ab<assistant>c<assistant>"
+    assert lm.decode(wanted.sequences[0].prompt) == "<system>d<user>ab<assistant>c<assistant>"
 
 
 def test_a_status_that_nobody_thought_of_is_an_error_all_the_same() -> None:

@@ -15,17 +15,17 @@ from byte_model import CONTEXT, byte_generator
 from passlm.decoding.decoder import PromptError
 from passlm.generate import Generator, Options
 from passlm.outputs import Output
-from passlm.serve.jobs import (
-    Ask,
+from passlm.serve.prefix_cache import MIN_PREFIX_TOKENS, PrefixCache
+from passlm.serve.protocol import (
     ClosedError,
     Event,
     Failed,
     Job,
-    Piece,
     QueueFullError,
+    SequenceOutput,
+    SequenceRequest,
     WorkerSettings,
 )
-from passlm.serve.prefixes import SHORTEST, Prefixes
 from passlm.serve.scheduler import Scheduler
 from passlm.serve.settings import SettingsError
 from passlm.serve.worker import Worker
@@ -53,8 +53,8 @@ class Told:
         if len(ended) == self.texts:
             self.over.set()
 
-    def pieces(self, index: int = 0) -> list[Piece]:
-        return [e for i, e in self.events if i == index and isinstance(e, Piece)]
+    def pieces(self, index: int = 0) -> list[SequenceOutput]:
+        return [e for i, e in self.events if i == index and isinstance(e, SequenceOutput)]
 
     def ids(self, index: int = 0) -> tuple[int, ...]:
         return tuple(t.id for piece in self.pieces(index) for t in piece.tokens)
@@ -67,12 +67,12 @@ class Told:
         return "failed" if isinstance(last, Failed) else last.finish_reason
 
 
-def ask(lm: Generator, prompt: str, logprobs: int | None = None, **options: Any) -> Ask:
+def ask(lm: Generator, prompt: str, logprobs: int | None = None, **options: Any) -> SequenceRequest:
     given = {"max_new_tokens": 20, **options}
-    return Ask(tuple(lm.encode(prompt)), Options.of(lm.look_ahead, given), logprobs)
+    return SequenceRequest(tuple(lm.encode(prompt)), Options.of(lm.look_ahead, given), logprobs)
 
 
-def add(scheduler: Scheduler, asked: Ask) -> tuple[Job, Told]:
+def add(scheduler: Scheduler, asked: SequenceRequest) -> tuple[Job, Told]:
     told = Told()
     job = Job(asked, 0, told)
     scheduler.add(job)
@@ -135,7 +135,7 @@ def test_a_long_prompt_stops_nobody(lm: Generator) -> None:
     _, short = add(scheduler, ask(lm, "x", method="ar", ignore_eos=True, max_new_tokens=60))
     scheduler.tick()
     long_job, _ = add(scheduler, ask(lm, LONG))
-    chunks = -(-(len(long_job.ask.prompt) - 1) // SETTINGS.prefill_chunk)
+    chunks = -(-(len(long_job.request.prompt) - 1) // SETTINGS.prefill_chunk)
     before = len(short.pieces())
     for _ in range(chunks - 1):
         scheduler.tick()
@@ -150,8 +150,8 @@ def test_texts_wait_for_a_place_and_for_room_in_order(lm: Generator) -> None:
     """Catches a batch or a cache over its bound, and a small text that overtakes a large one."""
     settings = replace(SETTINGS, max_batch=2, max_cache=100)
     scheduler = Scheduler(lm, settings)
-    asks = [ask(lm, "x" * size, ignore_eos=True) for size in (30, 60, 10, 10)]
-    told = [add(scheduler, asked)[1] for asked in asks]
+    sequences = [ask(lm, "x" * size, ignore_eos=True) for size in (30, 60, 10, 10)]
+    told = [add(scheduler, asked)[1] for asked in sequences]
     most = 0
     while scheduler.busy:
         scheduler.tick()
@@ -176,7 +176,7 @@ def test_remembered_texts_give_way_to_the_room_that_the_batch_has(lm: Generator)
     remembered = []
     while scheduler.busy:
         scheduler.tick()
-        remembered.append(scheduler._prefixes.tokens)
+        remembered.append(scheduler._prefix_cache.tokens)
         assert not remembered[-1] or scheduler._decoder.slots + remembered[-1] <= 560
     assert 0 in remembered
     assert max(remembered) > 100
@@ -211,7 +211,7 @@ def test_a_chat_that_goes_on_reads_only_what_is_new(lm: Generator) -> None:
     job, again = add(scheduler, ask(lm, further))
     drain(scheduler)
     assert first.reused == 0
-    assert job.reused >= len(first.ask.prompt)
+    assert job.reused >= len(first.request.prompt)
     assert again.ids() == byte_generator().generate(further, max_new_tokens=20)[0].tokens
     other, _ = add(scheduler, ask(lm, "something else that begins in another way"))
     drain(scheduler)
@@ -221,10 +221,10 @@ def test_a_chat_that_goes_on_reads_only_what_is_new(lm: Generator) -> None:
 def test_texts_of_one_prompt_read_it_once(lm: Generator) -> None:
     """Catches `n` choices that prefill the same prompt `n` times, or share more than that."""
     scheduler = Scheduler(lm, SETTINGS)
-    asks = [ask(lm, LONG, temperature=1.0, seed=seed, ignore_eos=True) for seed in range(3)]
-    jobs, told = zip(*(add(scheduler, asked) for asked in asks), strict=True)
+    sequences = [ask(lm, LONG, temperature=1.0, seed=seed, ignore_eos=True) for seed in range(3)]
+    jobs, told = zip(*(add(scheduler, asked) for asked in sequences), strict=True)
     drain(scheduler)
-    assert [job.reused for job in jobs] == [0] + [len(jobs[0].ask.prompt) - 1] * 2
+    assert [job.reused for job in jobs] == [0] + [len(jobs[0].request.prompt) - 1] * 2
     alone = [lm.generate(LONG, temperature=1.0, seed=s, ignore_eos=True) for s in range(3)]
     assert [one.ids() for one in told] == [out[0].tokens[:20] for out in alone]
 
@@ -232,20 +232,20 @@ def test_texts_of_one_prompt_read_it_once(lm: Generator) -> None:
 def test_remembered_texts_give_way() -> None:
     """Catches a memory that grows, forgets the wrong text, or keeps a text and its beginning."""
     lm = byte_generator()
-    prefixes = Prefixes()
-    texts = [[first, *range(SHORTEST)] for first in range(3)]
+    prefixes = PrefixCache()
+    texts = [[first, *range(MIN_PREFIX_TOKENS)] for first in range(3)]
     for tokens in texts:
-        prefixes.remember(tokens, lm.target.prefill(tokens))
+        prefixes.add(tokens, lm.target.prefill(tokens))
     assert prefixes.tokens == 3 * len(texts[0])
     longer = [*texts[0], 7, 8]
-    prefixes.remember(longer, lm.target.prefill(longer))
+    prefixes.add(longer, lm.target.prefill(longer))
     assert prefixes.tokens == 3 * len(texts[0]) + 2
     assert prefixes.find(texts[1])[0] == len(texts[1])  # used: now the last to go
-    prefixes.shrink(2 * len(texts[0]) + 2)
+    prefixes.evict_to(2 * len(texts[0]) + 2)
     assert prefixes.find([*texts[2], 5])[0] == 0
     assert prefixes.find([*texts[1], 5])[0] == len(texts[1])
     assert prefixes.find([1, 99])[0] == 1
-    prefixes.remember([1, 2], lm.target.prefill([1, 2]))
+    prefixes.add([1, 2], lm.target.prefill([1, 2]))
     assert prefixes.find([1, 2])[0] == 1, "too short to be worth keeping"
 
 
@@ -310,14 +310,14 @@ def test_a_text_that_makes_steps_fail_ends_alone(
 def test_what_settled_before_a_fault_is_told(
     lm: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches tokens lost when drafting fails: they were settled, and the text is a pass ahead."""
+    """Catches tokens lost when the step fails after they were settled, as drafters may make it."""
     scheduler, told, alone = started(lm)
     decoder = scheduler._decoder
 
     def fails(*_: object) -> None:
         raise RuntimeError("drafting that fails")
 
-    monkeypatch.setattr(decoder, "_draft", fails)
+    monkeypatch.setattr(decoder, "_remember", fails)
     drain(scheduler)
     assert scheduler.faults == 1
     assert [one.ids() for one in told] == [out.tokens for out in alone]
@@ -443,13 +443,13 @@ def test_the_worker_serves_and_ends(lm: Generator) -> None:
     worker = Worker(lm, SETTINGS)
     worker.start()
     told = Told(texts=2)
-    asks = [ask(lm, "def f(x):", temperature=1.0, seed=seed) for seed in (1, 2)]
-    worker.submit(asks, told)
+    sequences = [ask(lm, "def f(x):", temperature=1.0, seed=seed) for seed in (1, 2)]
+    worker.submit(sequences, told)
     assert worker.stop(grace=60)
     assert [told.ids(index) for index in (0, 1)] == [out[0].tokens for out in alone]
     assert not worker.state().ready
     with pytest.raises(ClosedError, match="shutting down"):
-        worker.submit(asks, told)
+        worker.submit(sequences, told)
 
 
 def test_a_fault_while_a_text_is_cancelled_ends_no_worker(
@@ -480,7 +480,7 @@ def test_a_worker_gives_memory_back_when_it_is_done(
     worker = Worker(lm, SETTINGS)
     given: list[bool] = []
     monkeypatch.setattr(
-        "passlm.serve.worker.give_back", lambda: given.append(worker._scheduler.busy)
+        "passlm.serve.worker.release_free_memory", lambda: given.append(worker._scheduler.busy)
     )
     worker.start()
     worker.submit([ask(lm, "def f(x):")], Told())

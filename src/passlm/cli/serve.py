@@ -23,7 +23,7 @@ from passlm.cli.common import (
 from passlm.errors import InputError
 
 if TYPE_CHECKING:
-    from passlm.serve.jobs import WorkerSettings
+    from passlm.serve.protocol import WorkerSettings
     from passlm.serve.settings import ServeSettings
 
 KEY_VARIABLE = "PASSLM_API_KEY"
@@ -34,7 +34,7 @@ _log = logging.getLogger("passlm.serve")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this subcommand."""
-    from passlm.serve.jobs import WorkerSettings
+    from passlm.serve.protocol import WorkerSettings
     from passlm.serve.settings import ServeSettings
 
     parser.add_argument(
@@ -142,7 +142,7 @@ def _check_packages() -> None:
 
 
 def _settings(arguments: argparse.Namespace) -> tuple[WorkerSettings, ServeSettings]:
-    from passlm.serve.jobs import WorkerSettings
+    from passlm.serve.protocol import WorkerSettings
     from passlm.serve.settings import ServeSettings
 
     if arguments.grace_seconds < 0:

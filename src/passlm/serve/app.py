@@ -24,17 +24,17 @@ from starlette.staticfiles import StaticFiles
 from passlm import __version__
 from passlm.errors import InputError
 from passlm.generate import Generator
-from passlm.serve.answers import Answer, Terms
-from passlm.serve.asks import Intake, Wanted
-from passlm.serve.compose import ChatComposer, CompletionComposer, Composer
 from passlm.serve.docs import docs_page
-from passlm.serve.faults import ApiError, handle, unavailable
-from passlm.serve.feed import Decoding
-from passlm.serve.frame import Bodies, Frame, Keys
+from passlm.serve.errors import ApiError, handle, unavailable
+from passlm.serve.events import DecodingWorker
 from passlm.serve.metrics import Metrics
+from passlm.serve.middleware import ApiKeyMiddleware, BodyMiddleware, RequestMiddleware
 from passlm.serve.openapi import MODEL_PATH, complete, event, needs_key
-from passlm.serve.record import record_of
-from passlm.serve.replies import (
+from passlm.serve.request_record import record_of
+from passlm.serve.request_schema import ChatRequest, CommonRequest, CompletionRequest
+from passlm.serve.requests import GenerationRequest, RequestReader
+from passlm.serve.response_builder import ChatBuilder, CompletionBuilder, ResponseBuilder
+from passlm.serve.response_schema import (
     ChatChunk,
     ChatCompletion,
     Completion,
@@ -45,13 +45,13 @@ from passlm.serve.replies import (
     Reply,
     Status,
 )
-from passlm.serve.schema import ChatRequest, CompletionRequest, Sampled
+from passlm.serve.responses import GenerationResponse, ResponseContext
 from passlm.serve.settings import ServeSettings, SettingsError
-from passlm.serve.spelling import Spelling
+from passlm.serve.token_bytes import TokenBytes
 
 STATIC = Path(__file__).parent / "static"
 DOCS_STYLE = Path(__file__).parent / "docs.css"
-R = TypeVar("R", bound=Sampled)
+R = TypeVar("R", bound=CommonRequest)
 
 _DESCRIPTION = (
     "The OpenAI API, decoded by parallel speculative sampling: the model's own text, several "
@@ -60,7 +60,7 @@ _DESCRIPTION = (
 _PAGES = ("/", "/docs", "/docs.css")
 
 
-def create_app(lm: Generator, worker: Decoding, settings: ServeSettings) -> FastAPI:
+def create_app(lm: Generator, worker: DecodingWorker, settings: ServeSettings) -> FastAPI:
     """The application, with its limits and keys around it.
 
     Args:
@@ -80,9 +80,9 @@ def create_app(lm: Generator, worker: Decoding, settings: ServeSettings) -> Fast
     app.mount("/static", _PageFiles(directory=STATIC), "static")
     for kind in (ApiError, InputError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, handle)
-    app.add_middleware(Bodies, most=settings.max_body, seconds=settings.read_seconds)
+    app.add_middleware(BodyMiddleware, most=settings.max_body, seconds=settings.read_seconds)
     if settings.api_keys:
-        app.add_middleware(Keys, keys=settings.api_keys, protected=needs_key)
+        app.add_middleware(ApiKeyMiddleware, keys=settings.api_keys, protected=needs_key)
     if settings.cors_origin:
         app.add_middleware(
             CORSMiddleware,
@@ -91,7 +91,7 @@ def create_app(lm: Generator, worker: Decoding, settings: ServeSettings) -> Fast
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )
-    app.add_middleware(Frame, metrics=api.metrics, path=app.path_name)
+    app.add_middleware(RequestMiddleware, metrics=api.metrics, path=app.path_name)
     return app
 
 
@@ -115,14 +115,16 @@ class Api:
         name: the model's.
     """
 
-    def __init__(self, lm: Generator, worker: Decoding, settings: ServeSettings, name: str) -> None:
+    def __init__(
+        self, lm: Generator, worker: DecodingWorker, settings: ServeSettings, name: str
+    ) -> None:
         self.metrics = Metrics(worker.state)
         self._worker = worker
         self._settings = settings
         self._model = Model(id=name, created=int(time.time()))
-        self._intake = Intake(lm, settings, worker.max_context)
-        self._spelling = Spelling(lm.tokenizer)
-        self._terms = Terms(worker, self.metrics, settings.write_seconds)
+        self._intake = RequestReader(lm, settings, worker.max_context)
+        self._spelling = TokenBytes(lm.tokenizer)
+        self._terms = ResponseContext(worker, self.metrics, settings.write_seconds)
         # Prompts can be long, and a tokenizer is for one thread at a time.
         self._reader = ThreadPoolExecutor(1, "passlm-tokenizer")
 
@@ -179,19 +181,19 @@ class Api:
 
     async def completions(self, wanted: CompletionRequest, request: Request) -> Response:
         """Continue a text, or several."""
-        return await self._answer(wanted, request, self._intake.completion, CompletionComposer)
+        return await self._answer(wanted, request, self._intake.completion, CompletionBuilder)
 
     async def chat(self, wanted: ChatRequest, request: Request) -> Response:
         """Answer in a chat."""
-        return await self._answer(wanted, request, self._intake.chat, ChatComposer)
+        return await self._answer(wanted, request, self._intake.chat, ChatBuilder)
 
     async def _answer(
         self,
         given: R,
         request: Request,
-        read: Callable[[R], Wanted],
-        composer: type[Composer],
-    ) -> Answer:
+        read: Callable[[R], GenerationRequest],
+        composer: type[ResponseBuilder],
+    ) -> GenerationResponse:
         self._check_ready()
         if self._settings.log_prompts:
             named = given.model_dump(include={"prompt", "messages"}, exclude_unset=True)
@@ -199,7 +201,7 @@ class Api:
         wanted = await asyncio.get_running_loop().run_in_executor(self._reader, read, given)
         told = given.stream_options is not None and bool(given.stream_options.include_usage)
         replies = composer(wanted, self._model.id, self._spelling, told)
-        return Answer(self._terms, wanted, replies, bool(given.stream), told)
+        return GenerationResponse(self._terms, wanted, replies, bool(given.stream), told)
 
 
 async def _json_only(request: Request) -> None:

@@ -22,7 +22,7 @@ def keep_large_blocks_apart() -> None:
         mallopt(_MMAP_THRESHOLD, _LARGE)  # glibc raises it by itself where it is not set
 
 
-def give_back() -> None:
+def release_free_memory() -> None:
     """Give whole free pages between the smaller blocks back; some milliseconds; on glibc alone."""
     trim = _of_glibc("malloc_trim")
     if trim is not None:

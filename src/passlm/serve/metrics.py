@@ -9,21 +9,21 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
-from passlm.serve.jobs import Event, Failed, Job, State
+from passlm.serve.protocol import Event, Failed, Job, WorkerState
 
 _WAITS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 _BLOCKS = (1, 2, 3, 4, 5, 6, 8, 10, 13)
 
 
-class WorkerState(Collector):
+class WorkerCollector(Collector):
     """The worker's own figures, asked for when somebody looks.
 
     Args:
         state: gives them.
     """
 
-    def __init__(self, state: Callable[[], State]) -> None:
+    def __init__(self, state: Callable[[], WorkerState]) -> None:
         self._state = state
 
     def collect(self) -> Iterator[Metric]:
@@ -54,9 +54,9 @@ class Metrics:
         state: of its worker.
     """
 
-    def __init__(self, state: Callable[[], State]) -> None:
+    def __init__(self, state: Callable[[], WorkerState]) -> None:
         own = self.registry = CollectorRegistry()
-        own.register(WorkerState(state))
+        own.register(WorkerCollector(state))
         self.requests = Counter(
             "passlm_requests", "requests answered", ("path", "status"), registry=own
         )
@@ -101,7 +101,7 @@ class Metrics:
         self.request_seconds.labels(path).observe(seconds)
 
 
-class Meter:
+class RequestMetrics:
     """Counts what comes of one request, whether or not anybody still listens.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from passlm.serve.replies import ChatChunk, CompletionChunk, ErrorReply, Reply
+from passlm.serve.response_schema import ChatChunk, CompletionChunk, ErrorReply, Reply
 from passlm.serve.settings import ServeSettings
 
 REFERENCE = "#/components/schemas/{model}"

@@ -18,7 +18,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from passlm.serve.feed import Decoding
+from passlm.serve.events import DecodingWorker
 from passlm.serve.settings import SettingsError
 
 LAST_SECONDS = 5  # for clients to take the last bytes once all texts are over
@@ -31,7 +31,7 @@ _KEEPALIVE_SECONDS = 30
 _log = logging.getLogger(__name__)
 
 
-class Stoppable(Decoding, Protocol):
+class StoppableWorker(DecodingWorker, Protocol):
     """A worker that can be brought to its end."""
 
     def stop(self, grace: float) -> bool:
@@ -169,7 +169,7 @@ class WebServer(uvicorn.Server):
 
 def serve(
     app: FastAPI,
-    worker: Stoppable,
+    worker: StoppableWorker,
     listening: socket.socket,
     grace_seconds: float,
     read_seconds: float,
@@ -203,7 +203,7 @@ def serve(
 
 async def _serve(
     server: WebServer,
-    worker: Stoppable,
+    worker: StoppableWorker,
     listening: socket.socket,
     grace_seconds: float,
     announce: Callable[[], None],
@@ -224,7 +224,7 @@ async def _serve(
     return asked.result() if asked.done() else None
 
 
-async def _stopped(worker: Stoppable, grace_seconds: float) -> bool:
+async def _stopped(worker: StoppableWorker, grace_seconds: float) -> bool:
     """Let the worker finish; False where it is caught in something long, as compiling is."""
     state = worker.state()
     patience = LAST_SECONDS + (grace_seconds if state.running or state.waiting else 0)
@@ -250,7 +250,7 @@ def _first_signal() -> asyncio.Future[int]:
     return asked
 
 
-async def _announced(worker: Decoding, announce: Callable[[], None]) -> None:
+async def _announced(worker: DecodingWorker, announce: Callable[[], None]) -> None:
     while not worker.state().ready:
         await asyncio.sleep(_READY_EVERY)
     announce()

@@ -20,9 +20,9 @@ from passlm.generate import Generator
 from passlm.model.cache import RowCache
 from passlm.outputs import Step
 from passlm.planning.auto import AutoPlan
-from passlm.serve.jobs import FAULT, EndReason, Failed, Job, WorkerSettings
-from passlm.serve.prefixes import SHORTEST, Prefixes, shared
-from passlm.serve.texts import ServedText
+from passlm.serve.prefix_cache import MIN_PREFIX_TOKENS, PrefixCache, shared_prefix_length
+from passlm.serve.protocol import INTERNAL_ERROR, EndReason, Failed, Job, WorkerSettings
+from passlm.serve.sequence import ServedSequence
 
 CONTEXT = 128  # tokens behind which the costs of plans are measured
 _SECONDS_A_TEXT = 5.0  # believed before any text is over
@@ -31,23 +31,23 @@ _MEMORY = 0.9  # what the mean keeps of its weight when one more text is over
 _log = logging.getLogger(__name__)
 
 
-class RememberingDecoder(Decoder):
+class PrefixCachingDecoder(Decoder):
     """Keeps the keys and values of texts that leave."""
 
-    prefixes: Prefixes | None = None
+    prefix_cache: PrefixCache | None = None
 
     def leave(self, rows: Iterable[Row]) -> None:
         """See `Decoder`."""
         leaving = list(rows)
         for row in leaving:
             known = row.tokens[:-1]
-            if self.prefixes is not None and len(known) >= SHORTEST:
-                self._keep_prefix(self.prefixes, row, known)
+            if self.prefix_cache is not None and len(known) >= MIN_PREFIX_TOKENS:
+                self._keep_prefix(self.prefix_cache, row, known)
         super().leave(leaving)
 
-    def _keep_prefix(self, prefixes: Prefixes, row: Row, known: Sequence[int]) -> None:
+    def _keep_prefix(self, prefix_cache: PrefixCache, row: Row, known: Sequence[int]) -> None:
         try:
-            prefixes.remember(known, self.copied(row, len(known)))
+            prefix_cache.add(known, self.copied(row, len(known)))
         except Exception:  # memory may be short, and it is a convenience
             _log.exception("a text that is over cannot be remembered")
 
@@ -79,10 +79,10 @@ class Scheduler:
         self.pass_seconds = 0.0
         self.faults = 0
         self.seconds_a_text = _SECONDS_A_TEXT
-        self._waiting: deque[ServedText] = deque()
-        self._reading: tuple[ServedText, Reading] | None = None
-        self._running: dict[Row, ServedText] = {}
-        self._prefixes = Prefixes()
+        self._waiting: deque[ServedSequence] = deque()
+        self._reading: tuple[ServedSequence, Reading] | None = None
+        self._running: dict[Row, ServedSequence] = {}
+        self._prefix_cache = PrefixCache()
         self._decoder = self._new_decoder()
         self._plans = lru_cache(maxsize=None)(self._new_plans)
 
@@ -105,7 +105,7 @@ class Scheduler:
     def cached_tokens(self) -> int:
         """Tokens whose keys and values are held."""
         running = sum(len(row.tokens) for row in list(self._running))
-        return running + self._prefixes.tokens
+        return running + self._prefix_cache.tokens
 
     def warm(self) -> None:
         """Do once what the first requests would wait for: compile, measure what passes cost."""
@@ -118,11 +118,11 @@ class Scheduler:
         """Let a text wait for its turn."""
         seconds = self.settings.max_seconds
         try:
-            text = ServedText(job, self.lm, self._plans, self.max_context, seconds)
+            text = ServedSequence(job, self.lm, self._plans, self.max_context, seconds)
         except Exception:
             self.faults += 1
             _log.exception("a request cannot be taken on")
-            job.tell(Failed(FAULT))
+            job.tell(Failed(INTERNAL_ERROR))
             return
         self._waiting.append(text)
 
@@ -148,16 +148,16 @@ class Scheduler:
         self._waiting.clear()
         self._reading = None
         self._running.clear()
-        self._prefixes = Prefixes()
+        self._prefix_cache = PrefixCache()
         self._decoder = self._new_decoder()
         for text in texts:
             text.fail()
 
-    def _texts(self) -> list[ServedText]:
+    def _texts(self) -> list[ServedSequence]:
         reading = [] if self._reading is None else [self._reading[0]]
         return [*self._running.values(), *reading, *self._waiting]
 
-    def _end(self, texts: Sequence[ServedText], reason: EndReason) -> None:
+    def _end(self, texts: Sequence[ServedSequence], reason: EndReason) -> None:
         for text in texts:
             if text.row is not None:
                 self._leave(text.row)
@@ -193,19 +193,20 @@ class Scheduler:
     def _make_room(self, more: int = 0) -> None:
         """Forget remembered texts whose room the batch has, or may need with `more` tokens."""
         taken = max(self._decoder.slots, self._reserved + more)
-        self._prefixes.shrink(self.max_cache - taken)
+        self._prefix_cache.evict_to(self.max_cache - taken)
 
-    def _known(self, text: ServedText) -> RowCache | None:
+    def _known(self, text: ServedSequence) -> RowCache | None:
         """Keys and values of the prompt's first tokens, from the batch or from what is over."""
         prompt = text.prompt[:-1]
-        count, remembered = self._prefixes.find(prompt)
+        count, remembered = self._prefix_cache.find(prompt)
         counts = {
-            row: min(shared(row.tokens, prompt), len(row.tokens) - 1) for row in self._running
+            row: min(shared_prefix_length(row.tokens, prompt), len(row.tokens) - 1)
+            for row in self._running
         }
         row = max(counts, key=counts.__getitem__, default=None)
-        if row is not None and counts[row] > max(count, SHORTEST - 1):
+        if row is not None and counts[row] > max(count, MIN_PREFIX_TOKENS - 1):
             return self._decoder.copied(row, counts[row])
-        if remembered is None or count < SHORTEST:
+        if remembered is None or count < MIN_PREFIX_TOKENS:
             return None
         return remembered.copied(0, count)
 
@@ -262,7 +263,7 @@ class Scheduler:
         self.seconds_a_text = _MEMORY * self.seconds_a_text + (1 - _MEMORY) * took
         self._decoder.leave([row] if row in self._decoder.rows else [])
 
-    def _fault(self, text: ServedText) -> None:
+    def _fault(self, text: ServedSequence) -> None:
         self.faults += 1
         _log.exception("a text failed; the others go on")
         text.fail()
@@ -303,9 +304,9 @@ class Scheduler:
     def _observe(self, row: Row, logits: Tensor, settled: Sequence[int]) -> None:
         self._running[row].observe(logits, settled)
 
-    def _new_decoder(self) -> RememberingDecoder:
-        decoder = RememberingDecoder(self.lm.target, self.lm.rows, self._observe)
-        decoder.prefixes = self._prefixes
+    def _new_decoder(self) -> PrefixCachingDecoder:
+        decoder = PrefixCachingDecoder(self.lm.target, self.lm.rows, self._observe)
+        decoder.prefix_cache = self._prefix_cache
         return decoder
 
     def _new_plans(self, longest: int) -> AutoPlan:

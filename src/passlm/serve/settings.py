@@ -1,4 +1,4 @@
-"""What the web side allows and tells; what the worker takes on is in `jobs.py`."""
+"""What the web side allows and tells; what the worker takes on is in `protocol.py`."""
 
 from __future__ import annotations
 

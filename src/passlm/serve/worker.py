@@ -16,8 +16,16 @@ from functools import partial
 
 from passlm.decoding.decoder import PromptError
 from passlm.generate import Generator
-from passlm.serve.jobs import Ask, ClosedError, Deliver, Job, QueueFullError, State, WorkerSettings
-from passlm.serve.memory import give_back
+from passlm.serve.memory import release_free_memory
+from passlm.serve.protocol import (
+    ClosedError,
+    EventCallback,
+    Job,
+    QueueFullError,
+    SequenceRequest,
+    WorkerSettings,
+    WorkerState,
+)
 from passlm.serve.scheduler import Scheduler
 
 _TIDY_SECONDS = 2.0  # between two times that freed memory is given back under load
@@ -67,11 +75,11 @@ class Worker:
         """Begin: the thread gets ready first, see `State.ready`, and takes texts meanwhile."""
         self._running = self._thread.submit(self._run)
 
-    def submit(self, asks: Sequence[Ask], deliver: Deliver) -> list[Job]:
+    def submit(self, sequences: Sequence[SequenceRequest], deliver: EventCallback) -> list[Job]:
         """Take on the texts of one request, all or none.
 
         Args:
-            asks: the texts.
+            sequences: the texts.
             deliver: takes their events, see `Deliver`.
 
         Raises:
@@ -79,8 +87,8 @@ class Worker:
             QueueFullError: too many wait already.
             ClosedError: the worker is going down, or down.
         """
-        jobs = [Job(ask, index, deliver) for index, ask in enumerate(asks)]
-        for ask in asks:
+        jobs = [Job(ask, index, deliver) for index, ask in enumerate(sequences)]
+        for ask in sequences:
             self._check(ask)
         with self._changed:
             if self._deadline is not None or not self._alive:
@@ -96,12 +104,12 @@ class Worker:
             self._cancelled += jobs
             self._changed.notify()
 
-    def state(self) -> State:
+    def state(self) -> WorkerState:
         """How busy it is."""
         own = self._scheduler
         with self._changed:
             waiting = len(self._inbox) + own.waiting
-        return State(
+        return WorkerState(
             ready=self._ready and self._deadline is None and self._alive,
             running=own.running,
             waiting=waiting,
@@ -134,7 +142,7 @@ class Worker:
     def _alive(self) -> bool:
         return self._running is not None and not self._running.done()
 
-    def _check(self, ask: Ask) -> None:
+    def _check(self, ask: SequenceRequest) -> None:
         """Whether a prompt can be answered at all."""
         most, count = min(self.max_context, self._scheduler.max_cache), len(ask.prompt)
         if not count:
@@ -184,7 +192,7 @@ class Worker:
         now = time.monotonic()
         if now - self._tidied > _TIDY_SECONDS or not self._scheduler.busy:
             self._tidied = now
-            give_back()
+            release_free_memory()
 
     def _wait(self) -> bool:
         """Wait for something to do; False once there is nothing and will be nothing."""

@@ -18,10 +18,10 @@ from collections.abc import Callable, Sequence
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from passlm.serve.faults import ApiError
-from passlm.serve.feed import GoneError
+from passlm.serve.errors import ApiError
+from passlm.serve.events import ClientDisconnectedError
 from passlm.serve.metrics import Metrics
-from passlm.serve.record import Record, record_of
+from passlm.serve.request_record import RequestRecord, record_of
 
 HUNG_UP = 499  # nginx's status of a request whose client did not wait
 PROBES = frozenset({"/health", "/ready", "/metrics"})
@@ -38,7 +38,7 @@ _DISCARDED = 1 << 26  # bytes of a refused body that are read, so that the clien
 _log = logging.getLogger(__name__)
 
 
-class Frame:
+class RequestMiddleware:
     """The outermost layer: nothing of ours escapes it.
 
     Args:
@@ -57,9 +57,9 @@ class Frame:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        record = Record(_request_id(Headers(scope=scope)), time.perf_counter())
+        record = RequestRecord(_request_id(Headers(scope=scope)), time.perf_counter())
         scope.setdefault("state", {})["record"] = record
-        framed = _FramedSend(send, record, private=scope["path"].startswith("/v1/"))
+        framed = _SendWithHeaders(send, record, private=scope["path"].startswith("/v1/"))
         try:
             if scope["path"].isprintable():
                 await self._app(scope, receive, framed)
@@ -70,7 +70,7 @@ class Frame:
                     receive,
                     framed,
                 )
-        except GoneError as gone:
+        except ClientDisconnectedError as gone:
             record.facts["gone"] = str(gone)
             record.status = record.status or HUNG_UP
         except Exception:
@@ -82,7 +82,7 @@ class Frame:
         finally:
             self._tell(scope, record)
 
-    def _tell(self, scope: Scope, record: Record) -> None:
+    def _tell(self, scope: Scope, record: RequestRecord) -> None:
         seconds = time.perf_counter() - record.begun
         path, status = scope["path"], record.status or HUNG_UP
         self._metrics.answered(self._path(path), status, seconds)
@@ -98,10 +98,10 @@ class Frame:
         _log.log(level, "request", extra={"facts": facts})
 
 
-class _FramedSend:
+class _SendWithHeaders:
     """Notes the status of a response and adds headers."""
 
-    def __init__(self, send: Send, record: Record, private: bool) -> None:
+    def __init__(self, send: Send, record: RequestRecord, private: bool) -> None:
         self._send = send
         self._record = record
         self._private = private
@@ -129,7 +129,7 @@ async def _refuse(refusal: ApiError, scope: Scope, receive: Receive, send: Send)
     await refusal.response()(scope, receive, send)
 
 
-class Keys:
+class ApiKeyMiddleware:
     """Lets requests through that bring a key; compares in a time that tells nothing.
 
     Args:
@@ -171,7 +171,7 @@ def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
-class Bodies:
+class BodyMiddleware:
     """Reads a request's body before anything looks at it, within a size and a time.
 
     Args:
@@ -219,7 +219,7 @@ class Bodies:
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
-                raise GoneError("the client hung up before its request was whole")
+                raise ClientDisconnectedError("the client hung up before its request was whole")
             size += len(message.get("body", b""))
             more = message.get("more_body", False)
             if max(size, announced) <= self._most:

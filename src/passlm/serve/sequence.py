@@ -20,12 +20,12 @@ from passlm.generate import Generator, StreamedText
 from passlm.loading.detokenize import Detokenizer
 from passlm.outputs import Step
 from passlm.planning.auto import AutoPlan
-from passlm.serve.jobs import FAULT, EndReason, Failed, Job, Piece, Token
+from passlm.serve.protocol import INTERNAL_ERROR, EndReason, Failed, Job, SequenceOutput, Token
 
 Logprobs = list[tuple[float, tuple[tuple[int, float], ...]]]
 
 
-class ServedText:
+class ServedSequence:
     """A text from admission to its last piece.
 
     Args:
@@ -49,10 +49,10 @@ class ServedText:
         seconds: float,
     ) -> None:
         self.job = job
-        self.prompt = job.ask.prompt
+        self.prompt = job.request.prompt
         self.begun = time.monotonic()
         self.deadline = self.begun + seconds
-        asked = job.ask.options.stopping.max_new_tokens
+        asked = job.request.options.stopping.max_new_tokens
         self.new_tokens = min(asked, room - len(self.prompt))
         self._cut = self.new_tokens < asked
         self.request = self._request(lm, plans)
@@ -60,7 +60,7 @@ class ServedText:
         self._stream = StreamedText(
             job.index,
             Detokenizer(lm.decode, self.prompt),
-            StopStrings(job.ask.options.stopping.stop),
+            StopStrings(job.request.options.stopping.stop),
         )
         self._logprobs: Logprobs = []
         job.stats.prompt_tokens = len(self.prompt)
@@ -76,7 +76,7 @@ class ServedText:
         return time.monotonic() > self.deadline
 
     def _request(self, lm: Generator, plans: Callable[[int], AutoPlan]) -> Request:
-        options = self.job.ask.options
+        options = self.job.request.options
         chosen: Strategy | Adaptive
         if options.method == "auto":
             chosen = plans(options.lookahead_tokens)
@@ -99,15 +99,15 @@ class ServedText:
             settled: ids, as many as rows or fewer.
         """
         self._logprobs = []
-        if self.job.ask.logprobs is None:
+        if self.job.request.logprobs is None:
             return
         logprobs = logits[: len(settled)].float().log_softmax(-1)
-        likeliest = logprobs.topk(self.job.ask.logprobs, dim=-1)
+        likeliest = logprobs.topk(self.job.request.logprobs, dim=-1)
         for row, token in enumerate(settled):
             best = zip(likeliest.indices[row].tolist(), likeliest.values[row].tolist(), strict=True)
             self._logprobs.append((float(logprobs[row, token]), tuple(best)))
 
-    def push(self, step: Step, seconds: float) -> Piece:
+    def push(self, step: Step, seconds: float) -> SequenceOutput:
         """What a pass adds to the text.
 
         Args:
@@ -126,7 +126,9 @@ class ServedText:
             reason = chunk.finish_reason
         self.job.stats.count(self._stream.kept)
         self.job.stats.decode_seconds += seconds
-        return Piece(tuple(self._tokens(chunk.texts, chunk.tokens, chunk.accepted)), reason)
+        return SequenceOutput(
+            tuple(self._tokens(chunk.texts, chunk.tokens, chunk.accepted)), reason
+        )
 
     def _tokens(self, texts: Sequence[str], ids: Sequence[int], accepted: int) -> list[Token]:
         tokens = []
@@ -138,8 +140,8 @@ class ServedText:
 
     def end(self, reason: EndReason) -> None:
         """Say that the text is over without another token."""
-        self.job.tell(Piece((), reason))
+        self.job.tell(SequenceOutput((), reason))
 
     def fail(self) -> None:
         """Say that a fault of ours ended it."""
-        self.job.tell(Failed(FAULT))
+        self.job.tell(Failed(INTERNAL_ERROR))

@@ -15,10 +15,10 @@ from starlette.responses import JSONResponse, Response
 from passlm.decoding.decoder import PromptError
 from passlm.errors import InputError
 from passlm.params import ParameterError
-from passlm.serve.jobs import ClosedError, QueueFullError
-from passlm.serve.record import record_of
-from passlm.serve.replies import ErrorDetails, ErrorReply
-from passlm.serve.schema import printable
+from passlm.serve.protocol import ClosedError, QueueFullError
+from passlm.serve.request_record import record_of
+from passlm.serve.request_schema import printable
+from passlm.serve.response_schema import ErrorDetails, ErrorReply
 
 RETRY_SECONDS = 10  # for those who come while the server is going down or not up yet
 _UNION_ARM = re.compile(r"[a-z-]*\[.*\]|str|int|float|bool|dict|none")
@@ -85,7 +85,7 @@ class ApiError(Exception):
         return JSONResponse(self.reply.model_dump(), self.status, self.headers)
 
 
-def refused(error: InputError) -> ApiError:
+def from_input_error(error: InputError) -> ApiError:
     """The answer to a request that somebody below would not take."""
     if isinstance(error, QueueFullError):
         return ApiError(429, str(error), headers={"Retry-After": str(error.retry_after)})
@@ -168,6 +168,6 @@ def _as_api_error(error: Exception, path: str) -> ApiError:
     if isinstance(error, RequestValidationError):
         return from_validation(error)
     if isinstance(error, InputError):
-        return refused(error)
+        return from_input_error(error)
     assert isinstance(error, HTTPException), "a handler was asked for what it was not meant for"
     return from_http(error, path)

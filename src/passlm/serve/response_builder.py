@@ -15,9 +15,9 @@ from typing import Any
 
 from passlm import __version__
 from passlm.outputs import Stats
-from passlm.serve.asks import Wanted
-from passlm.serve.jobs import Job, Piece, Token
-from passlm.serve.replies import (
+from passlm.serve.protocol import Job, SequenceOutput, Token
+from passlm.serve.requests import GenerationRequest
+from passlm.serve.response_schema import (
     AnswerMessage,
     ChatChoice,
     ChatChunk,
@@ -39,7 +39,7 @@ from passlm.serve.replies import (
     TopLogprob,
     Usage,
 )
-from passlm.serve.spelling import Spelling
+from passlm.serve.token_bytes import TokenBytes
 
 FINGERPRINT = f"passlm-{__version__}"
 _UNTHINKABLE = -9999.0  # OpenAI's logarithm of 0
@@ -68,7 +68,7 @@ class _Text:
     begun: bool = False
     held: list[Token] = field(default_factory=list)
 
-    def push(self, piece: Piece) -> tuple[str, list[Token]]:
+    def push(self, piece: SequenceOutput) -> tuple[str, list[Token]]:
         """What a piece lets show, and the tokens it was made of.
 
         Tokens that show nothing wait for one that does: they may belong to a stop string, or to an
@@ -92,7 +92,7 @@ class _Text:
         return text, told
 
 
-class Composer(ABC):
+class ResponseBuilder(ABC):
     """Makes the replies to one request.
 
     Args:
@@ -105,7 +105,9 @@ class Composer(ABC):
     kind: str
     prefix: str
 
-    def __init__(self, wanted: Wanted, model: str, spelling: Spelling, usage: bool) -> None:
+    def __init__(
+        self, wanted: GenerationRequest, model: str, spelling: TokenBytes, usage: bool
+    ) -> None:
         self.wanted = wanted
         self.spelling = spelling
         self.head: dict[str, Any] = {
@@ -115,13 +117,13 @@ class Composer(ABC):
             "system_fingerprint": FINGERPRINT,
         }
         self._open: dict[str, Any] = {"usage": None} if usage else {}
-        self.texts = [_Text() for _ in wanted.asks]
+        self.texts = [_Text() for _ in wanted.sequences]
 
-    def take(self, index: int, piece: Piece) -> None:
+    def take(self, index: int, piece: SequenceOutput) -> None:
         """A piece of a reply that is told whole."""
         self.texts[index].push(piece)
 
-    def chunks(self, index: int, piece: Piece) -> list[str]:
+    def chunks(self, index: int, piece: SequenceOutput) -> list[str]:
         """What a piece comes to in a stream, as JSON."""
         text = self.texts[index]
         shown, tokens = text.push(piece)
@@ -145,7 +147,7 @@ class Composer(ABC):
         return chunk.model_dump_json(exclude_unset=True)
 
     @staticmethod
-    def _with_show(part: Reply, piece: Piece) -> Reply:
+    def _with_show(part: Reply, piece: SequenceOutput) -> Reply:
         shown = Shown(
             positions=[token.position for token in piece.tokens],
             texts=[token.text for token in piece.tokens],
@@ -173,12 +175,14 @@ class Composer(ABC):
         """That a text is over."""
 
 
-class CompletionComposer(Composer):
+class CompletionBuilder(ResponseBuilder):
     """Replies to completion requests."""
 
     kind, prefix = "text_completion", "cmpl"
 
-    def __init__(self, wanted: Wanted, model: str, spelling: Spelling, usage: bool) -> None:
+    def __init__(
+        self, wanted: GenerationRequest, model: str, spelling: TokenBytes, usage: bool
+    ) -> None:
         super().__init__(wanted, model, spelling, usage)
         self._told = [0] * len(self.texts)  # characters of each text whose tokens were told
 
@@ -214,7 +218,7 @@ class CompletionComposer(Composer):
         return CompletionPiece(finish_reason=reason, index=index, logprobs=None, text="")
 
     def _logprobs(self, index: int, tokens: Sequence[Token]) -> CompletionLogprobs | None:
-        count = self.wanted.asks[index].logprobs
+        count = self.wanted.sequences[index].logprobs
         if count is None:
             return None
         ends = accumulate(self._lengths(tokens), initial=self._told[index])
@@ -257,7 +261,7 @@ def _told(logprob: float | None) -> float:
     return _UNTHINKABLE if logprob is None else max(logprob, _UNTHINKABLE)
 
 
-class ChatComposer(Composer):
+class ChatBuilder(ResponseBuilder):
     """Replies to chat requests."""
 
     kind, prefix = "chat.completion.chunk", "chatcmpl"
@@ -294,7 +298,7 @@ class ChatComposer(Composer):
         return ChatPiece(delta=delta, finish_reason=reason, index=index, logprobs=logprobs)
 
     def _logprobs(self, index: int, tokens: Sequence[Token]) -> ChatLogprobs | None:
-        if self.wanted.asks[index].logprobs is None:
+        if self.wanted.sequences[index].logprobs is None:
             return None
         return ChatLogprobs(content=[self._entry(token) for token in tokens], refusal=None)
 
@@ -315,7 +319,7 @@ def _ended(text: _Text) -> FinishReason:
     return text.finish_reason
 
 
-def usage(wanted: Wanted, jobs: Sequence[Job]) -> Usage:
+def usage(wanted: GenerationRequest, jobs: Sequence[Job]) -> Usage:
     """What a request took, once all its texts are over."""
     stats = Stats.total([job.stats for job in jobs])
     prompt = wanted.prompt_tokens

@@ -17,7 +17,7 @@ from passlm.serve.settings import SettingsError
 if TYPE_CHECKING:  # a command's help lists the settings, and torch takes seconds
     from passlm.generate import Options
 
-FAULT = "the server met a fault while writing this text"
+INTERNAL_ERROR = "the server met a fault while writing this text"
 
 EndReason = Literal["eos", "stop", "length", "context", "time", "waited", "cancelled"]
 """Of texts cut by the clock, `waited` are those that had not begun."""
@@ -82,7 +82,7 @@ class WorkerSettings:
 
 
 @dataclass(frozen=True)
-class Ask:
+class SequenceRequest:
     """One text that is wanted.
 
     Attributes:
@@ -118,7 +118,7 @@ class Token:
 
 
 @dataclass(frozen=True)
-class Piece:
+class SequenceOutput:
     """What one pass added to a text; the last one says why it ended."""
 
     tokens: tuple[Token, ...]
@@ -132,8 +132,8 @@ class Failed:
     message: str
 
 
-Event = Piece | Failed
-Deliver = Callable[[int, Event], None]
+Event = SequenceOutput | Failed
+EventCallback = Callable[[int, Event], None]
 """Takes the events of one request: which of its texts, and what came. Called in the worker's
 thread, so it must not block. The last event of a text is a `Piece` with a reason, or `Failed`."""
 
@@ -142,9 +142,9 @@ thread, so it must not block. The last event of a text is a `Piece` with a reaso
 class Job:
     """A text under way. Its counts are whole once its last event has come."""
 
-    ask: Ask
+    request: SequenceRequest
     index: int
-    deliver: Deliver
+    deliver: EventCallback
     stats: Stats = field(default_factory=Stats)
     reused: int = 0
     """Tokens of the prompt whose keys and values were still at hand."""
@@ -158,7 +158,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class State:
+class WorkerState:
     """How busy the worker is, for metrics and health.
 
     Attributes:

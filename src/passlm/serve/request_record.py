@@ -9,7 +9,7 @@ from starlette.types import Scope
 
 
 @dataclass
-class Record:
+class RequestRecord:
     """What is known of one request.
 
     Attributes:
@@ -25,7 +25,7 @@ class Record:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def record_of(scope: Scope) -> Record:
+def record_of(scope: Scope) -> RequestRecord:
     """The record of a request."""
-    record: Record = scope["state"]["record"]
+    record: RequestRecord = scope["state"]["record"]
     return record

@@ -10,7 +10,7 @@ _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _SPACE = "\u2581"  # how SentencePiece writes a space
 
 
-class Spelling:
+class TokenBytes:
     """Bytes and texts of token ids.
 
     A token may hold part of a character, so that its text alone is no text: bytes that are not

@@ -11,33 +11,33 @@ from typing import Protocol
 
 from starlette.types import Receive
 
-from passlm.serve.jobs import Ask, Deliver, Event, Failed, Job, State
-from passlm.serve.metrics import Meter
+from passlm.serve.metrics import RequestMetrics
+from passlm.serve.protocol import Event, EventCallback, Failed, Job, SequenceRequest, WorkerState
 
 
-class GoneError(Exception):
+class ClientDisconnectedError(Exception):
     """Whoever asked hung up, or reads nothing any more."""
 
 
-class Decoding(Protocol):
+class DecodingWorker(Protocol):
     """What the web side needs of the worker."""
 
     @property
     def max_context(self) -> int:
         """Tokens a text may have, prompt and answer."""
 
-    def submit(self, asks: Sequence[Ask], deliver: Deliver) -> list[Job]:
+    def submit(self, sequences: Sequence[SequenceRequest], deliver: EventCallback) -> list[Job]:
         """Take on the texts of one request, all or none."""
 
     def cancel(self, jobs: Iterable[Job]) -> None:
         """End texts before their next step."""
 
-    def state(self) -> State:
+    def state(self) -> WorkerState:
         """How busy it is."""
 
 
 @dataclass(frozen=True)
-class Arrival:
+class SequenceEvent:
     """An event, and the text it belongs to."""
 
     index: int
@@ -49,7 +49,7 @@ class Arrival:
         return isinstance(self.event, Failed) or self.event.finish_reason is not None
 
 
-class Feed:
+class EventQueue:
     """What comes of one request.
 
     What waits here is bounded by the tokens that the request may have.
@@ -58,11 +58,11 @@ class Feed:
         meter: counts everything that comes.
     """
 
-    def __init__(self, meter: Meter) -> None:
+    def __init__(self, meter: RequestMetrics) -> None:
         self.jobs: list[Job] = []
         self._meter = meter
         self._loop = asyncio.get_running_loop()
-        self._arrived: asyncio.Queue[Arrival | None] = asyncio.Queue()
+        self._arrived: asyncio.Queue[SequenceEvent | None] = asyncio.Queue()
         self._over: set[int] = set()
 
     @property
@@ -79,7 +79,7 @@ class Feed:
                 raise
 
     def _take(self, index: int, event: Event, at: float) -> None:
-        arrival = Arrival(index, event)
+        arrival = SequenceEvent(index, event)
         if arrival.last:
             self._over.add(index)
         self._meter.event(self.jobs[index], event, at)
@@ -91,7 +91,7 @@ class Feed:
             pass
         self._arrived.put_nowait(None)
 
-    async def batches(self, patience: float | None = None) -> AsyncIterator[list[Arrival]]:
+    async def batches(self, patience: float | None = None) -> AsyncIterator[list[SequenceEvent]]:
         """Everything that comes, to the end of all texts, together where it came together.
 
         Args:
@@ -106,7 +106,7 @@ class Feed:
             left -= sum(arrival.last for arrival in batch)
             yield batch
 
-    async def _next(self, patience: float | None) -> list[Arrival]:
+    async def _next(self, patience: float | None) -> list[SequenceEvent]:
         try:
             async with asyncio.timeout(patience):
                 found = [await self._arrived.get()]
@@ -116,27 +116,30 @@ class Feed:
             found.append(self._arrived.get_nowait())
         arrived = [arrival for arrival in found if arrival is not None]
         if len(arrived) < len(found):
-            raise GoneError("the client hung up")
+            raise ClientDisconnectedError("the client hung up")
         return arrived
 
 
 @asynccontextmanager
-async def listening(
-    worker: Decoding, asks: Sequence[Ask], receive: Receive, meter: Meter
-) -> AsyncIterator[Feed]:
+async def subscribe(
+    worker: DecodingWorker,
+    sequences: Sequence[SequenceRequest],
+    receive: Receive,
+    meter: RequestMetrics,
+) -> AsyncIterator[EventQueue]:
     """Ask for texts and listen; whatever is unfinished when the listening ends is cancelled.
 
     Args:
         worker: who is asked.
-        asks: the texts.
+        sequences: the texts.
         receive: tells when the client hangs up.
         meter: counts what comes.
 
     Raises:
         InputError: the worker does not take them.
     """
-    feed = Feed(meter)
-    feed.jobs = worker.submit(asks, feed.deliver)
+    feed = EventQueue(meter)
+    feed.jobs = worker.submit(sequences, feed.deliver)
     watcher = asyncio.create_task(feed.watch(receive))
     try:
         yield feed

@@ -10,9 +10,15 @@ from typing import Any
 from passlm.generate import Generator, Options
 from passlm.generate import Prompt as PromptInput
 from passlm.params import SamplingParams, StopParams
-from passlm.serve.faults import ApiError
-from passlm.serve.jobs import Ask
-from passlm.serve.schema import ChatRequest, CompletionRequest, LookAhead, Message, Sampled
+from passlm.serve.errors import ApiError
+from passlm.serve.protocol import SequenceRequest
+from passlm.serve.request_schema import (
+    ChatRequest,
+    CommonRequest,
+    CompletionRequest,
+    LookAhead,
+    Message,
+)
 from passlm.serve.settings import ServeSettings
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
@@ -20,17 +26,17 @@ _SEEDS = 2**64
 
 
 @dataclass(frozen=True)
-class Wanted:
+class GenerationRequest:
     """What a request comes to.
 
     Attributes:
-        asks: one for each text: those of the first prompt, then those of the second, ...
+        sequences: one for each text: those of the first prompt, then those of the second, ...
         texts: how many for each prompt.
         echoes: text to be given before the texts of each prompt.
         show: whether to tell how tokens came.
     """
 
-    asks: tuple[Ask, ...]
+    sequences: tuple[SequenceRequest, ...]
     texts: int
     echoes: tuple[str, ...]
     show: bool
@@ -38,10 +44,10 @@ class Wanted:
     @property
     def prompt_tokens(self) -> int:
         """Of all prompts, each counted once."""
-        return sum(len(ask.prompt) for ask in self.asks[:: self.texts])
+        return sum(len(ask.prompt) for ask in self.sequences[:: self.texts])
 
 
-class Intake:
+class RequestReader:
     """Reads requests; takes as long as their prompts are, and is for one thread at a time.
 
     Args:
@@ -57,7 +63,7 @@ class Intake:
         if settings.max_prompt_tokens:
             self._longest = min(self._longest, settings.max_prompt_tokens)
 
-    def completion(self, request: CompletionRequest) -> Wanted:
+    def completion(self, request: CompletionRequest) -> GenerationRequest:
         """What a completion request asks for.
 
         Raises:
@@ -81,7 +87,7 @@ class Intake:
         echoes = tuple(self._shown(prompt) if request.echo else "" for prompt in prompts)
         return self._wanted(request, encoded, new, request.logprobs, echoes)
 
-    def chat(self, request: ChatRequest) -> Wanted:
+    def chat(self, request: ChatRequest) -> GenerationRequest:
         """What a chat request asks for.
 
         Raises:
@@ -121,7 +127,7 @@ class Intake:
         template = str(self.lm.tokenizer.chat_template or "")
         return "system" if role == "developer" and role not in template else role
 
-    def _check(self, request: Sampled) -> None:
+    def _check(self, request: CommonRequest) -> None:
         """What can be told without looking at the prompt."""
         name, most = self.settings.model_name, self.settings.max_stops
         if request.model != name:
@@ -188,12 +194,12 @@ class Intake:
 
     def _wanted(
         self,
-        request: Sampled,
+        request: CommonRequest,
         prompts: Sequence[tuple[int, ...]],
         new_tokens: int,
         logprobs: int | None,
         echoes: tuple[str, ...],
-    ) -> Wanted:
+    ) -> GenerationRequest:
         texts, look_ahead = request.n or 1, request.lookahead or LookAhead()
         stopping = StopParams(max_new_tokens=new_tokens, stop=_stops(request))
         options = [
@@ -206,8 +212,10 @@ class Intake:
             )
             for text in range(texts)
         ]
-        asks = tuple(Ask(prompt, each, logprobs) for prompt in prompts for each in options)
-        return Wanted(asks, texts, echoes, bool(look_ahead.show))
+        sequences = tuple(
+            SequenceRequest(prompt, each, logprobs) for prompt in prompts for each in options
+        )
+        return GenerationRequest(sequences, texts, echoes, bool(look_ahead.show))
 
 
 def _listed(prompt: Any) -> list[Any]:
@@ -216,16 +224,16 @@ def _listed(prompt: Any) -> list[Any]:
     return [prompt] if single else prompt
 
 
-def _stops(request: Sampled) -> tuple[str, ...]:
+def _stops(request: CommonRequest) -> tuple[str, ...]:
     stop = request.stop or ()
     return (stop,) if isinstance(stop, str) else tuple(stop)
 
 
-def _seed(request: Sampled, text: int) -> int | None:
+def _seed(request: CommonRequest, text: int) -> int | None:
     return None if request.seed is None else (request.seed + text) % _SEEDS
 
 
-def _sampling(request: Sampled) -> dict[str, Any]:
+def _sampling(request: CommonRequest) -> dict[str, Any]:
     """Fields of `SamplingParams` but the seed; OpenAI's default of the temperature is 1."""
     names = ("top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
     given = {name: getattr(request, name) for name in names}

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 from passlm.model.cache import RowCache
 
-SHORTEST = 16  # tokens below which a copy saves nothing worth its trouble
+MIN_PREFIX_TOKENS = 16  # tokens below which a copy saves nothing worth its trouble
 
 
-class Prefixes:
+class PrefixCache:
     """Remembered texts, least recently used first."""
 
     def __init__(self) -> None:
@@ -25,14 +25,14 @@ class Prefixes:
         """Tokens held in all."""
         return sum(map(len, self._kept))
 
-    def remember(self, tokens: Sequence[int], cache: RowCache) -> None:
+    def add(self, tokens: Sequence[int], cache: RowCache) -> None:
         """Keep a text, in place of those that it continues.
 
         Args:
             tokens: ids.
             cache: their keys and values, of nothing else.
         """
-        if len(tokens) < SHORTEST or self.find(tokens)[0] == len(tokens):
+        if len(tokens) < MIN_PREFIX_TOKENS or self.find(tokens)[0] == len(tokens):
             return
         text = tuple(tokens)
         for known in [known for known in self._kept if text[: len(known)] == known]:
@@ -43,7 +43,7 @@ class Prefixes:
         """How many tokens the best remembered text shares with a prompt, and its cache."""
         best, found = 0, None
         for known in self._kept:
-            count = shared(known, prompt)
+            count = shared_prefix_length(known, prompt)
             if count > best:
                 best, found = count, known
         if found is None:
@@ -51,13 +51,13 @@ class Prefixes:
         self._kept.move_to_end(found)
         return best, self._kept[found]
 
-    def shrink(self, most: int) -> None:
+    def evict_to(self, most: int) -> None:
         """Forget texts until no more than so many tokens are held."""
         while self._kept and self.tokens > most:
             self._kept.popitem(last=False)
 
 
-def shared(a: Sequence[int], b: Sequence[int]) -> int:
+def shared_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
     """How many first tokens two texts have in common."""
     count = 0
     for one, other in zip(a, b, strict=False):

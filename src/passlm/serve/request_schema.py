@@ -1,7 +1,7 @@
 """What the API takes: requests of the OpenAI API, and which parts of them are refused.
 
 Types, ranges and unknown names are checked here. What depends on the model or on the server's
-limits is left to `asks.py`.
+limits is left to `requests.py`.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ class TextFormat(Body):
     type: Literal["text"]
 
 
-class Sampled(Body):
+class CommonRequest(Body):
     """What both kinds of requests have in common."""
 
     model: Text
@@ -209,7 +209,7 @@ class Sampled(Body):
     lookahead: LookAhead | None = None
 
 
-class CompletionRequest(Sampled):
+class CompletionRequest(CommonRequest):
     """A text, or several, to be continued."""
 
     prompt: Prompt
@@ -248,7 +248,7 @@ class Message(Body):
     annotations: Annotated[list[Text], Field(max_length=0)] | None = None
 
 
-class ChatRequest(Sampled):
+class ChatRequest(CommonRequest):
     """A chat to be answered."""
 
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]

@@ -9,13 +9,19 @@ from dataclasses import dataclass
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from passlm.serve.asks import Wanted
-from passlm.serve.compose import Composer, usage
-from passlm.serve.faults import ApiError, unavailable
-from passlm.serve.feed import Arrival, Decoding, Feed, GoneError, listening
-from passlm.serve.jobs import Failed, Piece
-from passlm.serve.metrics import Meter, Metrics
-from passlm.serve.record import Record, record_of
+from passlm.serve.errors import ApiError, unavailable
+from passlm.serve.events import (
+    ClientDisconnectedError,
+    DecodingWorker,
+    EventQueue,
+    SequenceEvent,
+    subscribe,
+)
+from passlm.serve.metrics import Metrics, RequestMetrics
+from passlm.serve.protocol import Failed, SequenceOutput
+from passlm.serve.request_record import RequestRecord, record_of
+from passlm.serve.requests import GenerationRequest
+from passlm.serve.response_builder import ResponseBuilder, usage
 
 QUIET_SECONDS = 15.0  # after which a stream says that it is still there: proxies close idle ones
 _STILL_HERE = ": waiting\n\n"  # a comment, which clients pass over
@@ -30,7 +36,7 @@ _START = {
 
 
 @dataclass(frozen=True)
-class Terms:
+class ResponseContext:
     """What all answers of a server have in common.
 
     Attributes:
@@ -39,12 +45,12 @@ class Terms:
         write_seconds: a client that reads nothing for this long is left.
     """
 
-    worker: Decoding
+    worker: DecodingWorker
     metrics: Metrics
     write_seconds: float
 
 
-class Answer(Response):
+class GenerationResponse(Response):
     """The answer to one request, made while it is sent.
 
     Args:
@@ -56,7 +62,12 @@ class Answer(Response):
     """
 
     def __init__(
-        self, terms: Terms, wanted: Wanted, composer: Composer, stream: bool, tell_usage: bool
+        self,
+        terms: ResponseContext,
+        wanted: GenerationRequest,
+        composer: ResponseBuilder,
+        stream: bool,
+        tell_usage: bool,
     ) -> None:
         super().__init__()
         self._terms = terms
@@ -68,9 +79,9 @@ class Answer(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Ask, listen, send; as ASGI calls it."""
         terms, record = self._terms, record_of(scope)
-        record.facts |= {"texts": len(self._wanted.asks), "stream": self._stream}
-        meter = Meter(terms.metrics, record.begun)
-        async with listening(terms.worker, self._wanted.asks, receive, meter) as feed:
+        record.facts |= {"texts": len(self._wanted.sequences), "stream": self._stream}
+        meter = RequestMetrics(terms.metrics, record.begun)
+        async with subscribe(terms.worker, self._wanted.sequences, receive, meter) as feed:
             try:
                 if self._stream:
                     await self._send_stream(feed, send, record)
@@ -79,14 +90,16 @@ class Answer(Response):
             finally:
                 record.facts |= self._facts(feed)
 
-    async def _send_whole(self, feed: Feed, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _send_whole(
+        self, feed: EventQueue, scope: Scope, receive: Receive, send: Send
+    ) -> None:
         async for batch in feed.batches():
             for arrival in batch:
                 self._composer.take(arrival.index, _piece(arrival))
         reply = self._composer.whole(usage(self._wanted, feed.jobs)).model_dump_json()
         await Response(reply, media_type="application/json")(scope, receive, send)
 
-    async def _send_stream(self, feed: Feed, send: Send, record: Record) -> None:
+    async def _send_stream(self, feed: EventQueue, send: Send, record: RequestRecord) -> None:
         """Send events as they come; what fails before the first one has a status of its own."""
         begun = False
         async for batch in feed.batches(QUIET_SECONDS):
@@ -106,7 +119,7 @@ class Answer(Response):
         closing = [self._composer.usage_chunk(used)] if self._tell_usage else []
         await self._write(send, [*closing, "[DONE]"], last=True)
 
-    def _events(self, batch: Sequence[Arrival]) -> tuple[list[str], ApiError | None]:
+    def _events(self, batch: Sequence[SequenceEvent]) -> tuple[list[str], ApiError | None]:
         """What some arrivals come to, up to the first that is a fault."""
         events: list[str] = []
         for arrival in batch:
@@ -125,9 +138,9 @@ class Answer(Response):
                     {"type": "http.response.body", "body": body.encode(), "more_body": not last}
                 )
         except TimeoutError as error:
-            raise GoneError(f"the client read nothing for {seconds} s") from error
+            raise ClientDisconnectedError(f"the client read nothing for {seconds} s") from error
 
-    def _facts(self, feed: Feed) -> dict[str, int]:
+    def _facts(self, feed: EventQueue) -> dict[str, int]:
         used = usage(self._wanted, feed.jobs)
         return {
             "prompt_tokens": used.prompt_tokens,
@@ -137,7 +150,7 @@ class Answer(Response):
         }
 
 
-def _piece(arrival: Arrival) -> Piece:
+def _piece(arrival: SequenceEvent) -> SequenceOutput:
     """What came of a text, unless that is its failure.
 
     Raises:
