@@ -190,7 +190,7 @@ def test_chat_is_left_out_for_a_model_without_a_chat_template(
     results = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert list(results["missing_suites"]) == ["chat"]
     assert [run["suite"] for run in results["runs"]] == ["own"]
-    assert "suite 'chat' cannot be given to this model: this model has no chat" in caplog.text
+    assert "suite 'chat' cannot be used with this model: this model has no chat" in caplog.text
     assert main(line) == 2
     assert "no prompts are left" in capsys.readouterr().err
 
