@@ -18,7 +18,7 @@ from passlm.bench.measuring.measure import Prompt, Sample, interleave, summarize
 from passlm.bench.reports import notes
 from passlm.bench.reports.markdown import markdown
 from passlm.bench.reports.sweeps import BATCHES, LENGTHS, STEPS, SWEEPS, TEMPERATURES, Conditions
-from passlm.bench.suites.prompts import Collector, _without_end
+from passlm.bench.suites.prompts import Collector, _without_trailing_space
 from passlm.bench.suites.tasks import Task
 from passlm.cli import main
 from passlm.decoding.strategies import Strategy, autoregressive
@@ -178,9 +178,9 @@ def test_prompts_end_with_something_to_see_where_that_is_asked(lm: Generator) ->
     """Catches white space left at the end, a prompt of nothing else that is lost, chats that are
     no text to continue, and prompts stripped without being asked."""
     chat = Task("own", "chat", messages=({"role": "user", "content": "w2 "},))
-    assert _without_end(Task("own", "a", " w2  w3 \n\t\n")).prompt == " w2  w3"
+    assert _without_trailing_space(Task("own", "a", " w2  w3 \n\t\n")).prompt == " w2  w3"
     for kept in (Task("own", "b", "\n"), Task("own", "c", "w4"), chat):
-        assert _without_end(kept) == kept
+        assert _without_trailing_space(kept) == kept
     tasks, seen = ([Task("own", "a", text)] for text in ("w2 w3\n", "w2 w3"))
     digests = [
         Collector(lm, NEW_TOKENS, stripped=stripped).collect([], own, None).digests["own"]

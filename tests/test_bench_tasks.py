@@ -139,7 +139,7 @@ def test_half_a_character_at_the_cut_is_dropped() -> None:
 
 def test_tokenizer_with_too_few_prompts_is_refused() -> None:
     """Catches a suite of other size under the same name, with a tokenizer of whole functions."""
-    with pytest.raises(TaskError, match="and not 100"):
+    with pytest.raises(TaskError, match="only . of the 100"):
         load_suite("code", lambda text: [0] * (len(text) // 1000), lambda ids: "x")
 
 
@@ -190,7 +190,7 @@ def test_chat_is_left_out_for_a_model_without_a_chat_template(
     results = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert list(results["missing_suites"]) == ["chat"]
     assert [run["suite"] for run in results["runs"]] == ["own"]
-    assert "suite 'chat' cannot be given to this model: this model has no chat" in caplog.text
+    assert "suite 'chat' cannot be used with this model: this model has no chat" in caplog.text
     assert main(line) == 2
     assert "no prompts are left" in capsys.readouterr().err
 
@@ -259,7 +259,7 @@ def test_other_version_of_a_package_is_refused(
 ) -> None:
     """Catches results on other prompts under the same name."""
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.9")
-    with pytest.raises(TaskError, match=f"it is 0.9.*{cure}"):
+    with pytest.raises(TaskError, match=f"installed: 0.9.*{cure}"):
         fresh(suite)
 
 
@@ -269,7 +269,7 @@ def test_file_lost_from_a_package_names_the_cure(
 ) -> None:
     """Catches an installation that is not whole ending all suites with a traceback."""
     monkeypatch.setattr(tasks.Package, "folder", lambda *_: tmp_path)
-    with pytest.raises(TaskError, match=f"'{suite}'.* has lost its file .*--force-reinstall"):
+    with pytest.raises(TaskError, match=f"'{suite}'.* lacks its file .*--force-reinstall"):
         fresh(suite)
 
 
@@ -353,14 +353,14 @@ def test_limit_applies_to_files_too(tmp_path: Path) -> None:
         ("{}", "one of 'prompt', 'messages' and 'turns'"),
         ('{"prompt": "a", "messages": []}', "one of 'prompt', 'messages' and 'turns'"),
         ('{"prompt": "a", "turns": ["b"]}', "one of 'prompt', 'messages' and 'turns'"),
-        ('{"prompt": ""}', "'prompt' is not"),
-        ('{"prompt": 3}', "'prompt' is not"),
-        ('{"messages": []}', "'messages' is not"),
+        ('{"prompt": ""}', "'prompt' must be"),
+        ('{"prompt": 3}', "'prompt' must be"),
+        ('{"messages": []}', "'messages' must be"),
         ('{"messages": [{"role": "user"}]}', "'role' and 'content'"),
-        ('{"turns": []}', "'turns' is not"),
-        ('{"turns": "a"}', "'turns' is not"),
-        ('{"turns": ["a", ""]}', "a turn is not"),
-        ('{"turns": ["a", {"content": "b"}]}', "a turn is not"),
+        ('{"turns": []}', "'turns' must be"),
+        ('{"turns": "a"}', "'turns' must be"),
+        ('{"turns": ["a", ""]}', "each turn must be"),
+        ('{"turns": ["a", {"content": "b"}]}', "each turn must be"),
     ],
 )
 def test_broken_line_is_named_by_its_number(tmp_path: Path, line: str, reason: str) -> None:

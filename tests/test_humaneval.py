@@ -385,7 +385,7 @@ def test_limits_are_checked(name: str, value: float) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("mmap 9 222, ", "", "a program that is right ends here with failed"),
+        ("mmap 9 222, ", "", "a correct program does not pass in this sandbox: failed"),
         ("_prctl(libc, 22, 2,", "str(", "not confined"),
         ("22, 2, _Sock", "22, 9, _Sock", "prctl 22: Invalid argument"),
         ('"x86_64": (0xC000003E', '"x86_64": (0xC0000000', "cannot be confined"),

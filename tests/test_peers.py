@@ -119,13 +119,13 @@ def test_another_vocabulary_is_refused(lm: Generator, tmp_path: Path) -> None:
     """Catches drafts whose ids mean something else, and an error from within transformers."""
     other = byte_tokenizer()
     other.add_tokens(["<more>"])
-    with pytest.raises(MethodError, match="another vocabulary") as error:
+    with pytest.raises(MethodError, match="the vocabulary of --assistant") as error:
         load_assistant(saved(byte_llama(), tmp_path / "words", other), lm)
     assert "\n" not in str(error.value)
     padded = byte_llama()
     assert isinstance(padded, LlamaForCausalLM)
     padded.resize_token_embeddings(320)
-    with pytest.raises(MethodError, match="320 tokens and the model for 257"):
+    with pytest.raises(MethodError, match="320 logits per token, the model 257"):
         load_assistant(saved(padded, tmp_path / "padded"), lm)
     with pytest.raises(ModelError, match="nowhere"):
         load_assistant(str(tmp_path / "nowhere"), lm)

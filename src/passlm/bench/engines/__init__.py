@@ -1,4 +1,4 @@
-"""The methods that are compared: passlm's own, transformers' and other engines.
+"""The decoding methods that are compared: passlm's own, transformers' and other engines.
 
-Imports what lies below `bench`.
+May import the packages below `bench`, but no other package of `bench`.
 """

@@ -1,7 +1,7 @@
-"""One prompt decoded and timed: what is kept of it, and how our own methods do it.
+"""Decode prompts with passlm's own methods, time them and record the results.
 
-Which methods there are is left to `methods.py`, how others decode to `hugging_face.py` and
-`external.py`.
+`methods.py` lists the methods. `hugging_face.py` and `external.py` decode with transformers and
+other engines.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ from passlm.planning.kept_costs import Costs
 
 
 class MethodError(InputError):
-    """A method that does not exist or cannot run with this model; one line."""
+    """A method does not exist or cannot run with this model; the message is one line."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """One prompt decoded by one method.
+    """The result of one method on one prompt.
 
     Attributes:
-        tokens: the new ids.
-        seconds: from the prompt's ids to the last new id, prefill included; of a batch, its equal
-            share.
-        stats: counts of the passes; None for methods that are not ours.
-        forward_seconds: time of the decoding passes inside the target's forward; None where it
-            cannot be told without disturbing the run.
-        first_token_seconds: until the first new id, prefill included.
-        rows: that were computed after the prompt, for each text as many as for the longest; None
-            for methods that are not ours.
-        turns: of a chat, for each turn behind the first, its ids and how many new ids lie before
-            its answer.
-        positions: of each new id, where it stood among the candidates, 0 for one that was drawn;
-            none for methods that are not ours.
+        tokens: the new token ids; of a chat, those of all answers.
+        seconds: time from the prompt's ids to the last new id, including prefill. For a batch, an
+            equal share of the batch's time.
+        stats: counts of the passes; None for methods other than passlm's own.
+        forward_seconds: time that the decoding passes spent inside the target's forward; None if
+            measuring it would slow the run.
+        first_token_seconds: time to first token, including prefill; None if unknown.
+        rows: number of rows computed after the prompt. If a batch is padded, each sequence counts
+            as many rows as the longest. None for methods other than passlm's own.
+        turns: for each turn of a chat after the first, its prompt ids and the number of new ids
+            before its answer.
+        positions: for each new id, its position among the candidates, from 1, or 0 if it was drawn
+            from the target; empty for methods other than passlm's own.
     """
 
     tokens: tuple[int, ...]
@@ -62,16 +62,16 @@ class Record:
 
     @property
     def answers(self) -> list[tuple[int, ...]]:
-        """The new ids of each turn."""
+        """New token ids of each turn."""
         starts = [0, *(start for _, start in self.turns), len(self.tokens)]
         return [self.tokens[start:end] for start, end in pairwise(starts)]
 
     def then(self, prompt: Sequence[int], later: Record) -> Record:
-        """This and a further turn of the chat as one record.
+        """Return a record that combines this one with the next turn of the chat.
 
         Args:
-            prompt: ids of the further turn, those of this one included.
-            later: what was made of it.
+            prompt: prompt ids of the next turn, including the conversation so far.
+            later: the record of the next turn.
         """
         stats = None
         if self.stats is not None and later.stats is not None:
@@ -96,27 +96,27 @@ def _sum(a: N | None, b: N | None) -> N | None:
 
 
 Decode = Callable[[Sequence[int], SamplingParams, int], Record]
-"""Decodes one prompt: its ids, how to draw, and at most how many new tokens."""
+"""Decodes one prompt, given its ids, sampling parameters and the maximum number of new tokens."""
 
 
 class TimedTarget(Target):
-    """A target that adds up the `seconds` spent in the model's own forward.
+    """A target that measures the time spent in the model's own forward.
 
     Attributes:
-        seconds: so far.
-        rows: computed for each text in the last pass, what fills it up included.
+        seconds: total time so far.
+        rows: number of rows computed for each sequence in the last pass, including padding.
     """
 
     def __init__(self, model: PreTrainedModel, pack: bool, compiled: Path | None = None) -> None:
         self.seconds = 0.0
         self.rows: list[int] = []
-        super().__init__(model, pack, compiled)  # which may run passes
+        super().__init__(model, pack, compiled)  # may run passes, which are not counted
         self.seconds = 0.0
 
     def run(
         self, cache: RowCache, rows: Sequence[PassRow], look_ahead: LookAheadRows | None
     ) -> PassOutput:
-        """See `Target`."""
+        """Run a pass as `Target.run` does, and note its rows."""
         self.rows = [row.plan.rows for row in rows]
         if not self.in_line:
             self.rows = [max(self.rows)] * len(rows)
@@ -124,7 +124,10 @@ class TimedTarget(Target):
 
     @property
     def can_time(self) -> bool:
-        """Whether a pass is over when `run` returns; elsewhere waiting for it would slow it."""
+        """Whether `run` returns only when the pass is complete, as on the CPU.
+
+        On other devices, waiting for the pass would slow decoding.
+        """
         return self.device.type == "cpu"
 
     def _call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -135,8 +138,8 @@ class TimedTarget(Target):
 
 
 @dataclass
-class _Text:
-    """What a text of a batch has given so far."""
+class _Progress:
+    """The results so far of one sequence in a batch."""
 
     stats: Stats
     tokens: list[int] = field(default_factory=list)
@@ -145,7 +148,13 @@ class _Text:
     first_token_seconds: float | None = None
 
     def count(self, step: Step, rows: int, seconds: float) -> None:
-        """Add a pass that had so many rows for the text and ended after so many seconds."""
+        """Add a pass.
+
+        Args:
+            step: what the pass settled.
+            rows: number of rows computed for this sequence.
+            seconds: time from the start of the batch to the end of the pass.
+        """
         if self.first_token_seconds is None:
             self.first_token_seconds = seconds
         self.tokens += step.tokens
@@ -155,7 +164,7 @@ class _Text:
         self.stats.count(step)
 
     def record(self, seconds: float, forward: float | None) -> Record:
-        """All of it, once the text has ended."""
+        """Return the complete record, once the sequence has ended."""
         return Record(
             tuple(self.tokens),
             seconds,
@@ -169,15 +178,16 @@ class _Text:
 
 @dataclass(frozen=True)
 class PlanDecoding:
-    """Decoding by plans: every method of ours.
+    """Decoding with passlm: all of its own methods.
 
     Attributes:
-        target: the model, which counts and times.
-        plans: given how many texts there are, and how many tokens the longest has half-way.
-        look_ahead: look-ahead rows; None for plans without.
-        eos: ids that end a text.
-        ignore_eos: they do not.
-        costs: what the plans are chosen from.
+        target: the model, which also counts rows and measures time.
+        plans: returns a strategy, given the batch size and the context length that the longest
+            sequence has halfway through its new tokens.
+        look_ahead: the look-ahead rows; None for plans without them.
+        eos: token ids that end a sequence.
+        ignore_eos: whether to continue after these ids.
+        costs: measured costs from which plans are chosen; None if the plan is fixed.
     """
 
     target: TimedTarget
@@ -190,7 +200,7 @@ class PlanDecoding:
     def __call__(
         self, prompt: Sequence[int], sampling: SamplingParams, max_new_tokens: int
     ) -> Record:
-        """See `Decode`."""
+        """Decode one prompt; see `Decode`."""
         return self.batch([prompt], [sampling], max_new_tokens)[0]
 
     def batch(
@@ -199,26 +209,37 @@ class PlanDecoding:
         sampling: Sequence[SamplingParams],
         max_new_tokens: int,
     ) -> list[Record]:
-        """Decode prompts together; each record has an equal share of the batch's seconds."""
+        """Decode prompts as one batch.
+
+        Args:
+            prompts: token ids of each prompt.
+            sampling: sampling parameters of each prompt.
+            max_new_tokens: maximum number of new tokens per sequence.
+
+        Returns:
+            A record for each prompt, each with an equal share of the batch's time.
+        """
         longest = max(map(len, prompts)) + max_new_tokens // 2
-        plans = self.plans(len(prompts), longest)  # may measure what passes cost
-        texts: dict[Row, _Text] = {}
+        plans = self.plans(len(prompts), longest)  # not timed: may measure the cost curve
+        sequences: dict[Row, _Progress] = {}
         begun = time.perf_counter()
         decoder = Decoder(self.target, self.look_ahead)
         for prompt, drawn in zip(prompts, sampling, strict=True):
             request = Request.of(prompt, drawn, max_new_tokens, plans, self.eos, self.ignore_eos)
-            texts[decoder.join(request)] = _Text(Stats(prompt_tokens=len(prompt)))
+            sequences[decoder.join(request)] = _Progress(Stats(prompt_tokens=len(prompt)))
         in_forward = self.target.seconds
         prefilled = time.perf_counter()
         while decoder.rows:
             settled = decoder.step()
             seconds = time.perf_counter() - begun
             for (row, step), rows in zip(settled, self.target.rows, strict=True):
-                texts[row].count(step, rows, seconds)
+                sequences[row].count(step, rows, seconds)
         ended, count = time.perf_counter(), len(prompts)
-        for text in texts.values():
-            text.stats.prefill_seconds = (prefilled - begun) / count
-            text.stats.decode_seconds = (ended - prefilled) / count
+        for sequence in sequences.values():
+            sequence.stats.prefill_seconds = (prefilled - begun) / count
+            sequence.stats.decode_seconds = (ended - prefilled) / count
         timed = self.target.can_time
         forward = (self.target.seconds - in_forward) / count if timed else None
-        return [text.record((ended - begun) / count, forward) for text in texts.values()]
+        return [
+            sequence.record((ended - begun) / count, forward) for sequence in sequences.values()
+        ]

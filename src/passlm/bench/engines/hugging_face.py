@@ -1,6 +1,6 @@
-"""Transformers' own ways of decoding: plain, with its prompt lookup, with a draft model.
+"""Decode with transformers' own `generate`: plain, with prompt lookup, or with a draft model.
 
-The same weights as our methods, in the same process and with the same settings.
+These methods use the same weights, process and settings as passlm's own methods.
 """
 
 from __future__ import annotations
@@ -21,36 +21,37 @@ from passlm.loading.models import load_model
 from passlm.params import SamplingParams
 
 ASSISTED = "hf-assistant"
-LOOKUP_TOKENS = 10  # candidates of transformers' prompt lookup
+LOOKUP_TOKENS = 10  # number of candidates of transformers' prompt lookup
 
 
 class _FirstToken(BaseStreamer):
-    """Looks at the clock when the first new id comes."""
+    """A streamer that records the time at which the first new id arrives."""
 
-    told: float | None = None
+    received_at: float | None = None
     _prompt = True
 
     def put(self, value: Tensor) -> None:
-        """The prompt comes first."""
+        """Note the time of the first new id; `generate` puts the prompt before it."""
         if self._prompt:
             self._prompt = False
-        elif self.told is None:
-            self.told = time.perf_counter()
+        elif self.received_at is None:
+            self.received_at = time.perf_counter()
 
     def end(self) -> None:
-        """Nothing is kept."""
+        """Do nothing, since no token is buffered."""
 
 
 @dataclass(frozen=True)
 class TransformersGenerate:
-    """Transformers' own `generate` with the same settings, on the model as it was loaded.
+    """Decoding with transformers' `generate`, on the model as it was loaded.
 
     Attributes:
-        model: that decodes.
-        eos: ids that end a text.
-        ignore_eos: they do not.
-        lookup_tokens: how many candidates its prompt lookup takes; None without.
-        assistant: drafts as many as its own settings say; None without.
+        model: the model that decodes.
+        eos: token ids that end a sequence.
+        ignore_eos: whether to continue after these ids.
+        lookup_tokens: number of candidates of prompt lookup; None for no prompt lookup.
+        assistant: the draft model, whose generation config sets the number of draft tokens; None
+            for no draft model.
     """
 
     model: PreTrainedModel
@@ -62,7 +63,7 @@ class TransformersGenerate:
     def __call__(
         self, prompt: Sequence[int], sampling: SamplingParams, max_new_tokens: int
     ) -> Record:
-        """See `Decode`."""
+        """Decode one prompt; see `Decode`."""
         options = self._options(sampling)
         model: Any = self.model
         torch.manual_seed(sampling.seed or 0)
@@ -78,10 +79,16 @@ class TransformersGenerate:
         )
         tokens = tuple(written[0, len(prompt) :].tolist())
         seconds = time.perf_counter() - begun
-        return Record(tokens, seconds, first_token_seconds=first.told and first.told - begun)
+        return Record(
+            tokens, seconds, first_token_seconds=first.received_at and first.received_at - begun
+        )
 
     def _options(self, sampling: SamplingParams) -> dict[str, Any]:
-        """Every setting named, since `generate` fills gaps from the model's own settings."""
+        """Return the arguments of `generate`.
+
+        All settings are given, because `generate` takes missing ones from the model's generation
+        config.
+        """
         options: dict[str, Any] = {
             "do_sample": sampling.temperature > 0,
             "num_beams": 1,
@@ -106,47 +113,47 @@ class TransformersGenerate:
 
 
 def check_assistant(names: Collection[str], assistant: object | None) -> None:
-    """Make sure that there is a draft model where, and only where, a method drafts with it.
+    """Check that a draft model is given if, and only if, a method uses it.
 
     Args:
-        names: of methods.
-        assistant: its name, or the model.
+        names: names of the methods.
+        assistant: the draft model or its name; None if none is given.
 
     Raises:
-        MethodError: one of the two is missing.
+        MethodError: a method needs a draft model and none is given, or the other way round.
     """
     if ASSISTED in names and assistant is None:
         raise MethodError(
-            f"method {ASSISTED} drafts with a second model: name one with --assistant, smaller and "
-            "of the same family"
+            f"method {ASSISTED} needs a draft model: give a smaller model of the same family with "
+            "--assistant"
         )
     if assistant is not None and ASSISTED not in names:
-        raise MethodError(f"--assistant is for the method {ASSISTED}: name it in --methods")
+        raise MethodError(f"--assistant is only for method {ASSISTED}: add it to --methods")
 
 
 def load_assistant(name: str, lm: Generator) -> PreTrainedModel:
-    """The draft model, in the type and on the device of the one it drafts for.
+    """Load the draft model, with the data type and on the device of the target model.
 
     Args:
-        name: a hub id, folder or GGUF file.
-        lm: the model that judges what is drafted.
+        name: hub id, folder or GGUF file of the draft model.
+        lm: the target model.
 
     Raises:
-        ModelError: it cannot be loaded.
-        MethodError: its tokens are others.
+        ModelError: the draft model cannot be loaded.
+        MethodError: its vocabulary or number of logits differs from the target's.
     """
     loaded = load_model(name, dtype=lm.target.dtype, device=str(lm.target.device))
     if loaded.tokenizer.get_vocab() != lm.tokenizer.get_vocab():
         raise MethodError(
-            f"--assistant {name} has another vocabulary than the model, and method {ASSISTED} "
-            "needs the same: name a smaller model of the same family"
+            f"the vocabulary of --assistant {name} differs from the model's, and method "
+            f"{ASSISTED} needs the same: give a smaller model of the same family"
         )
-    drafts, judges = (
+    draft_size, target_size = (
         one.config.get_text_config().vocab_size for one in (loaded.model, lm.target.model)
     )
-    if drafts != judges:  # tables filled up to different sizes
+    if draft_size != target_size:  # embedding tables padded to different sizes
         raise MethodError(
-            f"--assistant {name} has logits for {drafts} tokens and the model for {judges}, which "
-            f"method {ASSISTED} cannot compare: name a model with as many"
+            f"--assistant {name} has {draft_size} logits per token, the model {target_size}, and "
+            f"method {ASSISTED} needs equally many: give another draft model"
         )
     return loaded.model

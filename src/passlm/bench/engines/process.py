@@ -1,10 +1,11 @@
-"""Another engine at work: what `external.py` starts with that engine's own Python.
+"""Run another engine in this process; `external.py` starts it with that engine's own Python.
 
-Run as a script, so it needs the standard library and the engine alone, and any Python from 3.8 on.
-A line of JSON comes on standard input, a line goes back: first the model, then one prompt after the
-other, ids to ids; a prompt is timed from its ids to its last new id. Whatever the engine prints
-goes to standard error. The end of standard input is the end of whoever started this, and ends it,
-in the middle of a text as well.
+This file runs as a script, so it needs only the standard library and the engine, and works with
+Python 3.8 and later. Each line of JSON on standard input is answered by a line of JSON on standard
+output. The first line describes the model, each later one a prompt. Prompts and answers are token
+ids, and a prompt is timed from its ids to its last new id. The engine's own output goes to standard
+error. The end of standard input means that the parent process is gone; this process then ends, even
+in the middle of a request.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ import traceback
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-BLOCK = 1024  # tokens by which llama.cpp's cache grows
-GPU_MEMORY_SHARE = 0.5  # that vLLM takes of a GPU, for the bench's own model is there as well
-GRACE_SECONDS = 4.0  # for an engine to end what it has begun
+BLOCK = 1024  # tokens by which llama.cpp's KV cache grows
+GPU_MEMORY_SHARE = 0.5  # vLLM's share of GPU memory, which also holds the benchmark's own model
+GRACE_SECONDS = 4.0  # time for an engine to finish its current request
 
 
 class LlamaCpp:
-    """llama.cpp through `llama-cpp-python`, on a GGUF file as it is."""
+    """llama.cpp through `llama-cpp-python`, which reads the GGUF file directly."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.library: Any = importlib.import_module("llama_cpp")
@@ -34,20 +35,23 @@ class LlamaCpp:
         self.model = self._open(BLOCK)
 
     def facts(self) -> dict[str, Any]:
-        """The version, and the number by which GGUF names the weights' type."""
+        """Return the version, and GGUF's number for the data type of the weights."""
         kind = self.model.metadata.get("general.file_type")
         return {"version": self.library.__version__, "file_type": kind}
 
     def prepare(self, request: dict[str, Any]) -> None:
-        """Make room for a text, which is not timed, as none of the other methods' caches is."""
+        """Make room in the KV cache for a request.
+
+        This is not timed, because the allocation of the other methods' caches is not timed either.
+        """
         needed = len(request["ids"]) + request["max_new_tokens"]
         if needed > self.model.n_ctx():
             self.model.close()
             self.model = self._open(-(-needed // BLOCK) * BLOCK)
 
     def tokens(self, request: dict[str, Any]) -> Iterator[int]:
-        """New ids, the one that ends the text among them."""
-        self.model.reset()  # nothing of the prompt before is taken over
+        """Yield the new ids, including the one that ends the sequence."""
+        self.model.reset()  # reuses nothing of the previous prompt
         sampler = self._sampler(request)
         try:
             self.model.eval(request["ids"])
@@ -71,7 +75,10 @@ class LlamaCpp:
         )
 
     def _sampler(self, request: dict[str, Any]) -> Any:
-        """Transformers' order, temperature first: the library's own sampler has it last."""
+        """Return a sampler that applies temperature first, as transformers does.
+
+        The library's own sampler applies it last.
+        """
         c = self.library
         if request["temperature"] == 0:
             links = [c.llama_sampler_init_greedy()]
@@ -91,9 +98,9 @@ class LlamaCpp:
 
 
 class Vllm:
-    """vLLM on a model of transformers, one text at a time and nothing kept between texts.
+    """vLLM on a transformers model, one request at a time and without prefix caching.
 
-    vLLM drops what `min_p` drops before it counts `top_p`, the others behind it.
+    vLLM applies `min_p` before `top_p`; the other methods apply it after `top_p`.
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
@@ -108,17 +115,17 @@ class Vllm:
             disable_log_stats=True,
         )
         self.engine = self.library.LLMEngine.from_engine_args(arguments)
-        self.texts = 0
+        self.requests = 0
 
     def facts(self) -> dict[str, Any]:
-        """The version."""
+        """Return the version."""
         return {"version": self.library.__version__}
 
     def prepare(self, request: dict[str, Any]) -> None:
-        """Nothing: its cache has room for the model's whole context."""
+        """Do nothing, since the KV cache has room for the model's whole context."""
 
     def tokens(self, request: dict[str, Any]) -> Iterator[int]:
-        """New ids, the one that ends the text among them."""
+        """Yield the new ids, including the one that ends the sequence."""
         settings = self.library.SamplingParams(
             temperature=request["temperature"],
             top_k=request["top_k"] or -1,
@@ -126,18 +133,19 @@ class Vllm:
             min_p=request["min_p"],
             seed=request["seed"] % 2**32,
             max_tokens=request["max_new_tokens"],
-            ignore_eos=True,  # the model's own; those of the request are the others' too
+            # Ignores the model's own end tokens; all methods use those of the request instead.
+            ignore_eos=True,
             stop_token_ids=request["eos"],
             detokenize=False,
         )
-        self.texts += 1
-        self.engine.add_request(str(self.texts), {"prompt_token_ids": request["ids"]}, settings)
-        told = 0
+        self.requests += 1
+        self.engine.add_request(str(self.requests), {"prompt_token_ids": request["ids"]}, settings)
+        yielded = 0
         while self.engine.has_unfinished_requests():
             for output in self.engine.step():
                 written = output.outputs[0].token_ids
-                yield from written[told:]
-                told = len(written)
+                yield from written[yielded:]
+                yielded = len(written)
 
 
 ENGINES: dict[str, Any] = {"llama-cpp": LlamaCpp, "vllm": Vllm}
@@ -145,7 +153,7 @@ PACKAGES = {"llama-cpp": "llama_cpp", "vllm": "vllm"}
 
 
 def decode(engine: Any, request: dict[str, Any]) -> dict[str, Any]:
-    """One prompt, timed."""
+    """Decode one prompt and measure the time."""
     engine.prepare(request)
     tokens, first = [], None
     begun = time.perf_counter()
@@ -157,23 +165,23 @@ def decode(engine: Any, request: dict[str, Any]) -> dict[str, Any]:
     return {"tokens": tokens, "seconds": seconds, "first_token_seconds": first}
 
 
-def started(name: str, settings: dict[str, Any]) -> Any:
-    """The engine with its model; None where its package is not installed."""
+def load_engine(name: str, settings: dict[str, Any]) -> Any:
+    """Load the engine with its model; return None if its package is not installed."""
     try:
         importlib.import_module(PACKAGES[name])
     except ModuleNotFoundError as error:
         if error.name == PACKAGES[name]:
             return None
-        raise  # it is installed and lacks something
+        raise  # the package is installed, but one of its dependencies is missing
     return ENGINES[name](settings)
 
 
 def serve(name: str, requests: queue.Queue[dict[str, Any] | None], answers: TextIO) -> None:
-    """Answer requests for as long as they come."""
+    """Answer requests until None arrives."""
     engine = None
     for request in iter(requests.get, None):
         if engine is None:
-            engine = started(name, request)
+            engine = load_engine(name, request)
             answer = {"missing": True} if engine is None else engine.facts()
         else:
             answer = decode(engine, request)
@@ -182,7 +190,10 @@ def serve(name: str, requests: queue.Queue[dict[str, Any] | None], answers: Text
 
 
 def read(lines: TextIO, requests: queue.Queue[dict[str, Any] | None]) -> None:
-    """Pass on what is asked; when nobody can ask any more, end, if need be in mid-text."""
+    """Put requests into the queue; end the process when the input ends.
+
+    A request in progress has `GRACE_SECONDS` to finish.
+    """
     for line in lines:
         requests.put(json.loads(line))
     requests.put(None)
@@ -191,9 +202,10 @@ def read(lines: TextIO, requests: queue.Queue[dict[str, Any] | None]) -> None:
 
 
 def main() -> None:
-    """Work for whoever started this process."""
+    """Answer the requests of the parent process."""
     here = os.path.dirname(os.path.abspath(__file__))
-    # This folder comes first on the path, and its modules would hide others of the same name.
+    # Python puts this folder first on the path, where its modules would shadow others of the same
+    # name.
     sys.path[:] = [path for path in sys.path if os.path.abspath(path) != here]
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
@@ -204,7 +216,7 @@ def main() -> None:
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
-        os._exit(1)  # the thread that reads cannot be woken
+        os._exit(1)  # the reading thread blocks and would keep the process alive
 
 
 if __name__ == "__main__":

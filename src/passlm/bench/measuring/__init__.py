@@ -1,4 +1,4 @@
-"""Running methods side by side, and the figures that result.
+"""Running methods side by side, and computing statistics from their runs.
 
-Imports `bench.engines` and what lies below `bench`.
+May import `bench.engines` and the packages below `bench`.
 """

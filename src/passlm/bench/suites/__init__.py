@@ -1,4 +1,4 @@
-"""The prompts that methods are measured on, and how answers to HumanEval are scored.
+"""The prompt suites of the benchmark, and the scoring of HumanEval completions.
 
-Imports `bench.measuring` and what lies below `bench`.
+May import `bench.measuring` and the packages below `bench`.
 """

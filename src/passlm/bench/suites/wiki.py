@@ -1,4 +1,4 @@
-"""Wikipedia's markup to plain text; finding and reading articles is left to others."""
+"""Convert Wikipedia markup to plain text. `tasks.py` finds and reads the articles."""
 
 import html
 import re
@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 
 def strip_wiki_markup(markup: str) -> str:
-    """The plain text of an article, as a reader sees it, without tables, pictures and notes."""
+    """Return the text of an article as a reader sees it, without tables, pictures and notes."""
     text = _without_tags(html.unescape(markup))
-    text = _to_the_bottom(r"\{\{([^{}]*)\}\}", _template_text, text)
-    text = _to_the_bottom(r"(?s)\{\|(?:(?!\{\||\|\}).)*\|\}", lambda _: "", text)
+    text = _replace_nested(r"\{\{([^{}]*)\}\}", _template_text, text)
+    text = _replace_nested(r"(?s)\{\|(?:(?!\{\||\|\}).)*\|\}", lambda _: "", text)
     text = re.sub(r"\[(?:https?:|ftp:)?//\S+?(?:\s+([^\]]*))?\]", lambda m: m[1] or "", text)
-    text = _to_the_bottom(r"\[\[([^\[\]]*)\]\]", _link_text, text)
-    text = re.sub(r"(?m)^:+''.*\n", "", text)  # a note above the article: "For other uses, see"
+    text = _replace_nested(r"\[\[([^\[\]]*)\]\]", _link_text, text)
+    text = re.sub(r"(?m)^:+''.*\n", "", text)  # hatnotes, such as "For other uses, see ..."
     text = re.sub(r"'{2,}|__[A-Z]+__", "", text)
     text = re.sub(r"(?m)^=+\s*(.*?)\s*=+\s*$", r"\1", text)
     return _tidy(text)
@@ -27,8 +27,8 @@ def _without_tags(text: str) -> str:
     return re.sub(r"</?[A-Za-z][^<>]*>", "", text)
 
 
-def _to_the_bottom(pattern: str, replace: Callable[[re.Match[str]], str], text: str) -> str:
-    """Replace innermost first, until none is left: markup is nested."""
+def _replace_nested(pattern: str, replace: Callable[[re.Match[str]], str], text: str) -> str:
+    """Replace matches until none is left, innermost first, because markup is nested."""
     replaced = 1
     while replaced:
         text, replaced = re.subn(pattern, replace, text)
@@ -41,7 +41,10 @@ _SHOW_LAST = ("lang", "transl", "unicode", "vr")
 
 
 def _template_text(match: re.Match[str]) -> str:
-    """What a template shows within a sentence; most show a box or a note and are dropped."""
+    """Return the text that a template adds to a sentence.
+
+    Most templates show a box or a note instead; their text is empty.
+    """
     name, *values = (part.strip() for part in match[1].split("|"))
     shown = [value for value in values if not re.match(r"[\w\s-]+=", value)]
     name = name.lower()
@@ -65,8 +68,8 @@ def _link_text(match: re.Match[str]) -> str:
 
 def _tidy(text: str) -> str:
     text = html.unescape(text).replace("\xa0", " ")
-    nothing_said = r"\(([\s,;:/\u2013-]|\bor\b)*\)"  # it held only a pronunciation
-    text = re.sub(nothing_said, "", text)
+    empty_parentheses = r"\(([\s,;:/\u2013-]|\bor\b)*\)"  # these held only a pronunciation
+    text = re.sub(empty_parentheses, "", text)
     text = re.sub(r"[,;:]+(?=\s*[,;])", "", text)
     text = re.sub(r"\([\s,;:]+", "(", text)
     text = re.sub(r"[\s,;:]+\)", ")", text)
