@@ -267,7 +267,7 @@ def reference_key() -> Markup:
 
 
 def short(value: float) -> str:
-    """Format a number with three significant digits; numbers from 1000 to 10^6 are not cut."""
+    """Format a number with three significant digits, or as a whole number from 1000 to 10^6."""
     return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
