@@ -140,7 +140,7 @@ def test_first_runs_are_told_once() -> None:
     runs.append(made_run("auto", batch_size=4, first_run_seconds=3.0))
     part = section(parsed(made_results(*runs)), "start")
     assert cells(part) == [["ar", 0.5, 0.75], ["auto", 0.5, 0.75], ["auto, batches of 4", 0.5, 3]]
-    assert "loaded 1.5 s after the process began" in text(part.find("h2"))
+    assert "loaded 1.5 s after the process started" in text(part.find("h2"))
     assert "loaded in 1.2 s" in text(part)
     engines = {"vllm": {"engine": "vLLM 1", "load_seconds": 31.25, "idle_cores": None}}
     told = text(section(parsed(made_results(*runs, engines=engines)), "start"))

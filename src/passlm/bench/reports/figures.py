@@ -377,7 +377,7 @@ def times(view: View) -> Markup | None:
                 "run",
                 *GROUP,
                 *(f"{part}, ms per token" for part in _PARTS),
-                "outside, % of decoding",
+                "outside, of decoding",
             ),
             rows,
             "time per new token",
