@@ -140,11 +140,11 @@ def test_first_runs_are_told_once() -> None:
     runs.append(made_run("auto", batch_size=4, first_run_seconds=3.0))
     part = section(parsed(made_results(*runs)), "start")
     assert cells(part) == [["ar", 0.5, 0.75], ["auto", 0.5, 0.75], ["auto, batches of 4", 0.5, 3]]
-    assert "loaded 1.5 s after the process began" in text(part.find("h2"))
-    assert "which took 1.2 s" in text(part)
+    assert "loaded 1.5 s after the process started" in text(part.find("h2"))
+    assert "loaded in 1.2 s" in text(part)
     engines = {"vllm": {"engine": "vLLM 1", "load_seconds": 31.25, "idle_cores": None}}
     told = text(section(parsed(made_results(*runs, engines=engines)), "start"))
-    assert "to start other engines took vllm 31.2 s" in told
+    assert "other engines started in vllm 31.2 s" in told
 
 
 def test_rules_and_what_they_leave_out_are_told() -> None:
@@ -152,12 +152,12 @@ def test_rules_and_what_they_leave_out_are_told() -> None:
     told = text(section(parsed(swept_results()), "runs"))
     for words in (
         "No run is dropped, however slow",
-        "Runs at less than 1/2 of their method's median tokens a second: 36 of 36",
-        "over the time of the whole batch",
-        "text, 64 prompt tokens: prompts left out as shorter than that: 5",
-        "text, batches of 8: not run, since there are 3 prompts",
-        "text, 64 prompt tokens: prompts left out behind the last whole batch: 1",
-        "chat: chats were asked their first turn alone",
+        "Runs at less than 1/2 of their method's median tokens per second: 36 of 36",
+        "divided by the time of the whole batch",
+        "text, 64 prompt tokens: prompts left out because they are shorter: 5",
+        "text, batches of 8: not run, because there are only 3 prompts",
+        "text, 64 prompt tokens: prompts left out after the last full batch: 1",
+        "chat: only the first turn of each chat was run",
     ):
         assert words in told, words
     assert "2026-01-02" in text(section(parsed(swept_results()), "source"))

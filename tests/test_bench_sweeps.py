@@ -304,7 +304,7 @@ def test_the_report_names_the_best_and_shows_all(out: Path, results: dict[str, A
     text = (out / "report.md").read_text()
     assert markdown(results) == text
     for sweep in SWEEPS:
-        assert f"## Tokens a second by {sweep.values}" in text
+        assert f"## Tokens per second by {sweep.values}" in text
     alike = [
         r
         for r in results["runs"]

@@ -154,13 +154,15 @@ def test_plain_decoding_is_no_row() -> None:
     made = text(results(run()), results(run()))
     assert "| ar |" not in made
     assert "0 of 1 speed-ups changed" in made
-    assert "- ar, the measure of speed-ups: 40.0 tokens/s, 10 prompts, 1280 new tokens in A" in made
+    assert (
+        "- ar, the baseline of speed-ups: 40.0 tokens/s, 10 prompts, 1280 new tokens in A" in made
+    )
 
 
 def test_runs_of_one_file_are_listed() -> None:
     """Catches methods that vanish because the other file lacks them."""
     made = text(results(run(), run("hf")), results(run(), run(lookahead_tokens=2)))
-    only = made.partition("## In one of them only")[2]
+    only = made.partition("## Runs in one result only")[2]
     assert "- A, humaneval, temperature 0 (greedy): hf\n" in only
     assert "- B, humaneval, temperature 0 (greedy): two-pass, L 2\n" in only
     assert "only" not in text(results(run()), results(run()))
@@ -170,7 +172,7 @@ def test_nothing_in_common_is_said() -> None:
     """Catches '0 of 0 changed', which reads as a result."""
     made = text(results(run(suite="a")), {**results(), "runs": [run(suite="b")]})
     assert "of 0 speed-ups" not in made
-    assert "is in both" in made
+    assert "have no run with the same suite" in made
 
 
 # How they were made
@@ -181,7 +183,7 @@ def test_settings_and_provenance_that_differ_come_first() -> None:
     a = results(run(), lookahead={"name": "shipped"})
     changed = {"machine": {"cores": 2, "threads": 1}, "arguments": ["bench", "--limit", "a|b"]}
     b = results(run(judge="rejection"), provenance=changed, limit=None, dtype="bfloat16")
-    table = text(a, b).partition("## What changed")[0].splitlines()
+    table = text(a, b).partition("## Changed speed-ups")[0].splitlines()
     for row in (
         "| dtype | float32 | bfloat16 |",
         "| limit | 10 | \N{EN DASH} |",
@@ -202,16 +204,19 @@ def test_setting_that_an_older_file_lacks_was_not_used(older: Any, differs: bool
 
 def test_equal_results_say_so() -> None:
     """Catches an empty table."""
-    assert "Nothing that was written down." in text(results(run()), results(run()))
+    assert "No recorded differences." in text(results(run()), results(run()))
     assert warnings(results(run()), results(run())) == []
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"model": "other"}, "model: the two are of different models"),
-        ({"quantize": "int8"}, "quantize: the two are of different models"),
-        ({"max_new_tokens": 8, "top_k": 3}, "top_k, max_new_tokens: the two write different texts"),
+        ({"model": "other"}, "model: A and B run different models"),
+        ({"quantize": "int8"}, "quantize: A and B run different models"),
+        (
+            {"max_new_tokens": 8, "top_k": 3},
+            "top_k, max_new_tokens: A and B generate different text",
+        ),
     ],
 )
 def test_comparison_without_sense_is_warned_of(settings: dict[str, Any], said: str) -> None:
@@ -254,7 +259,7 @@ def test_kept_results_are_read_and_equal_themselves(file: Path) -> None:
     content = load_results(file.parent)
     assert content == load_results(file)
     made = text(content, copy.deepcopy(content))
-    assert "Nothing that was written down." in made
+    assert "No recorded differences." in made
     assert "\n0 of " in made
 
 
@@ -283,11 +288,11 @@ def broken(**more: Any) -> dict[str, Any]:
     ("content", "said"),
     [
         (["runs"], "expected a JSON object"),
-        ({"rows": []}, "it has no 'provenance'"),
-        (broken(settings=None), "it has no 'settings'"),
-        (broken(runs={}), "it has no 'runs'"),
-        (broken(missing_suites=3), "'missing_suites' is no dict"),
-        (broken(runs=["x"]), "run 1: it is no object"),
+        ({"rows": []}, "'provenance' is missing or is not a dict"),
+        (broken(settings=None), "'settings' is missing or is not a dict"),
+        (broken(runs={}), "'runs' is missing or is not a list"),
+        (broken(missing_suites=3), "'missing_suites' is not a dict"),
+        (broken(runs=["x"]), "run 1: not a JSON object"),
         (broken(runs=[run(), run(suite=None)]), "run 2: 'suite' is not a string"),
         (broken(runs=[run(temperature=None)]), "run 1: 'temperature' is not a number"),
         (broken(runs=[run(tokens_per_pass="2")]), "'tokens_per_pass' is not a number"),
@@ -295,7 +300,7 @@ def broken(**more: Any) -> dict[str, Any]:
         (broken(runs=[run(speedup_vs_ar=math.nan)]), "'speedup_vs_ar' is not a positive"),
         (broken(runs=[run(speedup_interval=[1])]), "'speedup_interval' is not a pair"),
         (broken(runs=[run(speedup_interval=[0, 1])]), "'speedup_interval' is not a pair"),
-        (broken(runs=[run(), run()]), "run 2: a second one of humaneval, .*two-pass, L 4"),
+        (broken(runs=[run(), run()]), "run 2: duplicate of humaneval, .*two-pass, L 4"),
     ],
 )
 def test_other_shape_is_refused(tmp_path: Path, content: Any, said: str) -> None:
@@ -317,7 +322,7 @@ def test_broken_json_is_refused(tmp_path: Path, content: bytes) -> None:
 def test_missing_file_names_what_to_give(tmp_path: Path, name: str) -> None:
     """Catches a bare 'no such file' for a folder that bench did not write."""
     with pytest.raises(
-        InputError, match=r"cannot be read .*: name a folder that bench --out wrote"
+        InputError, match=r"cannot be read .*: pass a folder written by bench --out"
     ):
         load_results(tmp_path / name)
 
@@ -333,4 +338,4 @@ def test_batches_and_lengths_are_runs_of_their_own() -> None:
     assert "1 of 4 speed-ups changed beyond noise" in text
     assert "humaneval, 8 prompt tokens, batches of 4, temperature 0 (greedy): two-pass" in text
     old, new = results(run()), results(run(batch_size=1, prompt_tokens=None))
-    assert "In one of them only" not in compare(old, new, ("a", "b"))
+    assert "Runs in one result only" not in compare(old, new, ("a", "b"))

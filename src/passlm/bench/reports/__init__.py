@@ -1,4 +1,4 @@
-"""Results as Markdown and HTML, and two results compared.
+"""Writes benchmark results as Markdown and HTML, and compares two results.
 
-Imports `bench.measuring` and what lies below `bench`.
+Imports `bench.measuring` and the packages below `bench`.
 """

@@ -1,10 +1,11 @@
-"""Charts as inline SVG: bars with intervals, stacked bars, lines with points.
+"""Draws charts as inline SVG: bars with intervals, stacked bars, and lines with points.
 
-Nothing here knows what is measured; `figures.py` says that. A chart is drawn 360 units wide, about
-a phone's width, so that its letters stay readable there, and the charts of a figure stand side by
-side on a wide screen, all on one scale. Colours are classes, `c0` to `c7` for methods and `t0` to
-`t3` for parts, which the page gives their values, so that they follow its theme; a marker of its
-own goes with each of the first.
+This module does not know what is measured; `figures.py` decides what to draw. A chart is 360 units
+wide, about the width of a phone, so that its text stays readable there. On a wide screen the charts
+of a figure stand side by side, all with the same scale.
+
+Colours are CSS classes: `c0` to `c7` for methods, `t0` to `t3` for the parts of a stacked bar. The
+page sets their values, so they follow its theme. Each method colour has its own marker.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from passlm.bench.reports.markup import Markup, element, rounded
 
 WIDTH = 360
 COLOURS = 8
-_LETTER = 6.2  # mean width of one at the size that the page gives them
-_GUTTER = 136.0  # most that the labels of bars may take
-_VALUES = 42  # what the values behind bars take
+_LETTER = 6.2  # mean width of a letter at the font size of the page
+_GUTTER = 136.0  # maximum width of the bars' labels
+_VALUES = 42  # width of the column of values to the right of the bars
 _ROW, _BAR = 24, 14
-_TOP, _PLOT = 20, 190  # what is above the plot of a line chart, and its height
+_TOP, _PLOT = 20, 190  # space above the plot of a line chart, and the height of the plot
 _DASHES = (None, "6 3", "2 3", "8 3 2 3")
-_MARKERS = (  # a circle, square, triangle, diamond, triangle on its tip, cross, bar, pole
+_MARKERS = (  # circle, square, triangle, diamond, inverted triangle, cross, wide bar, tall bar
     "M-3.5 0a3.5 3.5 0 1 0 7 0a3.5 3.5 0 1 0 -7 0z",
     "M-3.2 -3.2h6.4v6.4h-6.4z",
     "M0 -4.4l4.4 7.6h-8.8z",
@@ -38,12 +39,12 @@ _MARKERS = (  # a circle, square, triangle, diamond, triangle on its tip, cross,
 
 @dataclass(frozen=True)
 class Look:
-    """How all that belongs to one method is drawn.
+    """Colour, dash and marker of one method.
 
     Attributes:
-        colour: 0 to `COLOURS` - 1; the marker goes with it.
-        dash: of its line, to tell variants of one method apart.
-        hollow: whether its markers are outlines.
+        colour: number of the colour, 0 to `COLOURS` - 1; the marker has the same number.
+        dash: number of the line's dash pattern, which distinguishes variants of one method.
+        hollow: whether markers are drawn as outlines.
     """
 
     colour: int
@@ -53,7 +54,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Bar:
-    """A value and where it may lie; None where the interval is not known."""
+    """A bar with its value and confidence interval; the interval is None if it is not known."""
 
     label: str
     look: Look
@@ -62,7 +63,7 @@ class Bar:
 
     @property
     def end(self) -> float:
-        """How far it reaches."""
+        """Largest value drawn: the upper end of the interval, or the value."""
         return self.interval[1] if self.interval else self.value
 
     def __str__(self) -> str:
@@ -70,7 +71,7 @@ class Bar:
         return f"{self.label} {rounded(self.value)}{spread}"
 
     def draw(self, scale: Scale, y: float) -> list[Markup]:
-        """With a whisker for the interval."""
+        """Return the bar, with a whisker for the interval."""
         drawn = [_bar(scale, 0, self.value, y, f"bar c{self.look.colour}")]
         if self.interval is not None:
             low, high = map(scale, self.interval)
@@ -82,21 +83,21 @@ class Bar:
 
 @dataclass(frozen=True)
 class Stack:
-    """Parts that add up, in the order of the parts' classes; None for one that is not known."""
+    """A stacked bar; part `i` has the class `t{i}`, and is None if it is not known."""
 
     label: str
     parts: tuple[float | None, ...]
 
     @property
     def end(self) -> float:
-        """How far it reaches: what is known of it."""
+        """Sum of the known parts."""
         return sum(part or 0 for part in self.parts)
 
     def __str__(self) -> str:
         return f"{self.label} {rounded(self.end, 1)}"
 
     def draw(self, scale: Scale, y: float) -> list[Markup]:
-        """Part behind part."""
+        """Return the known parts, one after the other."""
         drawn, begun = [], 0.0
         for part, value in enumerate(self.parts):
             if value is not None:
@@ -107,7 +108,7 @@ class Stack:
 
 @dataclass(frozen=True)
 class Series:
-    """Points, joined by a line or not; one at least."""
+    """One or more points, optionally joined by a line."""
 
     label: str
     look: Look
@@ -119,7 +120,7 @@ class Series:
         return f"{self.label} " + " to ".join(f"{short(y)} at {short(x)}" for x, y in ends)
 
     def draw(self, x_scale: Scale, y_scale: Scale) -> Markup:
-        """In the colour of its look."""
+        """Return the points and their line in the colour of `look`."""
         places = [(x_scale(x), y_scale(y)) for x, y in self.points]
         drawn = [_marker(self.look, x, y) for x, y in places]
         if self.joined and len(places) > 1:
@@ -129,7 +130,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Scale:
-    """Values from `low` to `high`, laid from `begin` to `end`."""
+    """Linear map from values between `low` and `high` to coordinates from `begin` to `end`."""
 
     low: float
     high: float
@@ -137,19 +138,19 @@ class Scale:
     end: float
 
     def __call__(self, value: float) -> float:
-        """Where a value lies."""
+        """Return the coordinate of a value."""
         return self.begin + (value - self.low) / (self.high - self.low) * (self.end - self.begin)
 
 
 def bars(
     panels: Mapping[str, Sequence[Bar | Stack]], axis: str, reference: float | None = None
 ) -> Markup:
-    """Charts of bars from the left.
+    """Draw horizontal bar charts.
 
     Args:
-        panels: what each chart shows, from top to bottom, by its name.
-        axis: what the lengths are, with their unit.
-        reference: where there is a line that they are to be held against.
+        panels: bars of each chart, from top to bottom, by the chart's name.
+        axis: label of the value axis, with its unit.
+        reference: value at which to draw a reference line, if any.
     """
     rows = [row for panel in panels.values() for row in panel]
     marks = ticks(max([row.end for row in rows] + [reference or 0]))
@@ -181,15 +182,15 @@ def lines(
     start: float = 0,
     at_values: bool = False,
 ) -> Markup:
-    """Charts of points over x, y from 0.
+    """Draw line charts whose y axis starts at 0.
 
     Args:
-        panels: what each chart shows, the last on top, by its name.
-        x_axis: what x is, with its unit.
-        y_axis: what y is, with its unit.
-        levels: for charts by name, a height that they are to be held against.
-        start: where x begins.
-        at_values: mark x where there are points, and not at even distances.
+        panels: series of each chart by the chart's name; later series are drawn on top.
+        x_axis: label of the x axis, with its unit.
+        y_axis: label of the y axis, with its unit.
+        levels: y value of a horizontal reference line, by the chart's name.
+        start: where the x axis starts.
+        at_values: put the ticks of the x axis at the points instead of at even distances.
     """
     points = [point for panel in panels.values() for one in panel for point in one.points]
     levels = levels or {}
@@ -219,12 +220,12 @@ def lines(
 
 
 def ticks(top: float, most: int = 5, whole: bool = False) -> list[float]:
-    """Round numbers from 0 to the first that is not below `top`.
+    """Return evenly spaced round numbers, from 0 to the first that is at least `top`.
 
     Args:
-        top: what has to be reached.
-        most: steps to take at most.
-        whole: whether all have to be whole numbers.
+        top: value to reach.
+        most: maximum number of steps.
+        whole: whether all ticks must be whole numbers.
     """
     top = min(max(top, 1.0 if whole else 1e-12), 1e300)
     unit = 10.0 ** math.floor(math.log10(top / most))
@@ -236,7 +237,7 @@ def ticks(top: float, most: int = 5, whole: bool = False) -> list[float]:
 
 
 def _apart(values: Collection[float], scale: Scale) -> list[float]:
-    """Those of the values that can be written side by side; the greatest in any case."""
+    """Return the values whose labels do not overlap; the largest value is always among them."""
     kept = [max(values)]
     for value in sorted(values, reverse=True)[1:]:
         letters = (_letters(short(value)) + _letters(short(kept[-1]))) / 2
@@ -246,27 +247,27 @@ def _apart(values: Collection[float], scale: Scale) -> list[float]:
 
 
 def line_key(look: Look) -> Markup:
-    """The small picture of a line and its marker that stands in a legend."""
+    """Return the legend's picture of a line with its marker."""
     return _key([_line(look, "M0 7H24"), _marker(look, 12, 7)], f" c{look.colour}")
 
 
 def marker_key(look: Look) -> Markup:
-    """A marker without a line."""
+    """Return the legend's picture of a marker without a line."""
     return _key([_marker(look, 12, 7)], f" c{look.colour}")
 
 
 def part_key(part: int) -> Markup:
-    """A part of a stack."""
+    """Return the legend's picture of a part of a stacked bar."""
     return _key([element("rect", x=5, y=1, width=14, height=12, class_=f"t{part}")])
 
 
 def reference_key() -> Markup:
-    """The line that charts are to be held against."""
+    """Return the legend's picture of the reference line."""
     return _key([element("path", d="M0 7H24", class_="reference")])
 
 
 def short(value: float) -> str:
-    """Three digits, more where a whole number has them."""
+    """Format a number with three significant digits, or as a whole number from 1000 to 10^6."""
     return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
@@ -277,14 +278,14 @@ def _key(drawn: Sequence[Markup], colour: str = "") -> Markup:
 def _chart(
     height: float, drawn: Sequence[Markup], what: str, shown: Sequence[Bar | Stack | Series]
 ) -> Markup:
-    """The picture, and in words what is on it."""
-    told = f"{what}: {'; '.join(map(str, shown))}"
+    """Return a chart, with its content in words for screen readers."""
+    words = f"{what}: {'; '.join(map(str, shown))}"
     box = f"0 0 {WIDTH} {height:g}"
-    return element("svg", *drawn, viewBox=box, class_="chart", role="img", aria_label=told)
+    return element("svg", *drawn, viewBox=box, class_="chart", role="img", aria_label=words)
 
 
 def _side_by_side(charts: Mapping[str, Markup]) -> Markup:
-    """Each chart under its name."""
+    """Return the charts side by side, each under its name."""
     figures = [
         element("figure", element("figcaption", name), drawn) for name, drawn in charts.items()
     ]
@@ -320,12 +321,12 @@ def _text(text: str, x: float, y: float, kind: str) -> Markup:
 
 
 def _value(text: str, y: float) -> Markup:
-    """Behind a bar, in a column of its own."""
+    """Return a bar's value, in the column to the right of the bars."""
     return _text(text, WIDTH, y + 4, "end strong")
 
 
 def _name(label: str, left: float, y: float) -> Markup:
-    """A bar's label, cut to the gutter; whole for whoever points at it."""
+    """Return a bar's label, shortened to fit; the tooltip shows the full label."""
     cut = label
     while _LETTER * _letters(cut) > _GUTTER:
         cut = cut.removesuffix("…")[:-1] + "…"
@@ -334,5 +335,5 @@ def _name(label: str, left: float, y: float) -> Markup:
 
 
 def _letters(text: str) -> int:
-    """Its width in letters."""
+    """Return the width of a text in letters; wide East Asian characters count as two."""
     return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)

@@ -1,6 +1,6 @@
-"""Two results of `bench` side by side: what differs in how they were made, and what changed.
+"""Compares two results of `bench`: differences in settings and environment, and in speed.
 
-Measuring is left to `bench/measuring/measure.py`, the tables of one result to `markdown.py`.
+`bench/measuring/measure.py` does the measuring; `markdown.py` writes the tables of one result.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from passlm.params import SamplingParams, StopParams
 
 Verdict = Literal["faster", "slower", "within noise", "unknown"]
 
-_NORMAL = 1.96  # standard errors on either side of an estimate that 95 % of a normal lie within
-_BASELINE = "ar"  # what every speed-up is a ratio to
-_SAME_PACE = 0.1  # change of plain decoding's own speed that goes without a word
+_NORMAL = 1.96  # 95 % of a normal distribution lie within this many standard errors of its mean
+_BASELINE = "ar"  # speed-ups are ratios to this method
+_SAME_PACE = 0.1  # relative change of plain decoding's own speed that needs no warning
 _COUNTED = (
     *("lookahead_tokens", "batch_size", "prompt_tokens", "prompts", "tokens", "tokens_per_second"),
     *("tokens_per_pass", "accepted_length", "identical_to_ar"),
 )
-_OF_THE_MODEL = ("model", "quantize")
-# Settings that change which texts are written; a seed only draws others of the same kind.
-_OF_THE_TEXTS = (
+_MODEL_SETTINGS = ("model", "quantize")
+# Settings that change the generated text. The seed is not among them: with another seed the text
+# is drawn from the same distribution.
+_TEXT_SETTINGS = (
     "strip_prompts",
     *(
         field.name
@@ -39,29 +40,29 @@ _OF_THE_TEXTS = (
     ),
 )
 _RULE = (
-    "A speed-up changed beyond noise where each of the two lies outside the other's 95 % interval "
-    "and the logarithm of their ratio exceeds 1.96 standard errors, which the widths of the "
-    "intervals give. Chance alone reaches that in up to 5 % of rows. The intervals hold the spread "
-    "over prompts within a run, and nothing of what differs between two runs as a whole."
+    "A speed-up counts as changed beyond noise if each of the two values lies outside the other's "
+    "95 % interval and the logarithm of their ratio exceeds 1.96 standard errors, computed from "
+    "the widths of the intervals. Up to 5 % of rows reach this by chance. The intervals cover the "
+    "variation between prompts of one run, but not what differs between the two runs as a whole."
 )
 _NONE = "\N{EN DASH}"
 
 
 class ResultsError(InputError):
-    """A file is not a result of `bench`; the message is one line and says what was expected."""
+    """A file is not a result of `bench`. The one-line message says what was expected."""
 
 
 # Reading
 
 
 def load_results(path: Path) -> dict[str, Any]:
-    """The content of a `results.json`, of this version or an older one.
+    """Read a `results.json` of this version or an older one.
 
     Args:
-        path: the file, or the folder that `bench --out` wrote it to.
+        path: the file, or the folder that `bench --out` wrote.
 
     Raises:
-        ResultsError: it is missing, broken or of another shape.
+        ResultsError: the file is missing, is not JSON or has another structure.
     """
     file = path / RESULTS if path.is_dir() else path
     try:
@@ -70,11 +71,11 @@ def load_results(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ResultsError(
             f"{file} cannot be read ({error.strerror}): "
-            f"name a folder that bench --out wrote, or its {RESULTS}"
+            f"pass a folder written by bench --out, or its {RESULTS}"
         ) from None
     except ResultsError as error:
         raise ResultsError(f"{file} is not a result of bench: {error}") from None
-    except ValueError as error:  # of JSON, or of UTF-8
+    except ValueError as error:  # invalid JSON or invalid UTF-8
         raise ResultsError(f"{file} is not JSON: {error}") from None
     return dict(content)
 
@@ -84,18 +85,18 @@ def _check(content: Any) -> None:
         raise ResultsError("expected a JSON object")
     for name, kind in (("provenance", dict), ("settings", dict), ("runs", list)):
         if not isinstance(content.get(name), kind):
-            raise ResultsError(f"it has no {name!r}")
+            raise ResultsError(f"{name!r} is missing or is not a {kind.__name__}")
     for name, kind in (("missing_suites", dict), ("skipped", list)):
         if not isinstance(content.get(name, kind()), kind):
-            raise ResultsError(f"its {name!r} is no {kind.__name__}")
-    met = set()
+            raise ResultsError(f"{name!r} is not a {kind.__name__}")
+    seen = set()
     for number, run in enumerate(content["runs"], start=1):
-        wrong = "it is no object" if not isinstance(run, dict) else _wrong_field(run)
+        wrong = "not a JSON object" if not isinstance(run, dict) else _wrong_field(run)
         if wrong:
             raise ResultsError(f"run {number}: {wrong}")
-        if _key(run) in met:
-            raise ResultsError(f"run {number}: a second one of {_title(run)}, {_name(run)}")
-        met.add(_key(run))
+        if _key(run) in seen:
+            raise ResultsError(f"run {number}: duplicate of {_title(run)}, {_name(run)}")
+        seen.add(_key(run))
 
 
 def _wrong_field(run: Run) -> str | None:
@@ -121,7 +122,7 @@ def _is_ratio(value: Any) -> bool:
 
 
 def _key(run: Run) -> tuple[Any, ...]:
-    """What tells a file's runs apart."""
+    """Return a key that is unique among the runs of a file."""
     return Conditions.of(run), run["method"], run.get("lookahead_tokens") or 0
 
 
@@ -129,17 +130,19 @@ def _key(run: Run) -> tuple[Any, ...]:
 
 
 def verdict(a: Run, b: Run) -> Verdict:
-    """How the speed-up of B is to that of A, where they differ beyond noise.
+    """Compare the speed-up of B with that of A.
 
-    Two conditions must hold: each estimate lies outside the other's 95 % interval, and the
-    logarithm of their ratio exceeds 1.96 of its standard errors. An interval of 1.96 standard
-    errors on either side gives those of each logarithm; the two add in squares, as those of
-    independent measurements do. Runs on the same prompts are not independent: what is easy to
-    draft is easy in both, so the true error is smaller and the rule is on the careful side. So it
-    is with few prompts, whose intervals are Student's and wider than 1.96 standard errors.
+    A difference counts if two conditions hold: each estimate lies outside the other's 95 %
+    interval, and the logarithm of their ratio exceeds 1.96 of its standard errors. Each interval is
+    taken to reach 1.96 standard errors to either side of the logarithm. The squares of the two
+    standard errors are added, as for independent measurements. Runs on the same prompts are not
+    independent, since prompts that are easy to draft are easy in both; the true error is then
+    smaller, and the rule is conservative. It is conservative for few prompts too: their intervals
+    come from Student's t distribution and are wider than 1.96 standard errors.
 
     Returns:
-        "unknown" where a file has no interval, as with a single prompt.
+        "faster" or "slower" (B against A), "within noise", or "unknown" if a result has no
+        interval, as with a single prompt.
     """
     around_a, around_b = a.get("speedup_interval"), b.get("speedup_interval")
     if around_a is None or around_b is None:
@@ -164,33 +167,33 @@ def _within(value: float, interval: Sequence[float]) -> bool:
 
 
 def compare(a: Mapping[str, Any], b: Mapping[str, Any], names: tuple[str, str]) -> str:
-    """Markdown: what differs in how the two were made, what changed, all runs side by side.
+    """Return a Markdown report: differences in settings, changed speed-ups, all runs side by side.
 
     Args:
-        a: the content of a `results.json`, as `load_results` gives it.
-        b: the one to judge against it: "faster" is B faster than A.
-        names: what to call them, such as their folders.
+        a: the content of a `results.json`, as `load_results` returns it.
+        b: the result to compare with `a`; "faster" means that B is faster than A.
+        names: the names of A and B in the report, such as their folders.
     """
     groups = _groups(a, b)
     parts = [
         "# passlm bench: A and B",
         f"- A: `{names[0]}`\n- B: `{names[1]}`",
-        "## What differs in how they were made",
-        _table(("", "A", "B"), list(_differing(a, b))) or "Nothing that was written down.",
+        "## Settings and environment that differ",
+        _table(("", "A", "B"), list(_differing(a, b))) or "No recorded differences.",
         *_listed(f"**Warning:** {text}" for text in _warnings(a, b, groups)),
-        "## What changed",
+        "## Changed speed-ups",
         *_changes(groups),
     ]
     for pairs in groups.values():
         parts += [f"## {_title(pairs[0][0])}", *_side_by_side(pairs)]
     alone = [*_alone("A", a, b), *_alone("B", b, a)]
     if alone:
-        parts += ["## In one of them only", *_listed(alone)]
+        parts += ["## Runs in one result only", *_listed(alone)]
     return "\n\n".join(parts) + "\n"
 
 
 def _groups(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[Conditions, list[tuple[Run, Run]]]:
-    """The runs that are in both, by suite, temperature and whatever else they have in common."""
+    """Return the runs that are in both results, grouped by suite, temperature and the like."""
     others = {_key(run): run for run in b["runs"]}
     groups: dict[Conditions, list[tuple[Run, Run]]] = {}
     for run in a["runs"]:
@@ -201,7 +204,7 @@ def _groups(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[Conditions, list
 
 
 def _facts(results: Mapping[str, Any]) -> dict[str, Any]:
-    """How a result was made, as single values by name, in the order they are shown in."""
+    """Return the settings and environment of a result by name, in the order of the report."""
     stamp = dict(results["provenance"])
     last = {name: stamp.pop(name, None) for name in ("arguments", "time")}
     words = last["arguments"] if isinstance(last["arguments"], list) else []
@@ -239,7 +242,7 @@ def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[tuple[str
 
 
 def _set(value: Any) -> Any:
-    """A setting that an older file does not have counts as one that was not used."""
+    """Return a setting's value for comparison; an absent setting of an older file equals False."""
     return None if value is False else value
 
 
@@ -254,48 +257,48 @@ def _warnings(
     b: Mapping[str, Any],
     groups: Mapping[Conditions, Sequence[tuple[Run, Run]]],
 ) -> Iterator[str]:
-    """Why the speed-ups of the two should not be compared."""
+    """Return reasons why the speed-ups of the two should not be compared."""
     for names, what in (
-        (_OF_THE_MODEL, "are of different models"),
-        (_OF_THE_TEXTS, "write different texts"),
+        (_MODEL_SETTINGS, "run different models"),
+        (_TEXT_SETTINGS, "generate different text"),
     ):
         other = [
             name for name in names if _set(a["settings"].get(name)) != _set(b["settings"].get(name))
         ]
         if other:
-            yield f"{', '.join(other)}: the two {what}, which alone changes speed-ups"
+            yield f"{', '.join(other)}: A and B {what}, which by itself changes speed-ups"
     for pairs in groups.values():
         yield from _unlike(*pairs[0])
         yield from (text for pair in pairs if _is_baseline(pair[0]) for text in _other_pace(*pair))
     for name, results in (("A", a), ("B", b)):
         if results.get("complete") is False:
-            yield f"{name} is not complete: suites were still to come"
+            yield f"{name} is not complete: not all suites were run"
     if not groups:
-        yield "no suite, method and temperature is in both"
+        yield "A and B have no run with the same suite, method and temperature"
 
 
 def _unlike(a: Run, b: Run) -> Iterator[str]:
     if a.get("prompts") != b.get("prompts"):
         yield (
             f"{_title(a)}: {_number(a.get('prompts'), 0)} prompts in A and "
-            f"{_number(b.get('prompts'), 0)} in B, so speed-ups are of different texts"
+            f"{_number(b.get('prompts'), 0)} in B, so the speed-ups are of different prompts"
         )
 
 
 def _other_pace(a: Run, b: Run) -> Iterator[str]:
-    """A word on plain decoding at another speed, which turns the ratios to it into others."""
+    """Return a warning if the speed of plain decoding changed, which changes all ratios to it."""
     first, second = (run.get("tokens_per_second") for run in (a, b))
     if first and second and abs(second / first - 1) > _SAME_PACE:
         yield (
             f"{_title(a)}: {_BASELINE} itself runs at {first:.1f} tokens/s in A and {second:.1f} "
-            f"in B ({100 * (second / first - 1):+.0f} %), so see tokens/s beside the ratios to it"
+            f"in B ({100 * (second / first - 1):+.0f} %), so compare tokens/s as well as speed-ups"
         )
 
 
 def _changes(groups: Mapping[Conditions, Sequence[tuple[Run, Run]]]) -> list[str]:
     pairs = [pair for group in groups.values() for pair in group if not _is_baseline(pair[0])]
     if not pairs:
-        return ["Nothing can be said: the two have no method in common that has a speed-up."]
+        return ["No comparison is possible: A and B have no method with a speed-up in common."]
     changed = [
         f"{_title(a)}: {_name(a)} is {verdict(a, b)}: "
         f"{a['speedup_vs_ar']:.2f} to {b['speedup_vs_ar']:.2f} ({_change(a, b)})"
@@ -307,7 +310,7 @@ def _changes(groups: Mapping[Conditions, Sequence[tuple[Run, Run]]]) -> list[str
 
 
 def _side_by_side(pairs: Sequence[tuple[Run, Run]]) -> Iterator[str]:
-    """The table of a suite at a temperature; plain decoding is its measure and stands below it."""
+    """Return the table of a suite at a temperature, and below it the figures of plain decoding."""
     head = (
         *("method", "L", "speed-up A (95 %)", "speed-up B (95 %)", "change", "verdict"),
         *("tokens/s A, B", "tokens/pass A, B", "accepted length A, B", "identical to ar A, B"),
@@ -317,7 +320,7 @@ def _side_by_side(pairs: Sequence[tuple[Run, Run]]) -> Iterator[str]:
         yield _table(head, rows)
     for a, b in pairs:
         if _is_baseline(a):
-            yield f"- {_BASELINE}, the measure of speed-ups: {_plain(a)} in A; {_plain(b)} in B"
+            yield f"- {_BASELINE}, the baseline of speed-ups: {_plain(a)} in A; {_plain(b)} in B"
 
 
 def _row(a: Run, b: Run) -> tuple[str, ...]:
@@ -347,10 +350,10 @@ def _plain(run: Run) -> str:
 
 
 def _alone(name: str, own: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[str]:
-    met = {_key(run) for run in other["runs"]}
+    seen = {_key(run) for run in other["runs"]}
     groups: dict[str, list[str]] = {}
     for run in own["runs"]:
-        if _key(run) not in met:
+        if _key(run) not in seen:
             groups.setdefault(_title(run), []).append(_name(run))
     for title, runs in groups.items():
         yield f"{name}, {title}: {'; '.join(runs)}"
@@ -385,7 +388,7 @@ def _number(value: float | None, digits: int, unit: str = "") -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; nothing without rows."""
+    """Return a table, or an empty string if there are no rows."""
     if not rows:
         return ""
     lines = [head, ["---"] * len(head), *rows]
@@ -394,6 +397,6 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _listed(lines: Any) -> list[str]:
-    """One part with a bullet for each line; none without lines."""
+    """Return one part with a bullet for each line, or no part if there are no lines."""
     text = "\n".join(f"- {line}" for line in lines)
     return [text] if text else []

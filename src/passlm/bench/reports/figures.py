@@ -1,7 +1,7 @@
-"""The charts of a benchmark's results, each under a title that its numbers make.
+"""Makes the figures of a benchmark's results, each with a title that states its main number.
 
-Every figure has its numbers in a table below; a figure is None where results have nothing for it.
-How charts are drawn is left to `charts.py`, the page around them to `html.py`.
+Each figure has a table of its numbers below it, and is None if the results have no data for it.
+`charts.py` draws the charts; `html.py` makes the page around the figures.
 """
 
 from __future__ import annotations
@@ -52,16 +52,16 @@ from passlm.bench.reports.sweeps import (
 )
 from passlm.planning.cost_curve import CostCurve
 
-GROUP = ("suite", "temperature")  # heads of the cells that `group_cells` gives
-_PARTS = ("prefill", "inside the model's forward", "outside of it", "not divided")
-_TOLD = 4  # parts of a title at most
+GROUP = ("suite", "temperature")  # column headings of the cells that `group_cells` returns
+_PARTS = ("prefill", "model's forward", "decoding outside the forward", "not broken down")
+_LISTED = 4  # maximum number of items listed in a title
 _DRAFTING = "root with a look-ahead group"
 
-Entry = tuple[Markup, str]  # of a legend: a picture and what it stands for
+Entry = tuple[Markup, str]  # entry of a legend: picture and label
 
 
 class View:
-    """The runs as charts show them: those of a suite together, each method in its colour."""
+    """The runs as charts show them: grouped by conditions, with one colour for each method."""
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self.runs = runs
@@ -70,50 +70,50 @@ class View:
         self._colours = {BASELINE: 0}
         for index, name in enumerate(others):
             self._colours[name] = 1 + index % (COLOURS - 1)
-        met = {(run["method"], steps(run)) for run in runs}
-        self._steps = {name: sorted(n for other, n in met if other == name) for name, _ in met}
+        pairs = {(run["method"], steps(run)) for run in runs}
+        self._steps = {name: sorted(n for other, n in pairs if other == name) for name, _ in pairs}
 
     def look(self, run: Run, hollow: bool = False) -> Look:
-        """Of a run: its method's colour, and a dash for its number of steps."""
+        """Return the look of a run: its method's colour, and a dash for its number of steps."""
         dash = self._steps[run["method"]].index(steps(run))
         return Look(self._colours[run["method"]], dash, hollow)
 
     def method_look(self, name: str) -> Look:
-        """Of all runs of a method."""
+        """Return the look of all runs of a method."""
         return Look(self._colours[name])
 
     def run_keys(self, runs: Sequence[Run]) -> list[Entry]:
-        """Of a legend: runs by method and number of steps, each once."""
+        """Return legend entries for runs: one for each method and number of steps."""
         first = {run_label(run): run for run in reversed(runs)}
         labels = dict.fromkeys(map(run_label, runs))
         return [(line_key(self.look(first[label])), label) for label in labels]
 
 
 def group_cells(group: Conditions) -> tuple[str, str]:
-    """For tables; see `GROUP`."""
+    """Return the cells of a table that name a run's conditions; their headings are `GROUP`."""
     return group.place, NONE if group.temperature is None else f"{group.temperature:g}"
 
 
 def percent(values: Sequence[float]) -> str:
-    """From the least to the most of some shares."""
+    """Return the range of some shares in percent."""
     low, high = (f"{100 * end:.0f}" for end in (min(values), max(values)))
     return f"{low} %" if low == high else f"{low} to {high} %"
 
 
-def several(told: Sequence[str]) -> str:
-    """Parts of a title: some, where there are many."""
-    more = len(told) - _TOLD
+def several(items: Sequence[str]) -> str:
+    """List the items of a title; of more than four, the first four and the number of others."""
+    more = len(items) - _LISTED
     rest = [f"and {more} more below"] if more > 0 else []
-    return "; ".join([*told[:_TOLD], *rest])
+    return "; ".join([*items[:_LISTED], *rest])
 
 
 def legend(items: Sequence[Entry]) -> Markup:
-    """What the pictures stand for."""
+    """Return a legend."""
     return element("ul", *(element("li", *item) for item in items), class_="legend")
 
 
 def speedups(view: View) -> Markup | None:
-    """Speed-ups over plain decoding with their intervals."""
+    """Return the figure of speed-ups over plain decoding with their intervals."""
     panels: dict[str, list[Bar]] = {}
     rows: list[Row] = []
     for group, runs in view.groups.items():
@@ -135,7 +135,7 @@ def speedups(view: View) -> Markup | None:
         "speed-up",
         title if lows else "Speed-ups over plain decoding, without intervals",
         paragraph(
-            "New tokens a second over those of plain decoding on the same prompts, prefill "
+            "New tokens per second relative to plain decoding on the same prompts, prefill "
             "included. The line at 1 is plain decoding; whiskers are 95 % intervals."
         ),
         bars(panels, "times plain decoding", 1),
@@ -144,7 +144,10 @@ def speedups(view: View) -> Markup | None:
 
 
 def tokens_by_steps(view: View) -> Markup | None:
-    """The paper's curve, where a method ran with several numbers of look-ahead steps."""
+    """Return the figure of throughput by number of look-ahead steps, as in the PaSS paper.
+
+    None if no method ran with several numbers of steps.
+    """
     panels: dict[str, list[Series]] = {}
     levels: dict[str, float] = {}
     best: list[str] = []
@@ -170,15 +173,15 @@ def tokens_by_steps(view: View) -> Markup | None:
     return section(
         "steps",
         f"Fastest number of look-ahead steps: {several(best)}",
-        paragraph("More steps draft more tokens in a pass and make the pass longer."),
+        paragraph("More steps draft more tokens per pass but make the pass slower."),
         legend([*((k, m) for m, k in entries.items()), (reference_key(), "plain decoding")]),
-        lines(panels, "look-ahead steps L", "tokens a second", levels),
-        folded_table(("method", *GROUP, "L", "tokens/s"), rows, "tokens a second by steps"),
+        lines(panels, "look-ahead steps L", "tokens per second", levels),
+        folded_table(("method", *GROUP, "L", "tokens/s"), rows, "tokens per second by steps"),
     )
 
 
 def tokens_by(view: View, sweep: Sweep) -> Markup | None:
-    """Tokens a second by a setting that all methods have, where runs have several values of it."""
+    """Return the figure of throughput by a setting of all methods; None if it was not varied."""
     panels: dict[str, list[Series]] = {}
     best: list[str] = []
     rows: list[Row] = []
@@ -205,23 +208,23 @@ def tokens_by(view: View, sweep: Sweep) -> Markup | None:
         return None
     return section(
         sweep.name,
-        f"Most tokens a second by {sweep.values}: {several(best)}",
+        f"Most tokens per second by {sweep.values}: {several(best)}",
         paragraph(
-            "New tokens of all texts over the time they took together, prefill included. Methods "
-            "without a line ran with one value."
+            "New tokens of all sequences divided by their total time, prefill included. Methods "
+            "without a line ran with one value only."
         ),
         legend(view.run_keys(shown)),
-        lines(panels, sweep.values, "tokens a second", at_values=True),
+        lines(panels, sweep.values, "tokens per second", at_values=True),
         folded_table(
             ("run", *GROUP, sweep.values, "tokens/s", "speed-up"),
             rows,
-            f"tokens a second by {sweep.values}",
+            f"tokens per second by {sweep.values}",
         ),
     )
 
 
 def positions(view: View) -> Markup | None:
-    """How many passes accept the first candidate, the second and so on."""
+    """Return the figure of acceptance by a candidate's position in its pass."""
     panels: dict[str, list[Series]] = {}
     rows: list[Row] = []
     shown: list[Run] = []
@@ -246,13 +249,14 @@ def positions(view: View) -> Markup | None:
         "positions",
         title or "Accepted candidates by position",
         paragraph(
-            "Of the passes that verify candidates: how many accept the first, the second and so "
-            "on. A pass that has fewer candidates accepts none behind them."
+            "Share of passes that accept the first candidate, the second and so on, of all passes "
+            "that verify candidates. A pass with fewer candidates counts as not accepting the "
+            "missing ones."
         ),
         legend(view.run_keys(shown)),
         lines(panels, "candidate's position", "% of passes with candidates", start=1),
         folded_table(
-            ("run", *GROUP, "of passes with candidates", "of candidates judged there"),
+            ("run", *GROUP, "of passes with candidates", "of candidates verified there"),
             rows,
             "accepted share by position",
         ),
@@ -260,17 +264,17 @@ def positions(view: View) -> Markup | None:
 
 
 def _accepted(run: Run) -> list[tuple[int, float]]:
-    """Position, from 1, and accepted share."""
+    """Return positions, counted from 1, with their accepted shares; unknown shares left out."""
     values = enumerate(map(finite, run.get("accepted_by_position") or ()), start=1)
     return [(place, value) for place, value in values if value is not None]
 
 
 def costs(view: View, given: Mapping[str, Any] | None) -> Markup | None:
-    """What passes cost, and where the plans of the runs lie on that.
+    """Return the figure of the cost of passes, with the plans of the runs.
 
     Args:
         view: the runs.
-        given: the fields of a `CostCurve`.
+        given: the fields of a `CostCurve`; None if it was not measured.
     """
     if not given:
         return None
@@ -296,28 +300,29 @@ def costs(view: View, given: Mapping[str, Any] | None) -> Markup | None:
     ]
     methods = dict.fromkeys(run["method"] for run, points in plans.values() if points)
     methods |= dict.fromkeys(run["method"] for run, _ in means)
-    told = [(name, point) for name, points in measured.items() for point in points]
-    told += [(f"plan of {name}", point) for name, (_, points) in plans.items() for point in points]
+    listed = [(name, point) for name, points in measured.items() for point in points]
+    for name, (_, points) in plans.items():
+        listed += [(f"plan of {name}", point) for point in points]
     for run, point in means:
-        told.append((f"mean pass of {run_label(run)}, {Conditions.of(run).name}", point))
-    hollow = " Hollow ones are the runs' mean passes, as they were timed." if means else ""
+        listed.append((f"mean pass of {run_label(run)}, {Conditions.of(run).name}", point))
+    hollow = " Hollow markers are the measured mean passes of the runs." if means else ""
     return section(
         "costs",
         title,
-        paragraph(f"Full markers are fixed plans, at what the curve foretells.{hollow}"),
+        paragraph(f"Filled markers are the passes of fixed plans, predicted by the curve.{hollow}"),
         legend([(line_key(one.look), one.label) for one in curves]),
         legend([(marker_key(view.method_look(method)), method) for method in methods]),
         lines({"cost of a pass": series}, "rows of a pass", "ms"),
         folded_table(
             ("pass", "rows", "ms"),
-            [(name, number_cell(x), number_cell(ms)) for name, (x, ms) in told],
+            [(name, number_cell(x), number_cell(ms)) for name, (x, ms) in listed],
             "cost of a pass",
         ),
     )
 
 
 def _plan_points(run: Run, curve: CostCurve) -> list[tuple[float, float]]:
-    """Rows and milliseconds of a fixed plan's passes; none where plans change."""
+    """Return rows and predicted milliseconds of a fixed plan's passes; none if plans vary."""
     ahead, kind = steps(run), str(run.get("plan") or "").partition("(")[0]
     passes: list[tuple[int, int]] = []  # real rows, look-ahead rows
     if kind == BASELINE:
@@ -330,9 +335,9 @@ def _plan_points(run: Run, curve: CostCurve) -> list[tuple[float, float]]:
 
 
 def _mean_pass(run: Run) -> tuple[float, float] | None:
-    """Mean rows and milliseconds of a run's passes, as they were timed."""
+    """Return the measured mean rows and milliseconds of a run's passes."""
     if (run.get("batch_size") or 1) > 1:
-        return None  # its passes are of several texts, and those of the curve are not
+        return None  # the curve is of passes of one sequence
     rows, tokens = finite(run.get("rows_per_token")), finite(run.get("tokens_per_pass"))
     seconds, passes = finite(run.get("decode_seconds")), finite(run.get("passes"))
     if rows is None or tokens is None or seconds is None or not passes:
@@ -341,7 +346,7 @@ def _mean_pass(run: Run) -> tuple[float, float] | None:
 
 
 def times(view: View) -> Markup | None:
-    """Where the time of a token goes."""
+    """Return the figure of the time per token, broken down into parts."""
     panels: dict[str, list[Stack]] = {}
     rows: list[Row] = []
     for group, runs in view.groups.items():
@@ -354,7 +359,7 @@ def times(view: View) -> Markup | None:
     if not panels:
         return None
     shown = [stack for panel in panels.values() for stack in panel]
-    met = [at for at in range(len(_PARTS)) if any(one.parts[at] is not None for one in shown)]
+    known = [at for at in range(len(_PARTS)) if any(one.parts[at] is not None for one in shown)]
     inside = [
         forward / (forward + outside)
         for _, forward, outside, _ in (one.parts for one in shown)
@@ -363,20 +368,25 @@ def times(view: View) -> Markup | None:
     title = f"The model's forward takes {percent(inside)} of the decoding time" if inside else ""
     return section(
         "time",
-        title or "Time for each new token",
-        paragraph("All seconds of a run over its new tokens; shorter is faster."),
-        legend([(part_key(at), _PARTS[at]) for at in met]),
-        bars(panels, "ms for each new token"),
+        title or "Time per new token",
+        paragraph("Total time of a run divided by its new tokens; shorter is faster."),
+        legend([(part_key(at), _PARTS[at]) for at in known]),
+        bars(panels, "ms per new token"),
         folded_table(
-            ("run", *GROUP, *(f"{part}, ms a token" for part in _PARTS), "outside, of decoding"),
+            (
+                "run",
+                *GROUP,
+                *(f"{part}, ms per token" for part in _PARTS),
+                "outside, of decoding",
+            ),
             rows,
-            "where the time goes",
+            "time per new token",
         ),
     )
 
 
 def _parts(run: Run) -> tuple[float | None, ...] | None:
-    """Milliseconds a token of each of `_PARTS`."""
+    """Return the milliseconds per token of each of `_PARTS`."""
     tokens, total = finite(run.get("tokens")), finite(run.get("seconds"))
     prefill, decode = finite(run.get("prefill_seconds")), finite(run.get("decode_seconds"))
     outside = finite(run.get("seconds_outside_forward_share"))

@@ -1,8 +1,8 @@
-"""The results of `bench` as one HTML page that needs nothing else: charts, tables, a sample.
+"""Writes the results of `bench` as one self-contained HTML page with charts, tables and a sample.
 
-Every number comes from the results' own entries, and titles are made from them; what older results
-lack is left out. There are no scripts. The charts are made in `figures.py`, the style is in
-`style.py`.
+All numbers, also those in titles, come from the entries of the results. Parts that older results
+have no data for are left out. The page has no scripts. `figures.py` makes the charts; `style.py`
+has the style sheet.
 """
 
 from __future__ import annotations
@@ -55,13 +55,14 @@ from passlm.bench.reports.notes import (
 from passlm.bench.reports.style import STYLE
 from passlm.bench.reports.sweeps import BASELINE, SWEEPS, Conditions, Run, run_label
 
-_KINDS = ("accepted", "refused", "drawn")  # of tokens, by what became of them
-_BATCH = "batch"  # a column
-_DEEPEST = 6  # candidates behind it share its colour in samples
+# Kinds of tokens in "predictability" of results.json, with their names in the report.
+_KINDS = {"accepted": "accepted", "refused": "rejected", "drawn": "drawn"}
+_BATCH = "batch"  # heading of a column
+_DEEPEST = 6  # in samples, candidates at later positions have the colour of this one
 
 
 def page(results: Mapping[str, Any]) -> str:
-    """The document.
+    """Return the HTML document.
 
     Args:
         results: the content of `results.json`.
@@ -98,7 +99,7 @@ def page(results: Mapping[str, Any]) -> str:
 
 
 def _headline(view: View) -> Iterator[Markup]:
-    """The best method of each suite, its interval beside it."""
+    """Yield paragraphs on the best method of each suite, with its interval."""
     best = [(group, _fastest(runs)) for group, runs in view.groups.items()]
     found = [(group, run) for group, run in best if run is not None]
     if not found:
@@ -108,20 +109,21 @@ def _headline(view: View) -> Iterator[Markup]:
     faster = [(group, run) for group, run in found if run["speedup_vs_ar"] > 1]
     if faster:
         faster.sort(key=lambda pair: -pair[1]["speedup_vs_ar"])
-        told = several([_achieved(group, run) for group, run in faster])
-        yield element("p", f"Times as fast as plain decoding: {told}.", class_="headline")
+        best_runs = several([_achieved(group, run) for group, run in faster])
+        yield element("p", f"Speed relative to plain decoding: {best_runs}.", class_="headline")
     slower = [(group, run) for group, run in found if run["speedup_vs_ar"] <= 1]
     if slower:
         slower.sort(key=lambda pair: -pair[1]["speedup_vs_ar"])
-        told = several([_achieved(group, run) for group, run in slower])
-        begun = "Nothing is faster than plain decoding" + (" elsewhere" if faster else "")
-        yield element("p", f"{begun}. Nearest: {told}.", class_="headline")
-    told = "The intervals (95 %) resample prompts."
+        best_runs = several([_achieved(group, run) for group, run in slower])
+        verdict = "Nothing is faster than plain decoding" + (" elsewhere" if faster else "")
+        yield element("p", f"{verdict}. Nearest: {best_runs}.", class_="headline")
+    note = "The 95 % intervals come from resampling prompts."
     if any(len({run_label(run) for run in runs} - {BASELINE}) > 1 for runs in view.groups.values()):
-        told += (
-            " The best of several methods is picked after measuring, which flatters it a little."
+        note += (
+            " The best method is selected after measuring, which biases its speed-up slightly "
+            "upwards."
         )
-    yield paragraph(told)
+    yield paragraph(note)
 
 
 def _fastest(runs: Sequence[Run]) -> Run | None:
@@ -139,66 +141,71 @@ def _achieved(group: Conditions, run: Run) -> str:
     if interval is not None:
         spread = f"{interval[0]:.2f} to {interval[1]:.2f}"
         if interval[0] <= 1 <= interval[1]:
-            spread += ", which leaves open whether it is faster"
+            spread += ", so the difference is not significant"
     return f"{run_label(run)} {rounded(run['speedup_vs_ar'])} on {group.name} ({spread})"
 
 
 def _warnings(results: Mapping[str, Any]) -> Iterator[Markup]:
-    """What a reader must know before believing the rest."""
+    """Yield warnings that the reader must know to interpret the results."""
     settings = results.get("settings") or {}
     if results.get("complete") is False:
-        yield element("p", "Not complete: suites were still to come.", class_="warning")
+        yield element("p", "Not complete: not all suites were run.", class_="warning")
     for name, why in (results.get("missing_suites") or {}).items():
         yield element("p", f"Suite {name} left out: {why}", class_="warning")
     for why in (results.get("missing_methods") or {}).values():
         yield element("p", why, class_="warning")
     for name, facts in (results.get("engines") or {}).items():
-        told = f"{name} is another engine in a process of its own: {facts['engine']}."
-        yield element("p", told, class_="warning")
+        warning = f"{name} is another engine in a separate process: {facts['engine']}."
+        yield element("p", warning, class_="warning")
     skipped = len(results.get("skipped") or ())
     if skipped:
-        yield element("p", f"Prompts skipped as too long: {skipped}.", class_="warning")
+        yield element("p", f"Prompts skipped because too long: {skipped}.", class_="warning")
     if settings.get("quantize"):
-        told = (
-            f"Methods of passlm compute with weights rounded to {settings['quantize']}, so another "
-            "model than that of hf and hf-prompt-lookup."
+        warning = (
+            f"Methods of passlm use weights rounded to {settings['quantize']}; hf and "
+            "hf-prompt-lookup run the model with its original weights."
         )
-        yield element("p", told, class_="warning")
+        yield element("p", warning, class_="warning")
 
 
 def _predictability(runs: Sequence[Run]) -> Markup | None:
-    """How likely the target found the tokens that were accepted, refused and drawn."""
+    """Return the log-probability and entropy of accepted, rejected and drawn tokens."""
     rows: list[Row] = []
     differences: list[float] = []
     for run in runs:
         kinds = run.get("predictability")
         if not kinds:
             continue
-        told = [kinds.get(kind) or {} for kind in _KINDS]
-        accepted, refused = (finite(figures.get("logprob")) for figures in told[:2])
-        if accepted is not None and refused is not None:
-            differences.append(accepted - refused)
+        by_kind = [kinds.get(kind) or {} for kind in _KINDS]
+        accepted, rejected = (finite(figures.get("logprob")) for figures in by_kind[:2])
+        if accepted is not None and rejected is not None:
+            differences.append(accepted - rejected)
         rows.append(
             (
                 run_label(run),
                 *group_cells(Conditions.of(run)),
-                *(number_cell(figures.get("logprob")) for figures in told),
-                *(number_cell(figures.get("entropy")) for figures in told),
-                *(count_cell(figures.get("count")) for figures in told),
+                *(number_cell(figures.get("logprob")) for figures in by_kind),
+                *(number_cell(figures.get("entropy")) for figures in by_kind),
+                *(count_cell(figures.get("count")) for figures in by_kind),
             )
         )
     if not rows:
         return None
     likelier, compared = sum(d > 0 for d in differences), len(differences)
-    title = f"Accepted candidates are likelier than refused ones in {likelier} of {compared} runs"
+    title = f"Accepted candidates are likelier than rejected ones in {likelier} of {compared} runs"
     measures = ("log-probability", "entropy", "count")
-    head = ("run", *GROUP, *(f"{measure}, {kind}" for measure in measures for kind in _KINDS))
+    head = (
+        "run",
+        *GROUP,
+        *(f"{measure}, {kind}" for measure in measures for kind in _KINDS.values()),
+    )
     return section(
         "predictability",
-        title if compared else "How predictable the tokens were",
+        title if compared else "Predictability of the tokens",
         paragraph(
-            "Means over tokens, in nats, by the target's own distribution at each token's place: "
-            "of accepted candidates, of refused ones, and of what the target drew."
+            "Mean log-probability and entropy in nats, under the target's own distribution at each "
+            "token's position: of accepted candidates, of rejected ones, and of tokens that the "
+            "target drew."
         ),
         table(head, rows, "predictability"),
     )
@@ -209,18 +216,18 @@ def _samples(samples: Sequence[Mapping[str, Any]]) -> Markup | None:
         return None
     shares = [accepted / written for accepted, written in map(_accepted, samples) if written]
     depths = [element("mark", f" {at} ", class_=f"p{at}") for at in range(1, 1 + _DEEPEST)]
-    told = ["Accepted drafts by their position behind the root: ", *depths, " and beyond. "]
-    title = f"Accepted drafts are {percent(shares)} of the tokens" if shares else "Sample texts"
+    key = ["Accepted draft tokens by position after the root: ", *depths, " and beyond. "]
+    title = f"Accepted drafts are {percent(shares)} of the tokens" if shares else "Samples"
     return section(
         "samples",
         f"{title} of the sample{'s' if len(samples) > 1 else ''}" if shares else title,
-        paragraph(*told, "The rest was drawn by the target; a prompt is grey."),
+        paragraph(*key, "Tokens without colour were drawn by the target; prompts are grey."),
         *map(_sample, samples),
     )
 
 
 def _accepted(sample: Mapping[str, Any]) -> tuple[int, int]:
-    """How many of the new pieces are accepted drafts."""
+    """Return the number of accepted draft tokens and of all new tokens of a sample."""
     kinds = [piece["kind"] for piece in sample["pieces"] if piece["kind"] != "prompt"]
     return kinds.count("accepted"), len(kinds)
 
@@ -237,17 +244,17 @@ def _sample(sample: Mapping[str, Any]) -> Markup:
             kind = "prompt" if piece["kind"] == "prompt" else None
             pieces.append(element("span", piece["text"], class_=kind))
     accepted, written = _accepted(sample)
-    told = f"{sample['suite']} {sample['prompt']}, {sample['method']}: {accepted} of {written} "
+    name = f"{sample['suite']} {sample['prompt']}, {sample['method']}"
     return element(
         "figure",
-        element("figcaption", f"{told}tokens are accepted drafts"),
+        element("figcaption", f"{name}: {accepted} of {written} tokens are accepted drafts"),
         element("div", *pieces, class_="text"),
         class_="sample",
     )
 
 
 def _categories(runs: Sequence[Run]) -> Markup | None:
-    """Speed-ups by kind of question, of each suite that has several."""
+    """Return speed-ups by category of prompt, for suites with more than one."""
     found = by_category(runs)
     if not found:
         return None
@@ -255,10 +262,10 @@ def _categories(runs: Sequence[Run]) -> Markup | None:
     spans = [_span(conditions, kinds) for conditions, kinds in found.items()]
     return section(
         "categories",
-        f"Speed-ups by kind of question: {several(list(filter(None, spans))) or NONE}",
+        f"Speed-ups by category: {several(list(filter(None, spans))) or NONE}",
         paragraph(
-            "Over plain decoding on the same prompts, accepted length in parentheses. Named is the "
-            "method with the best median over the kinds."
+            "Speed-ups over plain decoding on the same prompts, with the accepted length in "
+            "parentheses. The title names the method with the best median over the categories."
         ),
         *content,
     )
@@ -284,7 +291,7 @@ def _kind(entry: Mapping[str, Any]) -> str:
 
 
 def _span(conditions: Conditions, kinds: Kinds) -> str | None:
-    """From which category to which the best method's speed-up goes."""
+    """Return the range of the best method's speed-up, with the categories at its ends."""
     ratios: dict[str, list[tuple[float, str]]] = {}
     for category, entries in kinds.items():
         for label, entry in entries.items():
@@ -299,8 +306,8 @@ def _span(conditions: Conditions, kinds: Kinds) -> str | None:
 
 
 def _start(results: Mapping[str, Any]) -> Markup | None:
-    """How long it takes until the first token."""
-    told = loading(results)
+    """Return the loading time and the time to first token of first runs."""
+    loaded = loading(results)
     rows = [
         (
             first_run_label(run),
@@ -309,13 +316,13 @@ def _start(results: Mapping[str, Any]) -> Markup | None:
         )
         for run in first_runs(results.get("runs") or ())
     ]
-    if told is None or not rows:
+    if loaded is None or not rows:
         return None
     return section(
         "start",
-        f"The model was loaded {results['start_seconds']:.1f} s after the process began",
-        paragraph(f"{told} {FIRST_RUNS}"),
-        table(("first run", "to the first token, s", "to the last, s"), rows, "first runs"),
+        f"The model was loaded {results['start_seconds']:.1f} s after the process started",
+        paragraph(f"{loaded} {FIRST_RUNS}"),
+        table(("first run", "time to first token, s", "to last token, s"), rows, "first runs"),
     )
 
 
@@ -338,7 +345,7 @@ def _differing(run: Run) -> str:
 
 def _margins(run: Run) -> str:
     if run["temperature"] > 0:
-        return NONE  # noise decides beside the logits
+        return NONE  # sampling noise matters as well as the logits
     margins = [m for d in run.get("differences") or () if (m := finite(d["margin"])) is not None]
     return (
         joined([number_cell(median(margins)), ", ", number_cell(max(margins))]) if margins else NONE
@@ -366,8 +373,8 @@ _COLUMNS: tuple[tuple[str, Callable[[Run], str]], ...] = (
     ("accepted length", _length),
     ("rows/token", _cell("rows_per_token", number_cell)),
     ("identical to ar", _cell("identical_to_ar", share_cell)),
-    ("differing texts", _differing),
-    ("logits apart there: median, most", _margins),
+    ("outputs unlike ar", _differing),
+    ("logit gap there: median, max", _margins),
     ("first token, s (median)", _cell("first_token_seconds", lambda s: number_cell(s, 3))),
     ("slow runs", _cell("slow_runs", count_cell)),
     ("spread over prompts", _spread("prompts")),
@@ -386,7 +393,7 @@ _COLUMNS: tuple[tuple[str, Callable[[Run], str]], ...] = (
 
 
 def _all_runs(results: Mapping[str, Any]) -> Markup | None:
-    """Everything that the charts do not break down further; columns without a value left out."""
+    """Return a table of all runs; columns without any value are left out."""
     runs: Sequence[Run] = results.get("runs") or ()
     if not runs:
         return None
@@ -397,17 +404,17 @@ def _all_runs(results: Mapping[str, Any]) -> Markup | None:
     if all(run.get("batch_size") == 1 for run in runs):
         kept = [at for at in kept if columns[at][0] != _BATCH]
     head = [columns[at][0] for at in kept]
-    told = "One run" if len(runs) == 1 else f"All {len(runs)} runs"
+    title = "One run" if len(runs) == 1 else f"All {len(runs)} runs"
     without = [element("li", line) for line in left_out(results)]
     return section(
         "runs",
-        told,
+        title,
         *map(paragraph, rules(results)),
         *([element("ul", *without, class_="notes")] if without else ()),
         paragraph(
             "L is the number of look-ahead steps. Spread is the coefficient of variation of tokens "
-            "a second. Where a text first differs from plain decoding's, the two best logits may "
-            "lie so near that rounding decides."
+            "per second. The logit gap is the difference between the two best logits where an "
+            "output first differs from plain decoding's; if it is tiny, rounding decides."
         ),
         table(head, [[row[at] for at in kept] for row in cells], "all runs"),
         class_="wide",
@@ -415,7 +422,7 @@ def _all_runs(results: Mapping[str, Any]) -> Markup | None:
 
 
 def _solving(run: Run) -> Mapping[str, Mapping[str, Any]]:
-    """How many problems its programs solve: pass@k by k."""
+    """Return pass@k by k for the programs that a run generated."""
     found: Mapping[str, Mapping[str, Any]] = (run.get("quality") or {}).get("pass_at_k") or {}
     return found
 
@@ -435,14 +442,14 @@ def _solved(tries: str) -> Callable[[Run], str]:
 
 
 def _source(results: Mapping[str, Any]) -> Markup:
-    """Everything that the results say of themselves."""
+    """Return the command, versions, machine and settings of the results."""
     stamp = dict(results.get("provenance") or {})
     arguments = stamp.pop("arguments", None)
     rows = [*_flat(stamp), *_flat(results.get("settings") or {})]
     if results.get("start_seconds") is not None:
         rows.append(("seconds to start", number_cell(results["start_seconds"])))
     for one in results.get("resumed") or ():
-        rows.append(("cut off and gone on with", str(one.get("time"))))
+        rows.append(("interrupted and resumed", str(one.get("time"))))
     if results.get("peak_memory_bytes") is not None:
         rows.append(("peak memory, MiB", f"{results['peak_memory_bytes'] / 2**20:.0f}"))
     for one in results.get("skipped") or ():
@@ -450,8 +457,8 @@ def _source(results: Mapping[str, Any]) -> Markup:
     command = []
     if arguments is not None:
         command.append(paragraph(element("code", f"passlm {shlex.join(map(str, arguments))}")))
-    values = table(("of what", "value"), rows, "provenance")
-    return section("source", "Where this comes from", *command, values)
+    values = table(("name", "value"), rows, "provenance")
+    return section("source", "Command, machine and settings", *command, values)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""The results of `bench` as Markdown; every number comes from the results' own entries."""
+"""Writes the results of `bench` as Markdown; all numbers come from the entries of the results."""
 
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ _HEAD = (
     "identical to ar",
 )
 _NONE = "\N{EN DASH}"
-_KINDS = ("accepted", "refused", "drawn")  # of tokens, see `bench/measuring/predictability.py`
+# Kinds of tokens, see `bench/measuring/predictability.py`, with their names in the report.
+_KINDS = {"accepted": "accepted", "refused": "rejected", "drawn": "drawn"}
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """A table for each suite and temperature, what was varied, then where the numbers come from.
+    """Return the report: a table for each suite and temperature, sweeps, and the provenance.
 
     Args:
         results: the content of `results.json`.
@@ -52,7 +53,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         parts += _sweep(sweep, results["runs"])
     parts += _start(results)
     parts += ["## How the figures are made", _listed([*rules(results), *left_out(results)])]
-    parts += ["## Where this comes from", _source(results)]
+    parts += ["## Command, machine and settings", _source(results)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -100,7 +101,7 @@ def _speedup(run: Mapping[str, Any]) -> str:
 
 
 def _notes(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """How many prompts were run, and how near to a tie differing texts part."""
+    """Return notes below a table: number of prompts, quality, slow runs, outputs unlike ar."""
     first = runs[0]
     lines = [f"{first['prompts']} prompts, {first['tokens']} new tokens by {first['method']}"]
     if first["temperature"] > 0:
@@ -110,46 +111,46 @@ def _notes(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     lines += [slow_runs(runs)] if any(run.get("slow_runs") for run in runs) else []
     for run in runs:
         margins = [difference["margin"] for difference in run["differences"] or ()]
-        if margins and run["temperature"] == 0:  # sampled, noise decides beside the logits
+        if margins and run["temperature"] == 0:  # in sampling, noise matters as well as the logits
             steps = f", L {run['lookahead_tokens']}" if run["lookahead_tokens"] else ""
             lines.append(
-                f"{run['method']}{steps}: texts that differ from ar: {len(margins)}; where they "
-                f"first do, the two best logits lie {median(margins):.3g} apart (median) and "
-                f"{max(margins):.3g} at most"
+                f"{run['method']}{steps}: outputs that differ from ar: {len(margins)}; where they "
+                f"first differ, the two best logits are {median(margins):.3g} apart (median), "
+                f"at most {max(margins):.3g}"
             )
     return ["\n".join(f"- {line}" for line in lines)]
 
 
 def _predictability(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What sort of tokens were accepted, refused and drawn; nothing where nobody looked."""
+    """Return the log-probability and entropy of tokens by kind; nothing if not measured."""
     rows: list[tuple[str, ...]] = []
-    watched = [run for run in runs if run.get("predictability")]
-    for run in watched:
-        seen = run["predictability"]
+    measured = [run for run in runs if run.get("predictability")]
+    for run in measured:
+        figures = run["predictability"]
         steps = str(run["lookahead_tokens"] or _NONE)
-        rows.append((run["method"], steps, *_by_kind(seen)))
-        if len(seen["by_source"]) > 1:
-            parts = seen["by_source"].items()
+        rows.append((run["method"], steps, *_by_kind(figures)))
+        if len(figures["by_source"]) > 1:
+            parts = figures["by_source"].items()
             rows += [(f"{run['method']}: {source}", steps, *_by_kind(own)) for source, own in parts]
     if not rows:
         return []
-    head = ("method", "L", *(f"{kind}: log p, entropy, count" for kind in _KINDS))
+    head = ("method", "L", *(f"{kind}: log p, entropy, count" for kind in _KINDS.values()))
     lines = [head, ("---", *["---:"] * (len(head) - 1)), *rows]
-    prompts = ", ".join(map(str, sorted({run["predictability"]["prompts"] for run in watched})))
+    prompts = ", ".join(map(str, sorted({run["predictability"]["prompts"] for run in measured})))
     return [
         "\n".join(f"| {' | '.join(line)} |" for line in lines),
-        f"How predictable the tokens were to the model, on {prompts} prompts: means, in nats, of "
-        "log-probability and entropy under the distribution they were judged by, at temperature 0 "
-        "under the model's own. Of a pass's refused candidates the first is counted. Tokens that "
-        "top-k and the like leave no chance, with a count of their own behind the plus, are not in "
-        "the mean of the log-probability.",
+        f"Predictability of the tokens on {prompts} prompts: mean log-probability and entropy in "
+        "nats, under the distribution that judged the tokens; at temperature 0 under the model's "
+        "own distribution. Only the first rejected candidate of a pass is counted. Tokens to which "
+        "top-k and other filters give probability 0 are counted after the plus sign and are not in "
+        "the mean log-probability.",
     ]
 
 
-def _by_kind(seen: Mapping[str, Any]) -> list[str]:
+def _by_kind(figures: Mapping[str, Any]) -> list[str]:
     cells = []
     for kind in _KINDS:
-        own = seen.get(kind)
+        own = figures.get(kind)
         if not own or not own["count"]:
             cells.append(_NONE)
             continue
@@ -160,7 +161,7 @@ def _by_kind(seen: Mapping[str, Any]) -> list[str]:
 
 
 def _categories(kinds: Kinds) -> list[str]:
-    """Speed-ups by kind of question."""
+    """Return a table of speed-ups by category of prompt."""
     labels = list(dict.fromkeys(label for entries in kinds.values() for label in entries))
     others = [label for label in labels if label != BASELINE]
     rows = []
@@ -171,8 +172,8 @@ def _categories(kinds: Kinds) -> list[str]:
         rows.append((category, count, _number(plain.get("tokens_per_second"), 1), *cells))
     return [
         _lined(("category", "prompts", f"{BASELINE}, tokens/s", *others), rows),
-        "By category: speed-up over plain decoding on the same prompts, accepted length in "
-        "parentheses.",
+        "By category: speed-up over plain decoding on the same prompts, with the accepted length "
+        "in parentheses.",
     ]
 
 
@@ -184,40 +185,41 @@ def _kind(entry: Mapping[str, Any] | None) -> str:
 
 
 def _sweep(sweep: Sweep, runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Tokens a second by a setting, under conditions that were otherwise the same."""
+    """Return the table of throughput by one setting, with all other conditions the same."""
     swept = sweep.curves(runs)
     if not swept:
         return []
-    met = {value for curves in swept.values() for points in curves.values() for value, _ in points}
-    values = sorted(met)
+    values = sorted(
+        {value for curves in swept.values() for points in curves.values() for value, _ in points}
+    )
     rows, best = [], []
     for conditions, curves in swept.items():
         for label, points in curves.items():
             top = fastest(points)[1] if sweep.choice else None
-            cells = {value: _pace(run, bold=run is top) for value, run in points}
+            cells = {value: _throughput(run, bold=run is top) for value, run in points}
             place = (conditions.name, label)
             rows.append((*place, *(cells.get(value, _NONE) for value in values)))
         if sweep.choice:
             best.append(f"{conditions.name}: {best_choices(sweep, curves)}")
-    told = "Tokens a second, in parentheses the speed-up over plain decoding under like conditions"
-    chosen = "; the fastest is bold, and picked after measuring" if sweep.choice else ""
+    note = "Tokens per second; in parentheses the speed-up over plain decoding, all else equal"
+    chosen = "; the fastest, selected after measuring, is bold" if sweep.choice else ""
     head = ("suite", "method", *(f"{value:g}" for value in values))
-    parts = [f"## Tokens a second by {sweep.values}"]
-    parts += ["Fastest, in tokens a second:", _listed(best)] if best else []
-    return [*parts, _lined(head, rows), f"{told}{chosen}."]
+    parts = [f"## Tokens per second by {sweep.values}"]
+    parts += ["Fastest, in tokens per second:", _listed(best)] if best else []
+    return [*parts, _lined(head, rows), f"{note}{chosen}."]
 
 
-def _pace(run: Mapping[str, Any], bold: bool) -> str:
-    """Tokens a second and the speed-up."""
+def _throughput(run: Mapping[str, Any], bold: bool) -> str:
+    """Return the tokens per second and the speed-up."""
     ratio = f" ({run['speedup_vs_ar']:.2f})" if run["method"] != BASELINE else ""
-    told = f"{run['tokens_per_second']:.1f}{ratio}"
-    return f"**{told}**" if bold else told
+    text = f"{run['tokens_per_second']:.1f}{ratio}"
+    return f"**{text}**" if bold else text
 
 
 def _start(results: Mapping[str, Any]) -> list[str]:
-    """How long it takes until the first token."""
-    told = loading(results)
-    if told is None:
+    """Return the loading time and the time to first token of first runs."""
+    loaded = loading(results)
+    if loaded is None:
         return []
     rows = [
         (
@@ -228,13 +230,13 @@ def _start(results: Mapping[str, Any]) -> list[str]:
         for run in first_runs(results["runs"])
     ]
     if not rows:
-        return ["## Start", told]
-    head = ("method's first run", "seconds to the first token", "to the last")
-    return ["## Start", told, _lined(head, rows), FIRST_RUNS]
+        return ["## Loading and first runs", loaded]
+    head = ("first run", "seconds to first token", "seconds to last token")
+    return ["## Loading and first runs", loaded, _lined(head, rows), FIRST_RUNS]
 
 
 def _quality(run: Mapping[str, Any]) -> str:
-    """pass@k, with how many problems it comes from."""
+    """Return a method's pass@k, with the number of programs and problems."""
     quality = run["quality"]
     steps = f", L {run['lookahead_tokens']}" if run["lookahead_tokens"] else ""
     figures = []
@@ -253,12 +255,12 @@ def _engine(settings: Mapping[str, Any]) -> str:
     if settings.get("compiled"):
         ours.append("run compiled passes")
     elif settings["packed_weights"]:
-        ours.append("compute with packed weights")
+        ours.append("use packed weights")
     if settings.get("quantize"):
-        ours.append(f"compute with weights rounded to {settings['quantize']}, so another model")
+        ours.append(f"use weights rounded to {settings['quantize']}, which is a different model")
     if ours:
-        return f"our methods {' and '.join(ours)}; those of hf are transformers as it is"
-    return "all methods compute with the model's plain weights"
+        return f"methods of passlm {' and '.join(ours)}; hf methods are unmodified transformers"
+    return "all methods use the model's original weights"
 
 
 def _source(results: Mapping[str, Any]) -> str:
@@ -283,18 +285,18 @@ def _source(results: Mapping[str, Any]) -> str:
     lines += [_other_engine(name, own) for name, own in (results.get("engines") or {}).items()]
     if results.get("resumed"):
         times = ", ".join(one["time"] for one in results["resumed"])
-        lines.append(f"cut off and gone on with at {times}")
+        lines.append(f"interrupted and resumed at {times}")
     if not results["complete"]:
-        lines.append("not complete: suites were still to come")
+        lines.append("not complete: not all suites were run")
     return "\n".join(f"- {line}" for line in lines)
 
 
 def _other_engine(name: str, facts: Mapping[str, Any]) -> str:
     idle = facts["idle_cores"]
-    busy = "" if idle is None else f", {idle:.3f} cores busy while others ran"
+    busy = "" if idle is None else f", using {idle:.3f} cores while other methods ran"
     return (
-        f"{name} is {facts['engine']}: another engine in a process of its own{busy}; timed by "
-        "its own clock, and its texts are not held to ar's"
+        f"{name} is {facts['engine']}: another engine in a separate process{busy}; its own clock "
+        "measures it, and its outputs are not compared with those of ar"
     )
 
 

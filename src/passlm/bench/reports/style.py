@@ -1,4 +1,4 @@
-"""The look of the page that `html.py` makes, in a light and a dark theme, and on paper."""
+"""Style sheet of the page that `html.py` makes: light theme, dark theme and print."""
 
 STYLE = """
 :root {

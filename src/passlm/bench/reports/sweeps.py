@@ -1,6 +1,6 @@
-"""The runs of a result by what they have in common, and by what was varied beside it.
+"""Groups the runs of a result by their conditions, and by the setting that was varied.
 
-Tables and charts of both are left to `markdown.py` and `figures.py`.
+`markdown.py` and `figures.py` make tables and charts of the groups.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ BASELINE = "ar"
 
 @dataclass(frozen=True)
 class Conditions:
-    """What runs have in common that are held against each other.
+    """Conditions that runs must share to be compared with each other.
 
     Attributes:
-        suite: whose prompts they ran.
-        temperature: of the draws.
-        batch_size: prompts that were decoded as one batch.
-        prompt_tokens: the length that prompts were cut to; None where they were whole.
+        suite: name of the suite of prompts.
+        temperature: sampling temperature; None where it is the varied setting.
+        batch_size: number of prompts decoded as one batch; None where it is the varied setting.
+        prompt_tokens: length in tokens that prompts were cut to; None if they were not cut, or
+            where it is the varied setting.
     """
 
     suite: str
@@ -34,13 +35,13 @@ class Conditions:
 
     @classmethod
     def of(cls, run: Run) -> Conditions:
-        """Those of a run; older results have whole prompts, one at a time."""
+        """Return the conditions of a run; in older results, uncut prompts at batch size 1."""
         batch_size, cut = run.get("batch_size") or 1, run.get("prompt_tokens")
         return cls(run["suite"], run["temperature"], batch_size, cut)
 
     @property
     def place(self) -> str:
-        """Suite, length and batch in words."""
+        """Suite, prompt length and batch size in words."""
         parts = [self.suite]
         if self.prompt_tokens is not None:
             parts.append(f"{self.prompt_tokens} prompt tokens")
@@ -50,7 +51,7 @@ class Conditions:
 
     @property
     def name(self) -> str:
-        """All of it in words."""
+        """All conditions in words."""
         if self.temperature is None:
             return self.place
         drawn = "greedy" if self.temperature == 0 else f"temperature {self.temperature:g}"
@@ -58,7 +59,7 @@ class Conditions:
 
 
 def grouped(runs: Sequence[Run]) -> dict[Conditions, list[Run]]:
-    """The runs by their conditions."""
+    """Group the runs by their conditions."""
     found: dict[Conditions, list[Run]] = {}
     for run in runs:
         found.setdefault(Conditions.of(run), []).append(run)
@@ -66,25 +67,26 @@ def grouped(runs: Sequence[Run]) -> dict[Conditions, list[Run]]:
 
 
 def steps(run: Run) -> int:
-    """Look-ahead steps of a run; 0 without."""
+    """Return the number of look-ahead steps of a run; 0 if it has none."""
     return run["lookahead_tokens"] or 0
 
 
 def run_label(run: Run) -> str:
-    """Its method, and its number of look-ahead steps where it has one."""
+    """Return the method of a run, with the number of look-ahead steps if it has one."""
     return f"{run['method']}, L {steps(run)}" if steps(run) else str(run["method"])
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A setting that runs were made with several values of.
+    """A setting that was varied between runs.
 
     Attributes:
-        name: of the sweep.
-        field: of a run's entry.
-        values: what the setting is, for a table's head or an axis.
-        least: how many values are worth a chart.
-        choice: what to call a value where it is a user's to choose, so that the best one is named.
+        name: name of the sweep.
+        field: field of a run's entry that holds the setting.
+        values: description of the setting, for table headings and axes.
+        least: minimum number of values to draw a chart.
+        choice: word before a value in the list of best values; None if there is no such list,
+            because the setting is not chosen for speed.
     """
 
     name: str
@@ -94,14 +96,14 @@ class Sweep:
     choice: str | None = None
 
     def of(self, run: Run) -> float | None:
-        """The run's value; None where it has none."""
+        """Return the run's value of the setting; None if it has none."""
         value = run.get(self.field)
         if self.field == "batch_size":
             return value or 1
         return finite(value) if value or self.field == "temperature" else None
 
     def conditions(self, run: Run) -> Conditions:
-        """What the run has in common with those of other values."""
+        """Return the conditions that the run shares with runs of other values."""
         common = Conditions.of(run)
         if self.field == "temperature":
             return replace(common, temperature=None)
@@ -112,17 +114,20 @@ class Sweep:
         return common
 
     def label(self, run: Run) -> str:
-        """What tells a curve from others under the same conditions."""
+        """Return the label that distinguishes a run's curve from others of the same conditions."""
         return str(run["method"]) if self.field == "lookahead_tokens" else run_label(run)
 
     def curves(self, runs: Sequence[Run]) -> dict[Conditions, dict[str, list[tuple[float, Run]]]]:
-        """Values and runs, in order, by conditions and label; those of too few values left out."""
+        """Return curves by conditions and label: values and runs, sorted by value.
+
+        Curves with fewer than `least` different values are left out.
+        """
         found: dict[Conditions, dict[str, list[tuple[float, Run]]]] = {}
         for run in runs:
             value = self.of(run)
             if value is not None and finite(run.get("tokens_per_second")) is not None:
-                of_it = found.setdefault(self.conditions(run), {})
-                of_it.setdefault(self.label(run), []).append((value, run))
+                curves_of = found.setdefault(self.conditions(run), {})
+                curves_of.setdefault(self.label(run), []).append((value, run))
         kept = {}
         for conditions, curves in found.items():
             several = {
@@ -136,19 +141,19 @@ class Sweep:
 
 
 STEPS = Sweep("steps", "lookahead_tokens", "look-ahead steps L", choice="L")
-BATCHES = Sweep("batches", "batch_size", "prompts decoded at once", choice="batches of")
-LENGTHS = Sweep("lengths", "prompt_tokens", "tokens of the prompt")
+BATCHES = Sweep("batches", "batch_size", "batch size", choice="batches of")
+LENGTHS = Sweep("lengths", "prompt_tokens", "prompt length in tokens")
 TEMPERATURES = Sweep("temperatures", "temperature", "temperature", least=3)
 SWEEPS = (STEPS, BATCHES, LENGTHS, TEMPERATURES)
 
 
 def fastest(points: Sequence[tuple[float, Run]]) -> tuple[float, Run]:
-    """The value with the most tokens a second."""
+    """Return the value, and its run, with the highest throughput."""
     return max(points, key=lambda point: float(point[1]["tokens_per_second"]))
 
 
 def best_choices(sweep: Sweep, curves: Mapping[str, Sequence[tuple[float, Run]]]) -> str:
-    """Of each curve the value with the most tokens a second."""
+    """Return the value with the highest throughput of each curve, as text."""
     best = {label: fastest(points) for label, points in curves.items()}
     return ", ".join(
         f"{label} with {sweep.choice} {value:g} ({run['tokens_per_second']:.1f})"
