@@ -139,7 +139,7 @@ def test_half_a_character_at_the_cut_is_dropped() -> None:
 
 def test_tokenizer_with_too_few_prompts_is_refused() -> None:
     """Catches a suite of other size under the same name, with a tokenizer of whole functions."""
-    with pytest.raises(TaskError, match="only . of the 100"):
+    with pytest.raises(TaskError, match=r"only . of the 100"):
         load_suite("code", lambda text: [0] * (len(text) // 1000), lambda ids: "x")
 
 
