@@ -22,8 +22,9 @@ from passlm.bench.suites.tasks import SUITES, Task, TaskError, load_suite
 from passlm.cli import Parser
 from passlm.cli.common import add_model_arguments
 from passlm.decoding.decoder import Decoder
+from passlm.decoding.request import Request
 from passlm.decoding.strategies import ByHead, strategy
-from passlm.decoding.text import Request, Row
+from passlm.decoding.text import Row
 from passlm.errors import InputError
 from passlm.generate import Generator, load, set_threads
 from passlm.lookahead.trained import CARD_FILE, LookAhead

@@ -19,8 +19,8 @@ from passlm.bench.suites.tasks import SUITES, load_suite
 from passlm.cli import Parser
 from passlm.cli.common import add_decoding_arguments, add_model_arguments, loaded
 from passlm.decoding.decoder import Decoder
+from passlm.decoding.request import Request
 from passlm.decoding.strategies import autoregressive
-from passlm.decoding.text import Request
 from passlm.errors import InputError
 from passlm.generate import Generator
 from passlm.params import SamplingParams

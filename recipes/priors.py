@@ -32,7 +32,8 @@ from torch import Tensor
 from passlm.cli import Parser
 from passlm.cli.common import add_decoding_arguments, add_model_arguments, loaded
 from passlm.decoding.decoder import Decoder
-from passlm.decoding.text import Request, Row
+from passlm.decoding.request import Request
+from passlm.decoding.text import Row
 from passlm.drafts.draft_head import AppliedHead, DraftHeadDrafter, HeadSampler
 from passlm.drafts.drawing import known_noise
 from passlm.drafts.look_ahead import LookAheadDrafter

@@ -26,7 +26,8 @@ from transformers import (
 )
 
 from passlm.decoding.decoder import Decoder
-from passlm.decoding.text import Request, Row
+from passlm.decoding.request import Request
+from passlm.decoding.text import Row
 from passlm.drafts.draft_head import DraftHead
 from passlm.lookahead.trained import LookAhead
 from passlm.model.pass_records import LookAheadRows

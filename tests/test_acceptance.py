@@ -9,6 +9,7 @@ import pytest
 from torch import Tensor
 
 from passlm.decoding.decoder import Decoder
+from passlm.decoding.request import Request
 from passlm.decoding.strategies import (
     Adaptive,
     Choice,
@@ -19,7 +20,7 @@ from passlm.decoding.strategies import (
     autoregressive,
     verifying,
 )
-from passlm.decoding.text import Request, Row
+from passlm.decoding.text import Row
 from passlm.model.target import Target
 from passlm.params import Judge, SamplingParams
 from passlm.plan import (

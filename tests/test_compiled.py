@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from passlm.decoding.decoder import Decoder
+from passlm.decoding.request import Request
 from passlm.decoding.strategies import Adaptive, ByHead, OnePass, Strategy, TwoPass, autoregressive
-from passlm.decoding.text import Request, Row
+from passlm.decoding.text import Row
 from passlm.kernels import linear, native
 from passlm.layers import attention
 from passlm.layers.int8 import quantized

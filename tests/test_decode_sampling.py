@@ -26,8 +26,9 @@ from small_llama import (
 from passlm.decoding import judge as judges
 from passlm.decoding.decoder import Decoder
 from passlm.decoding.noise import Noise, Purpose
+from passlm.decoding.request import Request
 from passlm.decoding.strategies import Adaptive, OnePass, Strategy, TwoPass, autoregressive
-from passlm.decoding.text import Request, Row
+from passlm.decoding.text import Row
 from passlm.drafts.draft_head import DraftHead
 from passlm.drafts.protocol import DraftBuilder
 from passlm.drafts.sampler_head import SamplerHead, Shortlist

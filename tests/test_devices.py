@@ -11,8 +11,8 @@ from tiny import ARCHITECTURES, prompt, random_look_ahead
 from transformers import PreTrainedModel
 
 from passlm.decoding.decoder import Decoder
+from passlm.decoding.request import Request
 from passlm.decoding.strategies import Adaptive, ByHead, OnePass, Strategy, TwoPass, autoregressive
-from passlm.decoding.text import Request
 from passlm.lookahead.trained import LookAhead
 from passlm.model.target import Target
 from passlm.params import SamplingParams

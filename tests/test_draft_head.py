@@ -17,8 +17,8 @@ from torch.nn.functional import silu
 
 from passlm.decoding.decoder import Decoder
 from passlm.decoding.noise import Noise, Purpose
+from passlm.decoding.request import Request
 from passlm.decoding.strategies import ByHead, Limits, autoregressive
-from passlm.decoding.text import Request
 from passlm.drafts.draft_head import AppliedHead, DraftHead, HeadSampler
 from passlm.drafts.sampler_head import Draws, Embeddings
 from passlm.kernels.linear import preferred
@@ -239,7 +239,7 @@ def test_noise_is_made_once_and_let_go(llama: Target, monkeypatch: pytest.Monkey
     row = decoder.join(Request.of([1, 2, 3], sampling, 40, ByHead(3)))
     while decoder.rows:
         decoder.step()
-        assert all(len(row.tokens) <= place < len(row.tokens) + 3 for place in row._known_noise)
+        assert all(len(row.tokens) <= place < len(row.tokens) + 3 for place in row._settling.kept)
     assert len(made) == len(set(made)) >= 40
 
 

@@ -11,8 +11,9 @@ import tiny
 from tiny import VOCABULARY
 
 from passlm.decoding.decoder import Decoder
+from passlm.decoding.request import Request
 from passlm.decoding.strategies import FixedChooser, Limits, autoregressive, verifying
-from passlm.decoding.text import Request, Row
+from passlm.decoding.text import Row
 from passlm.drafts.protocol import Drafter, DraftSequence, PassResult, Verified
 from passlm.model.target import Target
 from passlm.params import SamplingParams

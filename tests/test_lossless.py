@@ -28,8 +28,9 @@ from tiny import (
 )
 
 from passlm.decoding.decoder import Decoder, PromptError
+from passlm.decoding.request import Request
 from passlm.decoding.strategies import OnePass, Strategy, TwoPass, strategy
-from passlm.decoding.text import Request, Row
+from passlm.decoding.text import Row
 from passlm.model.pass_records import LookAheadRows, PassRow
 from passlm.model.target import Target
 from passlm.params import Draft, Judge, SamplingParams

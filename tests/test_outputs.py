@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_llama import BLANKS, counting, counting_llama, counting_look_ahead, decode
 
+from passlm.decoding.request import Request
 from passlm.decoding.strategies import OnePass
-from passlm.decoding.text import Request
 from passlm.outputs import Stats, Step
 from passlm.params import SamplingParams
 

@@ -9,8 +9,9 @@ import pytest
 
 from passlm.decoding.decoder import agreed_pass, closed_up
 from passlm.decoding.noise import Noise
+from passlm.decoding.request import Request
 from passlm.decoding.strategies import Adaptive, Choice, Limits, PassSize, Strategy, autoregressive
-from passlm.decoding.text import Request, Row
+from passlm.decoding.text import Row
 from passlm.params import SamplingParams
 from passlm.plan import Chain, Guessing, Plan
 from passlm.planning import auto

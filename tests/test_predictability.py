@@ -20,8 +20,8 @@ from passlm.bench.measuring import predictability as module
 from passlm.bench.measuring.predictability import Watch, predictability
 from passlm.bench.reports.markdown import markdown
 from passlm.decoding.decoder import Decoder
+from passlm.decoding.request import Request
 from passlm.decoding.strategies import Choice, OnePass
-from passlm.decoding.text import Request
 from passlm.generate import Generator
 from passlm.lookahead.trained import LookAhead
 from passlm.model.target import Target

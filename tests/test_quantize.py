@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from passlm.decoding.decoder import Decoder
+from passlm.decoding.request import Request
 from passlm.decoding.strategies import OnePass, Strategy, TwoPass, autoregressive
-from passlm.decoding.text import Request
 from passlm.kernels import native
 from passlm.layers import int8
 from passlm.layers.int8 import Int8Linear, QuantizeError, is_quantized, quantized

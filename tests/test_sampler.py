@@ -16,8 +16,9 @@ from torch.nn.functional import silu
 from passlm.decoding import judge as judges
 from passlm.decoding.decoder import Decoder
 from passlm.decoding.noise import Noise, Purpose
+from passlm.decoding.request import Request
 from passlm.decoding.strategies import OnePass, TwoPass
-from passlm.decoding.text import Request, Row
+from passlm.decoding.text import Row
 from passlm.drafts.drawing import draw_together
 from passlm.drafts.protocol import DraftBuilder
 from passlm.drafts.sampler_head import (

@@ -29,8 +29,8 @@ from passlm.decoding.distribution import TokenDistribution
 from passlm.decoding.judge import draw
 from passlm.decoding.noise import Noise, Purpose
 from passlm.decoding.processors import processors
+from passlm.decoding.request import Request
 from passlm.decoding.strategies import OnePass, Strategy, TwoPass
-from passlm.decoding.text import Request
 from passlm.model.pass_records import LookAheadRows
 from passlm.params import Judge, SamplingParams
 

@@ -18,8 +18,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM,
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from passlm.decoding.decoder import Decoder, PromptError
+from passlm.decoding.request import Request
 from passlm.decoding.strategies import OnePass
-from passlm.decoding.text import Request
 from passlm.masks import visibility, within_window
 from passlm.model.cache import BLOCK
 from passlm.model.pass_records import LookAheadRows, PassRow

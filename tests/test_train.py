@@ -35,8 +35,8 @@ from small_llama import (
 from torch import Tensor
 
 from passlm.decoding.decoder import Decoder
+from passlm.decoding.request import Request
 from passlm.decoding.strategies import OnePass, Strategy, TwoPass
-from passlm.decoding.text import Request
 from passlm.model.pass_records import Hung, LookAheadRows
 from passlm.model.target import Target
 from passlm.model.training import look_ahead_pass

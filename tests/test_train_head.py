@@ -15,8 +15,8 @@ from small_llama import counting, counting_llama, small_llama, trainer
 from torch import Tensor
 
 from passlm.decoding.decoder import Decoder
+from passlm.decoding.request import Request
 from passlm.decoding.strategies import ByHead
-from passlm.decoding.text import Request
 from passlm.lookahead.trained import LookAhead
 from passlm.model.target import Target
 from passlm.model.training import hidden_states

@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from passlm.decoding.decoder import Decoder, Observer
+from passlm.decoding.request import Request
 from passlm.decoding.strategies import Strategy, autoregressive
-from passlm.decoding.text import Request, Row
+from passlm.decoding.text import Row
 from passlm.drafts.draft_head import DraftHead
 from passlm.drafts.sampler_head import SamplerHead
 from passlm.lookahead.trained import Card, LookAhead

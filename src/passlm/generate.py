@@ -19,9 +19,10 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from passlm.decoding.decoder import Decoder, PromptError
+from passlm.decoding.request import Request
 from passlm.decoding.stopping import StopStrings
 from passlm.decoding.strategies import Adaptive, Strategy, strategy
-from passlm.decoding.text import Request, Row
+from passlm.decoding.text import Row
 from passlm.layers.int8 import quantized
 from passlm.loading.detokenize import Detokenizer
 from passlm.loading.models import DEFAULT_MODEL, load_model

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from passlm.decoding.drafters import drafters_for
 from passlm.decoding.noise import Noise
+from passlm.decoding.request import Request
 from passlm.decoding.stopping import cut_block
 from passlm.decoding.strategies import PassSize
-from passlm.decoding.text import Request, Row
+from passlm.decoding.text import Row
 from passlm.drafts.protocol import Drafter, Verified
 from passlm.errors import InputError
 from passlm.kernels.topk import likeliest

@@ -52,3 +52,48 @@ class Noise:
         """Return a number of `[0, 1)` for each of `count` positions from `start` on, `[count]`."""
         drawn = [philox.fine(self.seed, start + i, purpose) for i in range(count)]
         return torch.tensor(drawn, dtype=torch.float64)
+
+
+class SettlingNoise:
+    """The noise that settles a sequence's positions; what drafts have read is kept for the judge.
+
+    Args:
+        noise: the noise of the sequence.
+
+    Attributes:
+        kept: noise of positions that drafts have read, `[size]` each.
+    """
+
+    def __init__(self, noise: Noise) -> None:
+        self._noise = noise
+        self.kept: dict[int, Tensor] = {}
+
+    def ahead(self, start: int, count: int, size: int, listed: Tensor | None = None) -> Tensor:
+        """Return and keep the noise of `count` positions from `start` on, `[count, K]`.
+
+        Args:
+            start: the first position.
+            count: number of positions.
+            size: number of tokens that noise is made for.
+            listed: ids of the `K` tokens to return; None for all.
+        """
+        positions = range(start, start + count)
+        for position in positions:
+            self.kept[position] = self.at(position, size)
+        noise = [self.kept[position] for position in positions]
+        return torch.stack(noise if listed is None else [own[listed] for own in noise])
+
+    def at(self, position: int, size: int) -> Tensor:
+        """Return the noise that settles a position, `[size]`.
+
+        The first numbers do not depend on `size`, which differs where a model has more logits than
+        embeddings.
+        """
+        known = self.kept.get(position)
+        if known is None or len(known) < size:
+            return self._noise.exponential(position, Purpose.SETTLE, size)
+        return known[:size]
+
+    def drop(self, before: int) -> None:
+        """Drop the noise of positions before this one."""
+        self.kept = {at: noise for at, noise in self.kept.items() if at >= before}

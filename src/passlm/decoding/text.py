@@ -6,17 +6,17 @@ left to `decoder.py`, proposing candidates to `drafts/`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from passlm.decoding import judge
-from passlm.decoding.distribution import NOISE_WEIGHT, TokenDistribution
+from passlm.decoding.distribution import NOISE_WEIGHT
 from passlm.decoding.judge import Computed, Rows, Verdict
-from passlm.decoding.noise import Noise, Purpose
-from passlm.decoding.processors import processors
+from passlm.decoding.noise import Noise, Purpose, SettlingNoise
+from passlm.decoding.request import Request
 from passlm.decoding.strategies import (
     Adaptive,
     Choice,
@@ -24,69 +24,18 @@ from passlm.decoding.strategies import (
     FixedChooser,
     Limits,
     PassSize,
-    Strategy,
-    autoregressive,
 )
 from passlm.drafts.protocol import DraftBuilder
 from passlm.drafts.sampler_head import Shortlist
 from passlm.kernels.topk import likeliest
 from passlm.model.pass_records import PassRow
 from passlm.outputs import FinishReason
-from passlm.params import Draft, Judge, SamplingParams
 from passlm.plan import (
     Chain,
     Guessing,
     Plan,
     Source,
 )
-
-
-@dataclass(frozen=True)
-class Request:
-    """A prompt to be continued.
-
-    Attributes:
-        prompt: token ids, at least one.
-        max_new_tokens: maximum number of tokens to generate.
-        eos: ids that end the sequence.
-        strategy: gives the plan of each pass, fixed or adapted to what is accepted.
-        distribution: logits to probabilities, for target and draft.
-        seed: seed of all draws; None takes a fresh one.
-        judge: rule by which candidates are accepted.
-        draft: rule by which candidates are drawn.
-    """
-
-    prompt: Sequence[int]
-    max_new_tokens: int
-    distribution: TokenDistribution
-    eos: frozenset[int] = frozenset()
-    strategy: Strategy | Adaptive = autoregressive
-    seed: int | None = None
-    judge: Judge = "coupled"
-    draft: Draft = "sampled"
-
-    @classmethod
-    def of(
-        cls,
-        prompt: Sequence[int],
-        sampling: SamplingParams,
-        max_new_tokens: int,
-        strategy: Strategy | Adaptive = autoregressive,
-        eos: Collection[int] = (),
-        ignore_eos: bool = False,
-    ) -> Request:
-        """Return a request with a user's sampling parameters."""
-        chain = processors(sampling, len(prompt), () if ignore_eos else eos)
-        return cls(
-            prompt=prompt,
-            max_new_tokens=max_new_tokens,
-            distribution=TokenDistribution(chain, greedy=sampling.temperature == 0),
-            eos=frozenset() if ignore_eos else frozenset(eos),
-            strategy=strategy,
-            seed=sampling.seed,
-            judge=sampling.judge,
-            draft=sampling.draft,
-        )
 
 
 @dataclass(eq=False)
@@ -119,7 +68,7 @@ class Row:
             asked.begin(self.guessing) if isinstance(asked, Adaptive) else FixedChooser(asked)
         )
         self._batch_size = 0  # as the chooser knows it
-        self._known_noise: dict[int, Tensor] = {}  # by position, of drafted ones
+        self._settling = SettlingNoise(self.noise)
         self._follows_noise = False
 
     @property
@@ -252,7 +201,7 @@ class Row:
             return made
 
         def noise(row: int) -> Tensor:
-            return self._settling_noise(len(self.tokens) + row, size)
+            return self._settling.at(len(self.tokens) + row, size)
 
         rows, exponential = Computed(p), Computed(noise)
         if self.request.judge == "coupled":
@@ -281,8 +230,7 @@ class Row:
         """Append tokens and drop the noise of the positions they fill."""
         self.tokens += tokens
         self.room -= len(tokens)
-        known = self._known_noise.items()
-        self._known_noise = {at: noise for at, noise in known if at >= len(self.tokens)}
+        self._settling.drop(len(self.tokens))
 
     def draw(self, draft: DraftBuilder, logits: Tensor, among: Shortlist | None = None) -> None:
         """Draw the next candidates of a draft; see `drafts.protocol.DraftSequence`."""
@@ -316,7 +264,8 @@ class Row:
         # Coupled drafts share the noise that settles their position; rejection needs its own.
         coupled = self.request.judge == "coupled"
         if coupled:
-            noise = self.noise_ahead(count, size, start=start, sureness=draft.sure)
+            self._follows_noise |= draft.sure and bool(self._chooser.passes)
+            noise = self._settling.ahead(start, count, size)
         else:
             noise = self.noise.exponentials(start, count, Purpose.DRAFT, size)
         race = noise if among is None else noise[:, among.tokens.cpu()]
@@ -327,37 +276,8 @@ class Row:
         return drawn
 
     def noise_ahead(
-        self,
-        count: int,
-        vocabulary: int,
-        listed: Tensor | None = None,
-        sureness: bool = False,
-        start: int | None = None,
+        self, count: int, vocabulary: int, listed: Tensor | None = None, sureness: bool = False
     ) -> Tensor:
-        """Return the noise that will settle some positions, `[count, K]`; it is kept for the judge.
-
-        Args:
-            count: number of positions.
-            vocabulary: number of tokens that noise is made for.
-            listed: ids of the `K` tokens to return; None for all.
-            sureness: the drafter's sureness will depend on it.
-            start: the first position; None for the next one.
-        """
-        if sureness:
-            self._follows_noise |= bool(self._chooser.passes)
-        start = len(self.tokens) if start is None else start
-        for position in range(start, start + count):
-            self._known_noise[position] = self._settling_noise(position, vocabulary)
-        noise = [self._known_noise[start + i] for i in range(count)]
-        return torch.stack(noise if listed is None else [own[listed] for own in noise])
-
-    def _settling_noise(self, position: int, size: int) -> Tensor:
-        """Return the noise that settles a position, `[size]`.
-
-        A draft may have made it already. Its first numbers do not depend on `size`, which differs
-        where a model has more logits than embeddings.
-        """
-        known = self._known_noise.get(position)
-        if known is None or len(known) < size:
-            return self.noise.exponential(position, Purpose.SETTLE, size)
-        return known[:size]
+        """Return the noise that will settle the next positions; see `DraftSequence`."""
+        self._follows_noise |= sureness and bool(self._chooser.passes)
+        return self._settling.ahead(len(self.tokens), count, vocabulary, listed)

@@ -33,8 +33,9 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from passlm.decoding.decoder import Decoder
 from passlm.decoding.distribution import TokenDistribution
+from passlm.decoding.request import Request
 from passlm.decoding.strategies import Adaptive, Strategy, strategy
-from passlm.decoding.text import Request, Row
+from passlm.decoding.text import Row
 from passlm.integrations.checks import GenerateError, refuse, seen_ids
 from passlm.lookahead.card import LookAheadError
 from passlm.lookahead.trained import LookAhead, load_for

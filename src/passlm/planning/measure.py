@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from passlm.decoding.decoder import Decoder
+from passlm.decoding.request import Request
 from passlm.decoding.strategies import Choice, Chooser, Limits, PassSize, verifying
-from passlm.decoding.text import Request
 from passlm.layers.int8 import Int8Linear
 from passlm.model.cache import RowCache
 from passlm.model.pass_records import LookAheadRows

@@ -13,9 +13,10 @@ from typing import cast
 
 from torch import Tensor
 
+from passlm.decoding.request import Request
 from passlm.decoding.stopping import StopStrings
 from passlm.decoding.strategies import Adaptive, Strategy, strategy
-from passlm.decoding.text import Request, Row
+from passlm.decoding.text import Row
 from passlm.generate import Generator, StreamedText
 from passlm.loading.detokenize import Detokenizer
 from passlm.outputs import Step

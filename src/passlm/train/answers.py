@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from passlm.decoding.decoder import Decoder, PromptError
-from passlm.decoding.text import Request, Row
+from passlm.decoding.request import Request
+from passlm.decoding.text import Row
 from passlm.errors import InputError
 from passlm.generate import Generator
 from passlm.loading.detokenize import text_behind

@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 from transformers import PreTrainedModel
 
 from passlm.decoding.decoder import Decoder
+from passlm.decoding.request import Request
 from passlm.decoding.strategies import Adaptive, Strategy
-from passlm.decoding.text import Request, Row
+from passlm.decoding.text import Row
 from passlm.errors import InputError
 from passlm.model.cache import RowCache
 from passlm.model.pass_records import LookAheadRows, PassOutput, PassRow

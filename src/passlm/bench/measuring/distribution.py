@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from passlm.decoding.decoder import Decoder, Observer
+from passlm.decoding.request import Request
 from passlm.decoding.strategies import Adaptive, Strategy
-from passlm.decoding.text import Request, Row
+from passlm.decoding.text import Row
 from passlm.model.pass_records import LookAheadRows
 from passlm.model.target import Target
 from passlm.params import SamplingParams

@@ -25,8 +25,9 @@ from passlm.bench.engines.decoding import PlanDecoding
 from passlm.bench.engines.methods import Method
 from passlm.decoding.decoder import Decoder
 from passlm.decoding.distribution import TokenDistribution
+from passlm.decoding.request import Request
 from passlm.decoding.stopping import cut_block
-from passlm.decoding.text import Request, Row
+from passlm.decoding.text import Row
 from passlm.plan import SOURCES
 
 PROMPTS = 16  # of a suite that each method is watched on
