@@ -82,7 +82,9 @@ def parser() -> Parser:
     made.add_argument("--seed", type=int, default=0, help="seed of the first prompt; default 0")
     made.add_argument("--batch", type=int, default=16, help="batch size; default 16")
     made.add_argument("--compile", action="store_true", help="run passes compiled")
-    made.add_argument("--out", type=Path, metavar="FILE", help="default: in docs/results/acceptance")
+    made.add_argument(
+        "--out", type=Path, metavar="FILE", help="default: in docs/results/acceptance"
+    )
     made.add_argument("--card", type=Path, metavar="DIR", help="add greedy results to its card")
     made.add_argument("--resume", action="store_true", help="keep the result rows in FILE")
     add_model_arguments(made)

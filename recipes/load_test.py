@@ -119,7 +119,9 @@ async def load(server: Served, arguments: argparse.Namespace, tally: Tally) -> N
         watch = asyncio.create_task(sample(server, tally))
         await asyncio.gather(
             *(
-                send_requests(client, random.Random(f"{arguments.seed} {number}"), arguments, until, tally)
+                send_requests(
+                    client, random.Random(f"{arguments.seed} {number}"), arguments, until, tally
+                )
                 for number in range(arguments.clients)
             )
         )

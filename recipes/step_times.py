@@ -67,7 +67,9 @@ def run(arguments: argparse.Namespace) -> None:
     Target.extend = left_out  # type: ignore[method-assign]
     columns = []
     for method in arguments.method:
-        lm.generate(PROMPT, max_new_tokens=16, method=method)  # compiles the passes and measures costs
+        lm.generate(
+            PROMPT, max_new_tokens=16, method=method
+        )  # compiles the passes and measures costs
         stats = lm.generate(PROMPT, max_new_tokens=arguments.max_new_tokens, method=method)[0].stats
         own = {part: seconds[part] - sum(seconds[p] for p in held(part)) for part in watched}
         columns.append({part: 1e3 * took / stats.passes for part, took in own.items()})
