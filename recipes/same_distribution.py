@@ -240,11 +240,11 @@ class Comparison:
 
     def at(self, temperature: float) -> None:
         """Test every judge and method at one temperature, then compute the tests' power."""
-        tell(f"temperature {temperature}: plain")
+        print_progress(f"temperature {temperature}: plain")
         plain = self.draw("ar", SamplingParams(temperature=temperature), self.arguments.samples)
         for name in self.arguments.judge:
             for method in self.arguments.method:
-                tell(f"temperature {temperature}: {name}, {method}")
+                print_progress(f"temperature {temperature}: {name}, {method}")
                 sampling = SamplingParams(temperature=temperature, judge=name)
                 chances, judged = self.compared(plain, method, sampling)
                 self.judged[name].add(judged)
@@ -256,9 +256,9 @@ class Comparison:
                 self.tests.append({**setting, **self.of_judged(judged)})
         if temperature in self.arguments.control_temperature:
             for wrong in wrong_judges():
-                tell(f"temperature {temperature}: a judge that {wrong.name}")
+                print_progress(f"temperature {temperature}: a judge that {wrong.name}")
                 self.control(plain, temperature, wrong)
-        tell(f"temperature {temperature}: power of the tests")
+        print_progress(f"temperature {temperature}: power of the tests")
         greedy = self.draw("ar", SamplingParams(), 1)
         found = noticed(plain, greedy, self.asked, self.bar, self.arguments.seed)
         self.power += [
@@ -366,9 +366,9 @@ class Comparison:
         }
 
 
-def tell(what: str) -> None:
+def print_progress(message: str) -> None:
     """Print a progress message to standard error."""
-    print(what, file=sys.stderr, flush=True)
+    print(message, file=sys.stderr, flush=True)
 
 
 # The report
