@@ -89,7 +89,7 @@ def parser() -> Parser:
         help="duration of the same load before the test, after which memory use should not grow; "
         "default 1",
     )
-    made.add_argument("--hang-up", type=float, default=1 / 3, help="share that disconnect early")
+    made.add_argument("--hang-up", type=float, default=1 / 3, help="share of requests; default 1/3")
     made.add_argument("--sampled", type=float, default=0.25, help="share sampled with a seed")
     made.add_argument("--longest", type=int, default=3000, help="maximum prompt characters")
     made.add_argument("--max-new-tokens", type=int, default=256)
