@@ -1,9 +1,11 @@
-"""Counts the candidates accepted on the suites: of look-ahead rows, or of the draft head.
+"""Measure the accepted length of look-ahead rows or of the draft head on the benchmark suites.
 
-Those of rows are verified in a pass of their own (two-pass decoding), the head's in every pass.
+Candidates of look-ahead rows are verified in a separate pass (two-pass decoding), candidates of the
+draft head in every pass.
 
-Writes a JSON file after every row, and a table beside it. Texts are decoded in a batch that stays
-full: as one leaves, the next joins. Acceptance depends on neither the batch nor the speed.
+The JSON file is written after every result row, and a Markdown table beside it at the end. The
+batch stays full: when a sequence finishes, the next prompt takes its place. Acceptance depends on
+neither the batch size nor the speed.
 """
 
 from __future__ import annotations
@@ -42,7 +44,13 @@ KEY = ("suite", "temperature", "judge", "draft")
 
 @dataclass(frozen=True)
 class Suite:
-    """The prompts of a suite that leave room in the context for the new tokens."""
+    """Prompts of a suite that leave room in the context for the new tokens.
+
+    Attributes:
+        name: the suite's name.
+        prompts: token ids of each prompt.
+        skipped: number of prompts that are too long.
+    """
 
     name: str
     prompts: tuple[tuple[int, ...], ...]
@@ -50,7 +58,7 @@ class Suite:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure what is asked for; gives the exit code."""
+    """Run the measurement and return the exit code."""
     try:
         run(parser().parse(sys.argv[1:] if arguments is None else arguments))
     except (InputError, OSError) as error:
@@ -60,38 +68,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser() -> Parser:
-    """The flags."""
+    """Return the argument parser."""
     made = Parser(description=__doc__, allow_abbrev=False)
-    made.add_argument("--lookahead", required=True, help=f"shipped name, folder or {FIXED_TOKEN}")
+    made.add_argument("--lookahead", required=True, help=f"packaged name, folder or {FIXED_TOKEN}")
     made.add_argument("--suite", default=DEFAULT_SUITES, help=f"default {DEFAULT_SUITES}")
-    made.add_argument("--limit", type=int, metavar="N", help="prompts of each suite; default all")
+    made.add_argument("--limit", type=int, metavar="N", help="prompts per suite; default all")
     made.add_argument("--max-new-tokens", type=int, default=128)
     made.add_argument("--lookahead-tokens", type=int, default=4)
-    made.add_argument("--drafts", choices=("rows", "head"), default="rows", help="what drafts")
+    made.add_argument("--drafts", choices=("rows", "head"), default="rows", help="draft source")
     made.add_argument("--temperature", type=float, nargs="+", default=[0.0, 0.8])
     made.add_argument("--judge", nargs="+", choices=get_args(Judge), default=get_args(Judge))
     made.add_argument("--draft", nargs="+", choices=get_args(Draft), default=get_args(Draft))
     made.add_argument("--top-k", type=int, default=10)
-    made.add_argument("--seed", type=int, default=0, help="of the first prompt; default 0")
-    made.add_argument("--batch", type=int, default=16, help="texts decoded at a time; default 16")
+    made.add_argument("--seed", type=int, default=0, help="seed of the first prompt; default 0")
+    made.add_argument("--batch", type=int, default=16, help="batch size; default 16")
     made.add_argument("--compile", action="store_true", help="run passes compiled")
-    made.add_argument("--out", type=Path, metavar="FILE", help="default in docs/results/acceptance")
-    made.add_argument("--card", type=Path, metavar="DIR", help="note greedy figures in its card")
-    made.add_argument("--resume", action="store_true", help="keep the rows that FILE has")
+    made.add_argument(
+        "--out", type=Path, metavar="FILE", help="default: in docs/results/acceptance"
+    )
+    made.add_argument("--card", type=Path, metavar="DIR", help="add greedy results to its card")
+    made.add_argument("--resume", action="store_true", help="keep the result rows in FILE")
     add_model_arguments(made)
     return made
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measure every row that is not there yet, and write the files after each.
+    """Measure every result row that is missing, and write the JSON file after each.
 
     Raises:
-        InputError: something asked for cannot be used; said before anything is measured.
+        InputError: An argument cannot be used. Raised before the first measurement.
     """
     check(arguments)
     set_threads(arguments.threads)
     lm = loaded(arguments)
-    assert lm.look_ahead is not None, "measured are look-ahead files"
+    assert lm.look_ahead is not None, "loaded() raises without look-ahead files"
     asked = settings(arguments, lm.look_ahead)
     if arguments.card:
         check_card(arguments.card, lm.look_ahead)
@@ -111,10 +121,15 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """What can be told wrong before anything is loaded."""
+    """Validate the arguments that can be checked before the model is loaded.
+
+    Raises:
+        InputError: An argument is out of range, or `--card` is given without temperature 0.
+        TaskError: A suite is unknown.
+    """
     for name in listed(arguments.suite):
         if name not in SUITES:
-            raise TaskError(f"there is no suite {name!r}: give some of {','.join(SUITES)}")
+            raise TaskError(f"no suite {name!r}: choose from {','.join(SUITES)}")
     for name in ("batch", "limit", "lookahead_tokens"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
@@ -123,16 +138,21 @@ def check(arguments: argparse.Namespace) -> None:
     for key in keys("", arguments):
         sampling(arguments, key, arguments.seed)
     if arguments.card and 0 not in arguments.temperature:
-        raise InputError("--card takes greedy figures: give temperature 0 as well")
+        raise InputError("--card records greedy results: give temperature 0 as well")
 
 
 def listed(text: str) -> list[str]:
-    """Values separated by commas; repeated ones count once."""
+    """Split a comma-separated list and drop duplicates."""
     return list(dict.fromkeys(part.strip() for part in text.split(",")))
 
 
 def loaded(arguments: argparse.Namespace) -> Generator:
-    """The model with the rows asked for."""
+    """Return the model with the chosen look-ahead rows.
+
+    Raises:
+        InputError: There are no look-ahead rows, the tokenizer has no token for `fixed-token`, or
+            `--lookahead-tokens` does not fit the rows or the draft head.
+    """
     fixed = arguments.lookahead == FIXED_TOKEN
     name = "none" if fixed else arguments.lookahead
     lm = load(
@@ -146,12 +166,12 @@ def loaded(arguments: argparse.Namespace) -> Generator:
         token: Any = lm.tokenizer.unk_token_id
         token = lm.tokenizer.eos_token_id if token is None else token
         if token is None:
-            raise InputError("this tokenizer has no unknown or end token to put in every row")
+            raise InputError("the tokenizer has no unknown or end token, which fixed-token needs")
         count = arguments.lookahead_tokens
         rows = LookAhead.fixed_token(lm.target, int(token), count, arguments.model)
         lm = Generator(lm.target, lm.tokenizer, rows)
     if lm.look_ahead is None:
-        raise InputError(f"--lookahead {name} has no rows: there is nothing to measure")
+        raise InputError(f"--lookahead {name} has no look-ahead rows: there is nothing to measure")
     if arguments.drafts == "head":
         check_head(lm.look_ahead, arguments.lookahead_tokens)
     else:
@@ -160,16 +180,16 @@ def loaded(arguments: argparse.Namespace) -> Generator:
 
 
 def decoder_for(lm: Generator) -> Decoder:
-    """An empty batch with the model's look-ahead rows."""
-    assert lm.look_ahead is not None, "measured are look-ahead files"
+    """Return a decoder with an empty batch and the model's look-ahead rows."""
+    assert lm.look_ahead is not None, "loaded() raises without look-ahead files"
     return Decoder(lm.target, lm.look_ahead.rows(lm.target))
 
 
-# What is measured, and whether a file is of the same
+# Settings, and resuming a file with the same settings
 
 
 def settings(arguments: argparse.Namespace, rows: LookAhead) -> dict[str, Any]:
-    """What every row of a file has in common."""
+    """Return the settings that all result rows of a file share."""
     names = ("model", "dtype", "limit", "max_new_tokens", "lookahead_tokens", "top_k", "seed")
     by_head = arguments.drafts == "head"
     return {
@@ -177,20 +197,20 @@ def settings(arguments: argparse.Namespace, rows: LookAhead) -> dict[str, Any]:
         "lookahead_sha256": rows.digest(by_head),
         "drafts": arguments.drafts,
         **{name: getattr(arguments, name) for name in names},
-        **({"compile": True} if arguments.compile else {}),  # files before it have no such line
+        **({"compile": True} if arguments.compile else {}),  # older files lack this key
     }
 
 
 def begun(out: Path, asked: Mapping[str, Any], resume: bool) -> dict[str, Any]:
-    """The content to go on with: the file's own, or a new one.
+    """Return the content of `out` to resume from, or new content if it does not exist.
 
     Raises:
-        InputError: the file is there and `resume` is not asked for, or it has other settings.
+        InputError: The file exists and `resume` is False, or it was written with other settings.
     """
     if not out.exists():
         return {"provenance": [provenance()], "settings": dict(asked), "rows": []}
     if not resume:
-        raise InputError(f"{out} is there: name another with --out, or go on with --resume")
+        raise InputError(f"{out} exists: choose another file with --out, or add --resume")
     try:
         content: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
         found = content["settings"]
@@ -198,16 +218,23 @@ def begun(out: Path, asked: Mapping[str, Any], resume: bool) -> dict[str, Any]:
         content["provenance"] = [*content["provenance"], provenance()]
         complete = all(name in row for row in content["rows"] for name in KEY)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{out} does not hold results of this recipe: name another") from error
+        raise InputError(
+            f"{out} does not hold results of this recipe: choose another file with --out"
+        ) from error
     if other or not complete:
         name = other[0] if other else "rows"
         told = f"{found.get(name)!r}, not {asked.get(name)!r}" if other else "incomplete"
-        raise InputError(f"{out} cannot be resumed, its {name} is {told}: name another with --out")
+        raise InputError(
+            f"{out} cannot be resumed, its {name} is {told}: choose another file with --out"
+        )
     return content
 
 
 def keys(suite: str, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """What tells one row of a suite from another; greedy, judges and drafts are one."""
+    """Yield the key of each result row of a suite.
+
+    Temperature 0 has a single row, since judges and kinds of draft agree in greedy decoding.
+    """
     for temperature in dict.fromkeys(arguments.temperature):
         pairs = [(judge, draft) for judge in arguments.judge for draft in arguments.draft]
         for judge, draft in [("coupled", "greedy")] if temperature == 0 else dict.fromkeys(pairs):
@@ -218,10 +245,11 @@ def keys(suite: str, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def fitting(lm: Generator, name: str, arguments: argparse.Namespace) -> Suite:
-    """A suite's prompts as ids, without those that are too long.
+    """Return a suite's prompts as token ids, without those that are too long.
 
     Raises:
-        InputError: its package is missing, the model has no chat template, or none fits.
+        InputError: The suite's package is missing, the model has no chat template, or no prompt
+            fits the context.
     """
     tokenizer: Any = lm.tokenizer
 
@@ -238,7 +266,7 @@ def fitting(lm: Generator, name: str, arguments: argparse.Namespace) -> Suite:
     if not fit:
         raise InputError(
             f"no prompt of suite {name!r} leaves room for {arguments.max_new_tokens} tokens in "
-            f"the context of {context}: take fewer --max-new-tokens, or leave the suite out"
+            f"the context of {context}: lower --max-new-tokens or leave the suite out"
         )
     return Suite(name, tuple(fit), len(every) - len(fit))
 
@@ -246,7 +274,7 @@ def fitting(lm: Generator, name: str, arguments: argparse.Namespace) -> Suite:
 def measure(
     lm: Generator, suite: Suite, arguments: argparse.Namespace, key: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The counts of one row."""
+    """Decode a suite with one setting and return the counts of its result row."""
     tokens = arguments.lookahead_tokens
     plan = strategy("two-pass", tokens) if arguments.drafts == "rows" else ByHead(tokens)
     requests = [
@@ -278,7 +306,7 @@ def measure(
 
 
 def sampling(arguments: argparse.Namespace, key: Mapping[str, Any], seed: int) -> SamplingParams:
-    """How a prompt's tokens are drawn."""
+    """Return the sampling parameters of one prompt."""
     return SamplingParams(
         temperature=key["temperature"],
         top_k=arguments.top_k,
@@ -289,7 +317,7 @@ def sampling(arguments: argparse.Namespace, key: Mapping[str, Any], seed: int) -
 
 
 def decode(decoder: Decoder, requests: Sequence[Request], batch: int) -> list[Stats]:
-    """The counts of each request, with so many of them under way as long as there are more."""
+    """Decode all requests, at most `batch` at a time, and return the counts of each."""
     stats = [Stats(prompt_tokens=len(request.prompt)) for request in requests]
     waiting = iter(zip(requests, stats, strict=True))
     under_way: dict[Row, Stats] = {}
@@ -305,18 +333,19 @@ def decode(decoder: Decoder, requests: Sequence[Request], batch: int) -> list[St
                 del under_way[row]
 
 
-# What is left behind
+# Output
 
 
 def line(row: Mapping[str, Any]) -> str:
-    """One row, for who waits."""
+    """Return a progress line for one result row."""
     key = " ".join(str(row[name]) for name in KEY)
     speed = row["tokens"] / max(row["seconds"], 0.1)
-    return f"{key}: {row['accepted_length']:.3f} of {row['tokens']} tokens, {speed:.1f} a second"
+    length, tokens = row["accepted_length"], row["tokens"]
+    return f"{key}: accepted length {length:.3f}, {tokens} tokens, {speed:.1f} tokens/s"
 
 
 def table(content: Mapping[str, Any]) -> str:
-    """Accepted lengths: a line for each suite, a column for each way of drawing."""
+    """Return a Markdown table of accepted lengths: one line per suite, one column per setting."""
     rows, asked = content["rows"], content["settings"]
     found = {tuple(row[name] for name in KEY): row for row in rows}
     columns = list(dict.fromkeys(key[1:] for key in found))
@@ -336,26 +365,30 @@ def table(content: Mapping[str, Any]) -> str:
 
 
 def column(temperature: float, judge: str, draft: str) -> str:
-    """The head of a column."""
+    """Return the heading of a column."""
     return "greedy" if temperature == 0 else f"T = {temperature:g}, {judge}, {draft} drafts"
 
 
 def _drafting(asked: Mapping[str, Any]) -> str:
-    """What drafted, in words."""
+    """Describe the draft source."""
     tokens = asked["lookahead_tokens"]
     by_head = asked["drafts"] == "head"
     return f"draft head, {tokens} tokens" if by_head else f"two-pass, L = {tokens}"
 
 
 def check_card(folder: Path, rows: LookAhead) -> None:
-    """Make sure that the figures will be noted where they belong."""
+    """Check that the folder whose card is updated holds the look-ahead files being measured.
+
+    Raises:
+        InputError: It holds other look-ahead files.
+    """
     kept = load_rows(folder)
     if kept.digest() != rows.digest():
         raise InputError(f"--card {folder} holds other look-ahead files than those measured")
 
 
 def note(folder: Path, content: Mapping[str, Any]) -> None:
-    """Put the greedy figures of each suite in a folder's card, and write its README anew."""
+    """Add the greedy results of each suite to a folder's card and rewrite its README."""
     asked = content["settings"]
     figures = {
         f"{row['suite']}, greedy, {asked['max_new_tokens']} tokens, "

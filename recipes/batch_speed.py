@@ -1,7 +1,7 @@
-"""Throughput by batch size: plain decoding and `auto`, each with a batch that is kept full.
+"""Measure throughput by batch size for plain decoding and `auto`, each with a full batch.
 
-A text that ends is replaced by the next prompt, as a server does it, and the two take turns every
-few passes, so that whatever slows the machine slows both. Reading prompts is not counted.
+As in a server, the next prompt replaces a sequence that finishes. The two methods alternate every
+few passes, so that changes in the machine's speed affect both. Prefill is not counted.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from passlm.params import SamplingParams
 from passlm.provenance import provenance, write_atomically
 
 METHODS = ("ar", "auto")
-BLOCK = 8  # passes of a turn
+BLOCK = 8  # passes before the other method takes its turn
 
 
 def main() -> int:
-    """Measure, print and write; gives the exit code."""
+    """Run the measurement, print and write the results, and return the exit code."""
     made = Parser(description=__doc__, allow_abbrev=False)
     made.add_argument("--suite", choices=SUITES, default="humaneval")
     made.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4, 8, 16], metavar="N")
-    made.add_argument("--prompts", type=int, default=16, help="texts finished by each method")
+    made.add_argument("--prompts", type=int, default=16, help="sequences per method and size")
     made.add_argument("--max-new-tokens", type=int, default=128)
-    made.add_argument("--out", type=Path, metavar="FILE", help="write the figures there as JSON")
+    made.add_argument("--out", type=Path, metavar="FILE", help="write the results as JSON")
     add_model_arguments(made)
     add_decoding_arguments(made)
     try:
@@ -49,13 +49,13 @@ def main() -> int:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """A row for each batch size, printed as it comes."""
+    """Measure each batch size; print its row and write the file as soon as it is known."""
     lm = loaded(arguments)
     encode = lm.encode
     tasks = load_suite(arguments.suite, encode, lm.tokenizer.decode, arguments.prompts)
     prompts = [lm.encode(task.prompt or list(task.messages or ())) for task in tasks]
     rows: list[dict[str, Any]] = []
-    print("| texts at a time | plain, tokens/s | auto, tokens/s | auto over plain |")
+    print("| batch size | plain, tokens/s | auto, tokens/s | auto over plain |")
     print("| ---: | ---: | ---: | ---: |")
     for size in arguments.batch:
         rates = measured(lm, prompts, size, arguments.max_new_tokens)
@@ -73,15 +73,20 @@ def run(arguments: argparse.Namespace) -> None:
             )
 
 
-class Crowd:
-    """A batch of one method that is kept full.
+class FullBatch:
+    """Batch of one method that is kept full.
 
     Args:
-        lm: the model.
+        lm: The model.
         method: `ar` or `auto`.
-        prompts: token ids, taken in turn and again from the first.
-        size: texts at a time.
-        new_tokens: of each text, at most.
+        prompts: Token ids of each prompt; used in order, then again from the first.
+        size: Batch size.
+        new_tokens: Maximum number of new tokens of each sequence.
+
+    Attributes:
+        finished: Number of finished sequences.
+        tokens: Number of new tokens.
+        seconds: Time spent in decoding steps; prefill is left out.
     """
 
     def __init__(
@@ -94,8 +99,8 @@ class Crowd:
         self._plans = autoregressive if method == "ar" else lm.costs.auto(size, context)
         self._decoder = Decoder(lm.target, lm.rows)
 
-    def turn(self) -> None:
-        """A few passes of a full batch."""
+    def run_block(self) -> None:
+        """Run `BLOCK` decoding steps, filling the batch before each."""
         for _ in range(BLOCK):
             while len(self._decoder.rows) < self._size:
                 self._decoder.join(self._next())
@@ -113,16 +118,16 @@ class Crowd:
 def measured(
     lm: Generator, prompts: Sequence[list[int]], size: int, new_tokens: int
 ) -> dict[str, float]:
-    """New tokens a second of all texts together, by method."""
-    crowds = {method: Crowd(lm, method, prompts, size, new_tokens) for method in METHODS}
-    for crowd in crowds.values():
-        crowd.turn()  # compiles
-        crowd.tokens, crowd.seconds = 0, 0.0
-    while any(crowd.finished < len(prompts) for crowd in crowds.values()):
-        for crowd in crowds.values():
-            if crowd.finished < len(prompts):
-                crowd.turn()
-    return {method: crowd.tokens / crowd.seconds for method, crowd in crowds.items()}
+    """Return the throughput of the whole batch in new tokens per second, by method."""
+    batches = {method: FullBatch(lm, method, prompts, size, new_tokens) for method in METHODS}
+    for batch in batches.values():
+        batch.run_block()  # compiles
+        batch.tokens, batch.seconds = 0, 0.0
+    while any(batch.finished < len(prompts) for batch in batches.values()):
+        for batch in batches.values():
+            if batch.finished < len(prompts):
+                batch.run_block()
+    return {method: batch.tokens / batch.seconds for method, batch in batches.items()}
 
 
 if __name__ == "__main__":

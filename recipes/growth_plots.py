@@ -1,4 +1,4 @@
-"""Draw accepted length over anchors, rank, layers and rows trained.
+"""Plot accepted length against training anchors, LoRA rank, LoRA layers and look-ahead rows.
 
 Read docs/results/acceptance-by-training/growth.json and write growth.png, which docs/training.md
 shows, beside it.
@@ -27,7 +27,7 @@ LAYERS = {
 
 
 def main() -> int:
-    """Draw; gives the exit code."""
+    """Write the figure and return the exit code."""
     content = json.loads((FOLDER / "growth.json").read_text())
     figure = Figure(figsize=(12, 3.4), layout="constrained")
     anchors, rank, layers, rows = figure.subplots(1, 4)
@@ -56,7 +56,7 @@ def main() -> int:
 def bars(
     axes: Axes, settings: dict[str, Any], name: str, values: Sequence[tuple[str, object]]
 ) -> None:
-    """One bar a setting, with the standard error of its mean over the held-out groups."""
+    """Draw one bar per setting, with the standard error of its mean over the held-out groups."""
     base = {**settings["base"], "lora_layers": []}
     heights, errors = [], []
     for _, value in values:
@@ -68,12 +68,17 @@ def bars(
 
 
 def changes(row: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
-    """What a run had that the base has not."""
+    """Return the settings in which a run differs from the base run."""
     return {name: value for name, value in row["changed"].items() if base.get(name) != value}
 
 
 def standard_error(reached: Sequence[float], groups: int) -> float:
-    """Of a mean accepted length, from the shares of groups accepted to each row."""
+    """Return the standard error of a mean accepted length.
+
+    Args:
+        reached: Share of groups whose candidates are accepted up to each position.
+        groups: Number of groups.
+    """
     mean = sum(reached)
     # E[n^2] = sum over j of (2j - 1) P(n >= j)
     squares = sum((2 * j - 1) * share for j, share in enumerate(reached, start=1))

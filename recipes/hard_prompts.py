@@ -1,7 +1,7 @@
-"""Writes prompts that defeat drafting, as JSONL: random tokens, random Unicode, base64.
+"""Write prompts that are hard to draft for, as JSONL: random tokens, random Unicode, base64.
 
-`passlm bench --prompts FILE` with them shows whether `--method auto` is ever slower than plain
-decoding; so does a temperature of 1.5 on any suite.
+`passlm bench --prompts FILE` shows with these prompts whether `--method auto` is ever slower than
+plain decoding. A temperature of 1.5 on any suite tests the same.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TOKENS, BYTES, LETTERS = 64, 120, 80
 
 
 def main() -> int:
-    """Write the file named on the command line; gives the exit code."""
+    """Write the file named on the command line and return the exit code."""
     if len(sys.argv) != 2:
         print("usage: hard_prompts.py FILE", file=sys.stderr)
         return 2

@@ -1,9 +1,10 @@
-"""Many clients at once for minutes, some hanging up; then each kept text once more, alone.
+"""Load-test the server with many concurrent clients, some of which disconnect early.
 
     python recipes/load_test.py --out docs/results/serve/load -- --dtype float32 --max-batch 8
 
-What stands behind `--` goes to `passlm serve`. Ends with code 1 where a request failed, a text
-differs from the same request alone, rows are left, or memory grew by more than 3 %.
+Afterwards, each completed request is sent again on its own to compare the outputs. Flags after `--`
+go to `passlm serve`. The exit code is 1 if a request fails, an output differs from that of the same
+request sent alone, batch rows remain in use, or memory grows by more than 3 %.
 """
 
 from __future__ import annotations
@@ -39,11 +40,15 @@ ROWS = ("passlm_running_texts", "passlm_waiting_texts")
 
 @dataclass
 class Tally:
-    """What happened.
+    """Counts and samples of a run.
 
     Attributes:
-        kept: requests with what came of them, those that were read to their end.
-        samples: seconds since the start, resident bytes, and the server's metrics.
+        sent: Number of requests.
+        hung_up: Number of requests whose client disconnected early.
+        refused: Number of requests rejected with status 429.
+        failures: Description of each failure.
+        kept: Completed requests with their replies.
+        samples: Seconds since the start, resident bytes and server metrics, once a second.
     """
 
     sent: int = 0
@@ -55,7 +60,7 @@ class Tally:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run and report; gives the exit code."""
+    """Run the load test, print and write the report, and return the exit code."""
     own, flags = split(sys.argv[1:] if arguments is None else arguments)
     try:
         chosen = parser().parse(own)
@@ -72,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser() -> Parser:
-    """The flags."""
+    """Return the argument parser."""
     made = Parser(description=__doc__, allow_abbrev=False)
     made.add_argument("--clients", type=int, default=64)
     made.add_argument("--minutes", type=float, default=5.0)
@@ -81,20 +86,21 @@ def parser() -> Parser:
         type=float,
         default=1.0,
         metavar="MINUTES",
-        help="of the same load before them, after which memory should stay; default 1",
+        help="duration of the same load before the test, after which memory use should not grow; "
+        "default 1",
     )
     made.add_argument("--hang-up", type=float, default=1 / 3, help="share of requests; default 1/3")
-    made.add_argument("--sampled", type=float, default=0.25, help="share drawn with a seed")
-    made.add_argument("--longest", type=int, default=3000, help="characters of a prompt")
+    made.add_argument("--sampled", type=float, default=0.25, help="share sampled with a seed")
+    made.add_argument("--longest", type=int, default=3000, help="maximum prompt characters")
     made.add_argument("--max-new-tokens", type=int, default=256)
-    made.add_argument("--alone", type=int, metavar="N", help="texts asked for again; default all")
+    made.add_argument("--alone", type=int, metavar="N", help="requests to repeat; default all")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--out", type=Path, metavar="FILE", help="writes FILE.json and FILE.md")
     return made
 
 
 def run(arguments: argparse.Namespace, flags: Sequence[str]) -> dict[str, Any]:
-    """The whole test; gives what is reported."""
+    """Run the whole test and return the report."""
     tally = Tally()
     with Served(flags) as server:
         begun = time.monotonic()
@@ -107,33 +113,35 @@ def run(arguments: argparse.Namespace, flags: Sequence[str]) -> dict[str, Any]:
 
 
 async def load(server: Served, arguments: argparse.Namespace, tally: Tally) -> None:
-    """All clients until the time is over; texts under way then are read to their ends."""
+    """Run all clients until the time is over; requests in progress are then read to the end."""
     until = time.monotonic() + 60 * (arguments.warm_up + arguments.minutes)
     async with server.client(arguments.clients) as client:
         watch = asyncio.create_task(sample(server, tally))
         await asyncio.gather(
             *(
-                visits(client, random.Random(f"{arguments.seed} {number}"), arguments, until, tally)
+                send_requests(
+                    client, random.Random(f"{arguments.seed} {number}"), arguments, until, tally
+                )
                 for number in range(arguments.clients)
             )
         )
         watch.cancel()
 
 
-async def visits(
+async def send_requests(
     client: Client,
     rng: random.Random,
     arguments: argparse.Namespace,
     until: float,
     tally: Tally,
 ) -> None:
-    """One client: a request after another."""
+    """Act as one client: send one request after another until the time `until`."""
     while time.monotonic() < until:
         body = request(rng, arguments)
         events = seconds = None
         if rng.random() < arguments.hang_up:
-            events = rng.randint(1, 1 + body["max_tokens"] // 4)  # a pass may give several tokens
-            seconds = rng.uniform(0.1, 20.0)  # in which a request that waits has met no event
+            events = rng.randint(1, 1 + body["max_tokens"] // 4)  # a pass may return several tokens
+            seconds = rng.uniform(0.1, 20.0)  # also ends requests still in the queue
         tally.sent += 1
         try:
             async with asyncio.timeout(seconds):
@@ -156,7 +164,7 @@ async def visits(
 
 
 def request(rng: random.Random, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Something to go on from, or to answer: a cut of the package's own code."""
+    """Return the body of a random completion or chat request about the package's own code."""
     file = rng.choice(sorted(SOURCES.rglob("*.py")))
     source = file.read_text(encoding="utf-8") or "import os\n"
     start = rng.randrange(len(source))
@@ -171,12 +179,12 @@ def request(rng: random.Random, arguments: argparse.Namespace) -> dict[str, Any]
 
 
 def spread(rng: random.Random, least: int, most: int) -> int:
-    """Whole numbers whose logarithms are spread evenly."""
+    """Draw an integer from `least` to `most` whose logarithm is uniformly distributed."""
     return round(math.exp(rng.uniform(math.log(least), math.log(most))))
 
 
 async def sample(server: Served, tally: Tally) -> None:
-    """Note memory and metrics once a second."""
+    """Record memory and metrics once a second."""
     process, begun = psutil.Process(server.pid), time.monotonic()
     while True:
         metrics = await asyncio.to_thread(server.metrics)
@@ -185,7 +193,10 @@ async def sample(server: Served, tally: Tally) -> None:
 
 
 def rows_left(server: Served) -> int:
-    """Texts that the server still runs or keeps waiting once all clients are gone."""
+    """Return the number of sequences still running or waiting after all clients have left.
+
+    Waits up to `SETTLE_SECONDS` for the number to reach zero.
+    """
     deadline = time.monotonic() + SETTLE_SECONDS
     while True:
         metrics = server.metrics()
@@ -196,7 +207,7 @@ def rows_left(server: Served) -> int:
 
 
 async def alone(server: Served, kept: Sequence[tuple[dict[str, Any], Reply]], tally: Tally) -> int:
-    """How many texts come out the same, one request at a time."""
+    """Send the completed requests again, one at a time, and return how many outputs are equal."""
     equal = 0
     async with server.client(1) as client:
         for body, before in kept:
@@ -217,7 +228,7 @@ def summary(
     equal: int,
     compared: int,
 ) -> dict[str, Any]:
-    """Everything that was found, JSON-ready."""
+    """Return the report as JSON-serializable data."""
     growth = memory_growth(tally.samples, 60 * arguments.warm_up, seconds)
     firsts = [reply.chunks[0] for _, reply in tally.kept]
     passed = not tally.failures and not left and equal == compared
@@ -248,14 +259,15 @@ def summary(
 def memory_growth(
     samples: Sequence[tuple[float, int, dict[str, float]]], warm: float, seconds: float
 ) -> float | None:
-    """How much the mean of the last minute lies above the first one's behind the warm-up.
+    """Return the relative growth of memory from the first minute after the warm-up to the last.
 
-    None where there are not three minutes behind it.
+    Compares the means of the two minutes. None if the test lasts less than three minutes after the
+    warm-up.
 
     Args:
-        samples: seconds since the start, resident bytes, metrics.
-        warm: seconds of warming up.
-        seconds: of everything.
+        samples: Seconds since the start, resident bytes, metrics.
+        warm: Seconds of the warm-up.
+        seconds: Total seconds.
     """
     if seconds < warm + 180:
         return None
@@ -265,7 +277,7 @@ def memory_growth(
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:
-    """The median and the slowest ones."""
+    """Return the 50th, 90th and 99th percentiles; empty for fewer than two values."""
     if len(values) < 2:
         return {}
     cuts = statistics.quantiles(values, n=100, method="inclusive")
@@ -273,23 +285,23 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The same for people."""
+    """Return the report as Markdown."""
     growth = report["memory_growth"]
     memory = "too short" if growth is None else f"{growth:+.1%}"
     firsts = report["seconds_to_first_event"]
     rows = {
         "clients": report["clients"],
         "seconds": report["seconds"],
-        "of these to warm up": report["warm_up_seconds"],
+        "of which warm-up": report["warm_up_seconds"],
         "requests sent": report["sent"],
-        "read to their end": report["finished"],
-        "hung up midway": report["hung_up"],
-        "refused, the queue being full (429)": report["refused"],
+        "completed": report["finished"],
+        "disconnected early": report["hung_up"],
+        "rejected because the queue was full (429)": report["refused"],
         "failed": report["failed"],
         "equal to the same request alone": f"{report['equal_alone']} of {report['compared_alone']}",
         "rows left": report["rows_left"],
         "memory, last minute over first after warm-up": memory,
-        "new tokens of those read to their end": report["tokens"],
+        "new tokens of completed requests": report["tokens"],
         "seconds to the first event, " + ", ".join(firsts): ", ".join(map(str, firsts.values())),
     }
     head = f"# Load test\n\n`passlm serve {' '.join(report['server'])}`\n\n| | |\n| --- | ---: |\n"

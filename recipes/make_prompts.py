@@ -1,13 +1,14 @@
-"""Writes prompts for a model to answer, so that look-ahead rows can be trained on its answers.
+"""Write prompts for a model to answer, so that look-ahead rows can be trained on its answers.
 
     python recipes/make_prompts.py TEXT OUT.jsonl [--count N] [--seed S]
 
-Reads the folder that `fetch_text.py` made and writes one object a line: `id`, `kind`, either
-`prompt` (raw text to continue) or `messages` (a chat), and `max_new_tokens`. The same text, count
-and seed give the same file; the kinds are mixed, so any first part is a fair sample of the whole.
+Reads the folder that `fetch_text.py` wrote and writes one JSON object per line: `id`, `kind`,
+either `prompt` (raw text to continue) or `messages` (a chat), and `max_new_tokens`. The same text,
+count and seed give the same file. The kinds are shuffled, so that the first lines of the file are a
+random sample of it.
 
-None of the prompts come from the test sets: functions, tasks, problems and writing are written
-here or cut from the training text, which holds nothing that the benchmarks use.
+No prompt comes from a test set: functions, tasks, problems and writing prompts are defined here or
+taken from the training text, which contains nothing that the benchmarks use.
 """
 
 import argparse
@@ -30,7 +31,7 @@ Prompts = Iterator[str]
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 SHORTEST, LONGEST = 16, 1600
-"""Characters of a prompt."""
+"""Minimum and maximum length of a prompt in characters."""
 
 LIBRARIES = ("stdlib", "django", "sympy")
 
@@ -38,16 +39,24 @@ WELL_KNOWN = re.compile(
     r"prime|fib|palindrom|gcd|greatest_common|factori|collatz|vowel|bracket|parenthes|roman"
     r"|monotonic|median|intersper|derivative|triangle_area|fizz|md5|remove_dup"
 )
-"""Names of functions that resemble well-known test tasks; they are left out."""
+"""Matches names of functions that resemble well-known test tasks, which are left out."""
 
 
-# The tasks of the `function` prompts: names, arguments, result, descriptions and an answer that
-# computes the examples. An argument is a kind, or "name/name:kind" to choose its name from these.
+# The tasks of the `function` prompts: names, arguments, result, descriptions, and a function that
+# computes the examples. An argument is a kind, or "name/name:kind" to choose from these names.
 
 
 @dataclass(frozen=True)
 class Task:
-    """A small function that can be described, called, and computed."""
+    """Small function that can be described, called and computed.
+
+    Attributes:
+        names: Possible function names, separated by spaces.
+        arguments: Kinds of the arguments, each with optional names, separated by spaces.
+        result: Type annotation of the result.
+        texts: Possible descriptions; `{0}` is the name of the first argument.
+        answer: Function that computes the result.
+    """
 
     names: str
     arguments: str
@@ -410,7 +419,7 @@ NARROW_KINDS = {
 
 
 def random_value(kind: str, rng: random.Random) -> Any:
-    """An argument of an example call."""
+    """Return a random argument for an example call."""
     makers: dict[str, Callable[[], Any]] = {
         "ints": lambda: _numbers(rng),
         "sorted": lambda: sorted(_numbers(rng)),
@@ -449,7 +458,7 @@ def _grid(rng: random.Random) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Wording:
-    """One way of writing a task down."""
+    """Task with chosen names and description."""
 
     name: str
     arguments: tuple[str, ...]
@@ -459,13 +468,13 @@ class Wording:
     task: Task
 
     def head(self) -> str:
-        """The first line of the function."""
+        """Return the signature of the function."""
         types = [TYPES[NARROW_KINDS.get(kind, kind)] for kind in self.kinds]
         typed = zip(self.arguments, types, strict=True)
         return f"def {self.name}({', '.join(f'{a}: {t}' for a, t in typed)}) -> {self.result}:"
 
     def example(self, rng: random.Random) -> tuple[str, str]:
-        """A call with its result, seldom an empty one."""
+        """Return a random call and its result; results that are empty or zero are rare."""
         for _ in range(3):
             values = [random_value(kind, rng) for kind in self.kinds]
             if repr(self.task.answer(*values)) not in ("0", "[]", "''"):
@@ -475,10 +484,10 @@ class Wording:
 
 
 def word_task(task: Task, rng: random.Random) -> Wording:
-    """Choose names for the function and its arguments."""
+    """Choose a description and names for the function and its arguments."""
     names: list[str] = []
     kinds = []
-    draw = rng.random()  # the same for all: left goes with right
+    draw = rng.random()  # one draw for all arguments, so that `left` is paired with `right`
     for argument in task.arguments.split():
         choices, _, kind = argument.rpartition(":")
         pool = choices.split("/") if choices else _default_names(kind)
@@ -495,7 +504,7 @@ def _default_names(kind: str) -> list[str]:
 
 
 def function_prompt(wording: Wording, rng: random.Random) -> str:
-    """The head of a function and its docstring, in one of several styles."""
+    """Return a function's signature and docstring, in one of several styles."""
     lines = textwrap.wrap(wording.text, rng.choice((72, 80, 88)))
     if rng.random() < 0.2:
         lines += ["", "Args:", *_explained(wording)]
@@ -528,18 +537,18 @@ def _examples(wording: Wording, rng: random.Random) -> list[str]:
     return ["", *(f"{call} ➞ {value}" for call, value in calls.items())]
 
 
-# Reading the folder of fetch_text.py.
+# Reading the folder that fetch_text.py wrote.
 
 
 @cache
 def leads(root: Path) -> tuple[str, ...]:
-    """Leads of Wikipedia articles."""
+    """Return leads of Wikipedia articles."""
     return _texts(root / "text/wikipedia/leads.jsonl")
 
 
 @cache
 def codeio(root: Path) -> tuple[str, ...]:
-    """Modules that solve a task."""
+    """Return modules that solve a task."""
     return _texts(root / "code/codeio/codeio.jsonl")
 
 
@@ -550,14 +559,14 @@ def _texts(file: Path) -> tuple[str, ...]:
 
 @cache
 def modules(root: Path) -> tuple[str, ...]:
-    """Every file of the libraries."""
+    """Return the text of every file of the libraries."""
     files = [path for name in LIBRARIES for path in (root / "code" / name).rglob("*.py")]
     return tuple(path.read_text(encoding="utf-8") for path in sorted(files))
 
 
 @cache
 def country_paragraphs(root: Path) -> tuple[str, ...]:
-    """Long paragraphs of the factbook."""
+    """Return long paragraphs of the factbook."""
     texts = (path.read_text(encoding="utf-8") for path in sorted(root.glob("text/factbook/*.txt")))
     return tuple(line for text in texts for line in text.split("\n") if _is_prose(line))
 
@@ -567,7 +576,7 @@ def _is_prose(line: str) -> bool:
 
 
 def parse(text: str) -> ast.Module | None:
-    """The module, or None if this Python cannot read it."""
+    """Parse a module; return None on a syntax error."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SyntaxWarning)
         try:
@@ -577,7 +586,7 @@ def parse(text: str) -> ast.Module | None:
 
 
 def definitions(text: str) -> list[tuple[Definition, str]]:
-    """The functions and classes at the level of the module, with their text."""
+    """Return the top-level functions and classes of a module, with their source."""
     parsed = parse(text)
     lines = text.split("\n")
     found = []
@@ -589,12 +598,12 @@ def definitions(text: str) -> list[tuple[Definition, str]]:
 
 
 def shuffled(items: tuple[str, ...], rng: random.Random) -> list[str]:
-    """The items in random order."""
+    """Return the items in random order."""
     return rng.sample(items, len(items))
 
 
 def in_turns(*streams: Prompts) -> Prompts:
-    """One of each stream after another, until all have ended."""
+    """Yield one item of each stream in turn, until all streams are exhausted."""
     waiting = list(streams)
     while waiting:
         for stream in tuple(waiting):
@@ -606,7 +615,7 @@ def in_turns(*streams: Prompts) -> Prompts:
 
 
 def cut_at_docstring(text: str, node: Definition) -> str | None:
-    """The function up to the end of its docstring, or None if that is no good."""
+    """Return a function up to the end of its docstring, or None if it is unsuitable."""
     docstring = ast.get_docstring(node)
     if docstring is None or not 60 <= len(docstring) <= 700 or isinstance(node, ast.ClassDef):
         return None
@@ -618,7 +627,7 @@ def cut_at_docstring(text: str, node: Definition) -> str | None:
 
 
 def documented_functions(texts: list[str], rng: random.Random, imports: bool) -> Prompts:
-    """One documented function of each module, cut after its docstring."""
+    """Yield one documented function of each module, cut after its docstring."""
     for text in texts:
         cut = [c for node, _ in definitions(text) if (c := cut_at_docstring(text, node))]
         if cut:
@@ -633,21 +642,21 @@ def _imports(text: str) -> str:
 
 
 def task_functions(rng: random.Random) -> Prompts:
-    """Functions from the table, each task before the second wording of any."""
+    """Yield functions from `TASKS` without end; every task is used once before any is repeated."""
     while True:
         for task in rng.sample(TASKS, len(TASKS)):
             yield function_prompt(word_task(task, rng), rng)
 
 
 def functions(root: Path, rng: random.Random) -> Prompts:
-    """Half from the table, a quarter from libraries and a quarter from tasks with solutions."""
+    """Yield functions: half from `TASKS`, the rest from libraries and from solved tasks."""
     library = documented_functions(shuffled(modules(root), rng), rng, imports=False)
     solved = documented_functions(shuffled(codeio(root), rng), rng, imports=True)
     return in_turns(task_functions(rng), in_turns(library, solved), task_functions(rng), library)
 
 
 def code(root: Path, rng: random.Random) -> Prompts:
-    """The beginnings of functions and classes, one of each module before the second of any."""
+    """Yield beginnings of functions and classes; every module is used before any is repeated."""
     return in_turns(*(_beginnings(text, rng) for text in shuffled(modules(root), rng)))
 
 
@@ -659,14 +668,14 @@ def _beginnings(text: str, rng: random.Random) -> Prompts:
 
 
 def cut_at_line(text: str) -> str | None:
-    """The text up to the line end from 350 to 600 characters that is nearest to 420."""
+    """Cut text at the line end nearest to 420 characters, between 350 and 600; None without one."""
     ends = [match.end() for match in re.finditer(r"\S\n", text)]
     ends = [end for end in ends if 350 <= end <= 600 and end < len(text) - 60]
     return text[: min(ends, key=lambda end: abs(end - 420))] if ends else None
 
 
 def articles(root: Path, rng: random.Random) -> Prompts:
-    """The beginnings of articles and, one in four, of paragraphs about countries."""
+    """Yield beginnings of articles and, for one in four, of paragraphs about countries."""
     wikipedia = _cut_words(shuffled(leads(root), rng), rng)
     return in_turns(
         wikipedia, _cut_words(shuffled(country_paragraphs(root), rng), rng), wikipedia, wikipedia
@@ -736,7 +745,13 @@ PROFESSIONS = (
 
 @dataclass(frozen=True)
 class Subject:
-    """What an article is about."""
+    """Subject of an article.
+
+    Attributes:
+        name: Name, as written within a sentence.
+        verb: Verb of the article's first sentence: is, are, was or were.
+        person: True if the subject is a person.
+    """
 
     name: str
     verb: str
@@ -744,7 +759,7 @@ class Subject:
 
 
 def subject_of(lead: str, common: frozenset[str]) -> Subject | None:
-    """The subject of the first sentence, or None if it is not plain."""
+    """Return the subject of the first sentence, or None if it cannot be identified."""
     plain = re.sub(r" ?\([^()]*\)", "", lead[:500])
     match = re.match(r"([^.;:\"]{2,60}?) (is|are|was|were) (?:an? |the |one |any |[a-z])", plain)
     if match is None:
@@ -759,13 +774,13 @@ def subject_of(lead: str, common: frozenset[str]) -> Subject | None:
 
 
 def common_words(texts: tuple[str, ...]) -> frozenset[str]:
-    """Words that within a sentence are mostly written in lower case."""
+    """Return the words that are mostly written in lower case within a sentence."""
     counts = Counter(word for text in texts for word in re.findall(r"(?<=[a-z] )[\w-]+", text))
     return frozenset(w for w in counts if w.islower() and counts[w] > counts[w.capitalize()])
 
 
 def _inner_case(name: str, common: frozenset[str]) -> str:
-    """The name as it is written within a sentence."""
+    """Return the name as written within a sentence."""
     first, space, rest = name.partition(" ")
     small = first[:1].lower() + first[1:]
     usual = small in common or re.search(r"(ology|graphy|ics|ism)$", small)
@@ -784,7 +799,10 @@ def _is_person(name: str, lead: str) -> bool:
 
 
 def questions(root: Path, rng: random.Random) -> Prompts:
-    """Questions about the subjects of articles; compared with others of their sort."""
+    """Yield questions about the subjects of articles.
+
+    Questions that compare two subjects pair persons with persons and things with things.
+    """
     common = common_words(leads(root))
     found = (subject_of(lead, common) for lead in shuffled(leads(root), rng))
     subjects = [subject for subject in found if subject]
@@ -854,7 +872,7 @@ MISTAKES = (
 
 
 def tasks(root: Path, rng: random.Random) -> Prompts:
-    """Code to be written, explained, tested or mended."""
+    """Yield requests to write, explain, test or fix code."""
     return in_turns(
         _described_tasks(root, rng), _small_tasks(rng), _snippet_tasks(root, rng), _small_tasks(rng)
     )
@@ -868,7 +886,7 @@ def _described_tasks(root: Path, rng: random.Random) -> Prompts:
 
 
 def description_of(text: str) -> str | None:
-    """The task of a module, from its docstring or that of its last function."""
+    """Return the task of a module, from its docstring or that of its last function."""
     parsed = parse(text)
     if parsed is None:
         return None
@@ -917,8 +935,8 @@ def _with_mistake(snippet: str, rng: random.Random) -> str | None:
     return snippet.replace(*rng.choice(possible), 1) if possible else None
 
 
-# Word problems and writing tasks, filled with random words: {3-9} is a number, {name} one of the
-# names; {name2} is another one, and the same key is always the same word.
+# Word problems and writing tasks with placeholders: {3-9} becomes a random number, {name} a random
+# name and {name2} a different one. Within a prompt, the same key always becomes the same word.
 
 # fmt: off
 NAMES = (
@@ -1088,7 +1106,7 @@ WRITING = (
 
 
 def fill(template: str, rng: random.Random, extra: dict[str, str]) -> str:
-    """Replace the keys of a template with numbers and words."""
+    """Replace the placeholders of a template with random numbers and words."""
     chosen = dict(extra)
 
     def replace(match: re.Match[str]) -> str:
@@ -1105,7 +1123,7 @@ def fill(template: str, rng: random.Random, extra: dict[str, str]) -> str:
 
 
 def sequence(rng: random.Random) -> str:
-    """Five numbers that follow a rule."""
+    """Return five numbers that follow a rule, separated by commas."""
     start, step, factor = rng.randint(1, 12), rng.randint(2, 9), rng.randint(2, 3)
     rules: tuple[Callable[[int], int], ...] = (
         lambda i: start + step * i,
@@ -1119,14 +1137,14 @@ def sequence(rng: random.Random) -> str:
 
 
 def problems(_: Path, rng: random.Random) -> Prompts:
-    """Arithmetic and logic, each template before the second use of any."""
+    """Yield problems of arithmetic and logic; every template is used before any is repeated."""
     while True:
         for template in rng.sample(PROBLEMS, len(PROBLEMS)):
             yield fill(template, rng, {"sequence": sequence(rng)})
 
 
 def writing(root: Path, rng: random.Random) -> Prompts:
-    """Things to write, plan, discuss or read out of a text."""
+    """Yield requests to write, plan, discuss, or extract information from a text."""
     texts = tuple(lead for lead in leads(root) if 250 <= len(lead) <= 900)
     while True:
         for template in rng.sample(WRITING, len(WRITING)):
@@ -1135,7 +1153,15 @@ def writing(root: Path, rng: random.Random) -> Prompts:
 
 @dataclass(frozen=True)
 class Kind:
-    """A sort of prompts, its share in percent, and how to make them."""
+    """Kind of prompt.
+
+    Attributes:
+        name: Name of the kind.
+        share: Share of all prompts in percent.
+        chat: True if prompts are chat messages, False if they are text to continue.
+        max_new_tokens: Maximum length of an answer in tokens.
+        make: Function that yields prompts, given the text folder and a random generator.
+    """
 
     name: str
     share: int
@@ -1156,7 +1182,7 @@ KINDS = (
 
 
 def distinct(prompts: Prompts, count: int, seen: set[str]) -> list[str]:
-    """The first `count` prompts of a fit length that were not seen; fewer if there are no more."""
+    """Return up to `count` prompts of suitable length that are not in `seen`; add them to it."""
     found: list[str] = []
     for prompt in islice(prompts, 20 * count):
         if len(found) == count:
@@ -1168,7 +1194,7 @@ def distinct(prompts: Prompts, count: int, seen: set[str]) -> list[str]:
 
 
 def records(root: Path, count: int, seed: int) -> list[dict[str, Any]]:
-    """All prompts, mixed."""
+    """Return the records of all prompts, shuffled."""
     made = []
     seen: set[str] = set()
     for kind in KINDS:
@@ -1191,16 +1217,18 @@ def _record(kind: Kind, number: int, text: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Write the prompts and say how many there are of each kind."""
+    """Write the prompts and print the number of each kind."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("text", type=Path, help="folder that fetch_text.py made")
+    parser.add_argument("text", type=Path, help="folder that fetch_text.py wrote")
     parser.add_argument("out", type=Path, help="JSONL file to write")
-    parser.add_argument("--count", type=int, default=2600, metavar="N", help="prompts, about")
+    parser.add_argument(
+        "--count", type=int, default=2600, metavar="N", help="approximate number of prompts"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="S")
     options = parser.parse_args()
     for needed in ("code/codeio/codeio.jsonl", "text/wikipedia/leads.jsonl"):
         if not (options.text / needed).is_file():
-            raise SystemExit(f"no {needed} in {options.text}: make it with recipes/fetch_text.py")
+            raise SystemExit(f"no {needed} in {options.text}: create it with recipes/fetch_text.py")
     made = records(options.text, options.count, options.seed)
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in made]
     partial = options.out.with_name(options.out.name + ".partial")

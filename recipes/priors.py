@@ -1,16 +1,18 @@
-r"""What `planning/acceptance.py` believes of candidates before a text has shown anything.
+r"""Estimate the prior acceptance rates that `planning/acceptance.py` starts a sequence with.
 
     python recipes/make_prompts.py TEXT TRAINED.jsonl
     python recipes/make_prompts.py TEXT PROMPTS.jsonl --seed 1
     python recipes/priors.py PROMPTS.jsonl --without TRAINED.jsonl --out docs/results/priors.json \
         --card src/passlm/shipped/smollm2-135m/best
 
-The model continues these prompts at several temperatures. (Answers to those of seed 0 are what the
-shipped files were trained on: they would be guessed too well.) At every place of each text
-all that would have been guessed is compared with what came: by the look-ahead rows, by the draft
-head, by the same where it knows the noise, and by prompt lookup. From that come each level's chance
-in text of confidence 1, if its odds are proportional to the text's confidence; and, to see whether
-they are, the power of the confidence that fits each source best.
+The model continues the prompts at several temperatures. (The packaged files were trained on answers
+to the prompts of seed 0; measured on these, acceptance would be too high.) At every position, the
+candidates of each source are compared with the tokens that follow: of the look-ahead rows, of the
+draft head, of the draft head given the sampling noise, and of prompt lookup.
+
+The result is the acceptance probability of each level at confidence 1, under the assumption that
+its odds are proportional to the sequence's confidence. To check the assumption, the power of the
+confidence that fits each source best is estimated as well.
 """
 
 from __future__ import annotations
@@ -49,22 +51,23 @@ from passlm.planning.auto import LONGEST_LOOKUP
 from passlm.provenance import provenance, write_atomically
 
 LONGEST_PROMPT = 600  # tokens; longer ones are left out
-# "sureness": the draft head by its own probabilities; "knowing": the same given the noise.
+# "sureness": the draft head, graded by its own probabilities; "knowing": the same given the noise.
 SOURCES = ("look-ahead", "head", "sureness", "knowing", "lookup")
-_ROUNDS = 1000  # of Newton's method, at most; constants and power take turns
-_ENOUGH = 1e-5  # a step of log-odds, or of the power, that is as good as none
-_STEP = 1.0  # the longest one
-_FURTHEST = 6.0  # log-odds of a level that was always right
+_MAX_ROUNDS = 1000  # of Newton's method, which alternates between constants and power
+_TOLERANCE = 1e-5  # of the log-odds and the power, below which the method has converged
+_MAX_STEP = 1.0  # of the log-odds and the power
+_MAX_LOG_ODDS = 6.0  # of a level whose candidates were always accepted
 
 
 @dataclass
 class Guesses:
-    """What became of guesses: by source and level, the text's confidence and whether it was right.
+    """Outcomes of candidates.
 
     Attributes:
-        met: all of them.
-        texts: how many were looked at.
-        left_out: how many were not, since their prompts are too long.
+        met: Pairs of the sequence's confidence and whether the candidate was right, by source and
+            level.
+        texts: Number of sequences measured.
+        left_out: Number of sequences left out because their prompts are too long.
     """
 
     met: dict[tuple[str, int], list[tuple[float, bool]]] = field(
@@ -80,13 +83,13 @@ class Guesses:
         text: Sequence[int],
         knowing: Chain | None = None,
     ) -> None:
-        """Compare chains with the text that follows their place.
+        """Compare candidates with the tokens that follow their position.
 
         Args:
-            observed: what the text has shown before.
-            chains: what would have been guessed.
-            text: what came.
-            knowing: what the draft head guesses once it knows the noise.
+            observed: Statistics of the sequence before this position.
+            chains: Candidates of each source.
+            text: Tokens that follow.
+            knowing: Candidates of the draft head given the sampling noise.
         """
         told: list[tuple[str, Chain]] = [(kind_of(chain)[0], chain) for chain in chains]
         told += [("head", Chain(c.tokens, c.source)) for c in chains if c.sureness]
@@ -100,16 +103,16 @@ class Guesses:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and write; gives the exit code."""
+    """Run the measurement, write the results, and return the exit code."""
     made = Parser(description=__doc__, allow_abbrev=False)
     made.add_argument("prompts", type=Path, metavar="PROMPTS.jsonl")
-    made.add_argument("--without", type=Path, metavar="FILE", help="leave out its prompts")
-    made.add_argument("--each", type=int, default=4, help="prompts of each kind")
+    made.add_argument("--without", type=Path, metavar="FILE", help="prompts to leave out")
+    made.add_argument("--each", type=int, default=4, help="prompts per kind")
     made.add_argument("--max-new-tokens", type=int, default=96)
     made.add_argument("--temperatures", type=float, nargs="+", default=[0, 0.5, 0.8, 1.0, 1.5])
-    made.add_argument("--seed", type=int, default=0, help="of choosing prompts and of all draws")
-    made.add_argument("--out", type=Path, metavar="FILE", help="writes this JSON file")
-    made.add_argument("--card", type=Path, metavar="DIR", help="note the chances in its card")
+    made.add_argument("--seed", type=int, default=0, help="seed of choice and sampling")
+    made.add_argument("--out", type=Path, metavar="FILE", help="write the results as JSON")
+    made.add_argument("--card", type=Path, metavar="DIR", help="store the priors in its card")
     add_model_arguments(made)
     add_decoding_arguments(made)
     given = sys.argv[1:] if arguments is None else list(arguments)
@@ -123,11 +126,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(arguments: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]:
-    """All figures, written where asked.
+    """Measure, write the requested files, and return the report.
 
     Raises:
-        InputError: there are no look-ahead files, or the prompts are not what `make_prompts.py`
-            writes.
+        InputError: There are no look-ahead files, or the prompts are not in the format that
+            `make_prompts.py` writes.
     """
     lm = loaded(arguments)
     if lm.rows is None:
@@ -137,7 +140,7 @@ def run(arguments: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]:
     for number, prompt in enumerate(prompts):
         for temperature in arguments.temperatures:
             sampling = SamplingParams(temperature=temperature, seed=arguments.seed + number)
-            listen(lm, prompt, sampling, arguments.max_new_tokens, guesses)
+            measure(lm, prompt, sampling, arguments.max_new_tokens, guesses)
         print(f"{number + 1} of {len(prompts)} prompts", file=sys.stderr)
     report: dict[str, Any] = {"texts": guesses.texts, "left_out": guesses.left_out}
     report |= {source: fitted(guesses, source) for source in SOURCES}
@@ -150,7 +153,7 @@ def run(arguments: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]:
 
 
 def note(folder: Path, report: Mapping[str, Any]) -> None:
-    """Put the chances in a card, where `--method auto` begins with them."""
+    """Store the acceptance probabilities in a card; `--method auto` uses them as its prior."""
     chances = {
         name: report[source]["chances"]
         for name, source in (("look_ahead", "look-ahead"), ("head", "head"))
@@ -161,16 +164,16 @@ def note(folder: Path, report: Mapping[str, Any]) -> None:
 
 
 def chosen(path: Path, without: Path | None, each: int, seed: int) -> list[Any]:
-    """Some prompts of each kind: text, or messages.
+    """Choose prompts of each kind at random; a prompt is text or a list of messages.
 
     Args:
-        path: of all of them.
-        without: those in this file are left out.
-        each: how many of a kind, at most.
-        seed: of the choice.
+        path: File with all prompts.
+        without: File with prompts to leave out.
+        each: Maximum number of prompts per kind.
+        seed: Seed of the choice.
 
     Raises:
-        InputError: a line is not JSON, or without a kind or a prompt.
+        InputError: A line is not JSON, or lacks a kind or a prompt.
     """
     left_out = [] if without is None else [prompt for _, prompt in read(without)]
     kinds: dict[str, list[Any]] = defaultdict(list)
@@ -182,25 +185,29 @@ def chosen(path: Path, without: Path | None, each: int, seed: int) -> list[Any]:
 
 
 def read(path: Path) -> Iterator[tuple[str, Any]]:
-    """Kinds and prompts of a file."""
+    """Yield the kind and the prompt of each line of a file.
+
+    Raises:
+        InputError: A line is not JSON, or lacks a kind or a prompt.
+    """
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             content = json.loads(line)
             yield content["kind"], content.get("messages") or content["prompt"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            message = f"{path}, line {number}: not as make_prompts.py writes them"
+            message = f"{path}, line {number}: not in the format that make_prompts.py writes"
             raise InputError(message) from error
 
 
-def listen(
+def measure(
     lm: Generator, prompt: Any, sampling: SamplingParams, max_new_tokens: int, guesses: Guesses
 ) -> None:
-    """Write one text, a token a pass, and note what would have been guessed at each place."""
+    """Decode one sequence, one token per pass, and record the candidates at each position."""
     ids = lm.encode(prompt)
     if len(ids) > LONGEST_PROMPT:
         guesses.left_out += 1
         return
-    assert lm.rows is not None, "only asked for with look-ahead rows"
+    assert lm.rows is not None, "run() raises without look-ahead rows"
     length = len(lm.rows.inputs)
 
     def drafting(candidates: int, longest_group: int) -> Plan:
@@ -251,17 +258,18 @@ def knowing(decoder: Decoder, row: Row) -> Chain | None:
 
 
 def by_head(head: AppliedHead, hidden: Tensor, row: Row, draws: Draws | None = None) -> Chain:
-    """As many guesses of a draft head as it can make."""
+    """Return the candidates of a draft head, as many as it has depths."""
     (guessed,) = HeadSampler(head, [hidden], [head.depths]).likeliest([row.tokens], draws)
     tokens, sureness = zip(*guessed, strict=True)
     return Chain(tokens, "head", sureness=sureness)
 
 
 def fitted(guesses: Guesses, source: str) -> dict[str, Any]:
-    """Chances by level, the guesses they rest on, and the power of the confidence that fits best.
+    """Return acceptance probabilities by level, candidate counts, and the best-fitting power.
 
-    Logistic regression by Newton's method: a constant for each level, and the logarithm of the
-    confidence, times 1 for the chances and times what fits best for the power.
+    Logistic regression by Newton's method, with a constant for each level and the logarithm of the
+    confidence as regressor. Its coefficient is 1 for the probabilities, and is fitted for the
+    power.
     """
     found = sorted(level for counted, level in guesses.met if counted == source)
     levels = []
@@ -282,32 +290,38 @@ def fitted(guesses: Guesses, source: str) -> dict[str, Any]:
 def newton(
     levels: Sequence[tuple[Tensor, Tensor]], power: float, fixed: bool
 ) -> tuple[list[float], float]:
-    """The likeliest log-odds of each level at confidence 1, and the power of the confidence.
+    """Return the most likely log-odds of each level at confidence 1 and the power of confidence.
 
     Args:
-        levels: logarithms of the confidence, and whether guesses were right, `[N]` each.
-        power: to begin with.
-        fixed: whether that stays.
+        levels: Logarithms of the confidence and outcomes of the candidates (1 if right, else 0),
+            each `[N]`.
+        power: Initial power.
+        fixed: Keep the power at its initial value.
+
+    Raises:
+        InputError: The method does not converge.
     """
     log_odds = [0.0] * len(levels)
-    for _ in range(_ROUNDS):
+    for _ in range(_MAX_ROUNDS):
         gradient, curvature, furthest = 0.0, 1e-9, 0.0
         for level, (confidence, right) in enumerate(levels):
             p = (log_odds[level] + power * confidence).sigmoid()
             step = float((right - p).sum() / ((p * (1 - p)).sum() + 1e-9))
-            moved = log_odds[level] + max(-_STEP, min(_STEP, step))
-            moved = max(-_FURTHEST, min(_FURTHEST, moved))
+            moved = log_odds[level] + max(-_MAX_STEP, min(_MAX_STEP, step))
+            moved = max(-_MAX_LOG_ODDS, min(_MAX_LOG_ODDS, moved))
             furthest, log_odds[level] = max(furthest, abs(moved - log_odds[level])), moved
             p = (moved + power * confidence).sigmoid()
             gradient += float(((right - p) * confidence).sum())
             curvature += float((p * (1 - p) * confidence * confidence).sum())
         if not fixed:
-            step = max(-_STEP, min(_STEP, gradient / curvature))
+            step = max(-_MAX_STEP, min(_MAX_STEP, gradient / curvature))
             power += step
             furthest = max(furthest, abs(step))
-        if furthest < _ENOUGH:
+        if furthest < _TOLERANCE:
             return log_odds, power
-    raise InputError("too few guesses to tell chances from: take more prompts or temperatures")
+    raise InputError(
+        "too few candidates to estimate acceptance probabilities: use more prompts or temperatures"
+    )
 
 
 if __name__ == "__main__":

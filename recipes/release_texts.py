@@ -1,11 +1,11 @@
-"""Write what every architecture of the tests decodes, to compare releases of the libraries.
+"""Write the output tokens of every tested architecture, to compare releases of the libraries.
 
     python recipes/release_texts.py OUT.json              # in one environment
     python recipes/release_texts.py OUT.json --compare OTHER.json   # in the other
 
 Each tiny random model of `tests/tiny.py` continues four prompts in float32 by plain, two-pass and
-one-pass decoding and by transformers' own `generate`; the packaged model continues eight prompts
-of code and text. With `--compare` the exit code is 1 if any text differs.
+one-pass decoding and by transformers' own `generate`. The packaged model continues eight prompts
+of code and text. With `--compare`, the exit code is 1 if any output differs.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ REAL_PROMPTS = (
 
 
 def tiny_texts() -> dict[str, list[list[int]]]:
-    """The texts of every tiny model, by architecture and method."""
+    """Return the output token ids of every tiny model, by architecture and method."""
     prompts = [prompt(length) for length in PROMPT_LENGTHS]
     texts = {}
     for name, architecture in {**ARCHITECTURES, **MORE_ARCHITECTURES}.items():
@@ -65,7 +65,7 @@ def tiny_texts() -> dict[str, list[list[int]]]:
 
 
 def real_texts() -> dict[str, list[list[int]]]:
-    """The packaged model's texts, by method."""
+    """Return the output token ids of the packaged model, by method."""
     lm = passlm.load("smollm2-135m", dtype="float32")
     texts = {}
     for method in ("ar", "two-pass", "one-pass"):
@@ -75,7 +75,7 @@ def real_texts() -> dict[str, list[list[int]]]:
 
 
 def main() -> int:
-    """Write the texts, and compare them if asked to."""
+    """Write the outputs, compare them if requested, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--compare", type=Path, metavar="OTHER")
@@ -89,7 +89,7 @@ def main() -> int:
     other = json.loads(arguments.compare.read_text())
     texts, others = result["texts"], other["texts"]
     unlike = [name for name in texts.keys() | others.keys() if texts.get(name) != others.get(name)]
-    print(f"{len(texts)} sets of texts, {other['versions']} and {versions}: {len(unlike)} differ")
+    print(f"{len(texts)} sets of outputs, {other['versions']} and {versions}: {len(unlike)} differ")
     print("\n".join(sorted(unlike)))
     return 1 if unlike else 0
 

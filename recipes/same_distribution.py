@@ -1,7 +1,8 @@
-"""Whether PaSS draws texts from plain decoding's distribution: tests, their power, wrong judges.
+"""Test that PaSS samples from the distribution of plain decoding, and measure the tests' power.
 
-Texts of plain decoding at each temperature against texts of every judge and method, no two with the
-same seed. Wrong judges are put in the right one's place to show that the tests would notice.
+At each temperature, sequences of plain decoding are compared with sequences of every judge and
+method. No two sequences share a seed. As a control, deliberately wrong judges replace the right one
+to show that the tests detect them.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ PROMPTS: tuple[Prompt, ...] = (
     "The city lies on a river",
     [{"role": "user", "content": "Name an animal in one word."}],
 )
-# Milliseconds of docs/performance.md, so that auto's plans do not depend on a clock.
+# Costs in milliseconds from docs/performance.md, so that auto's plans do not depend on a clock.
 CURVE = CostCurve(
     (1, 2, 3, 5, 9, 13),
     (23.5, 25.6, 26.9, 28.6, 38.8, 48.9),
@@ -71,21 +72,21 @@ JUDGED = "judged tokens"  # the test of `JudgedTokens`
 
 
 def main() -> int:
-    """Draw, test, print and write; gives the exit code, 1 where something was refused."""
+    """Run the tests, print and write the report, and return the exit code (1 on a rejection)."""
     made = Parser(description=__doc__, allow_abbrev=False)
-    made.add_argument("--prompts", type=Path, metavar="FILE", help="JSONL; default four built-in")
-    made.add_argument("--limit", type=int, metavar="N", help="of the prompts; default all")
+    made.add_argument("--prompts", type=Path, metavar="FILE", help="JSONL; default: four built-in")
+    made.add_argument("--limit", type=int, metavar="N", help="number of prompts; default all")
     made.add_argument("--temperature", type=float, nargs="+", default=[0.5, 0.8, 1.0, 1.2])
     made.add_argument("--judge", nargs="+", choices=get_args(Judge), default=get_args(Judge))
     drafting = [method for method in METHODS if method != "ar"]
     made.add_argument("--method", nargs="+", choices=drafting, default=drafting)
     made.add_argument("--lookahead-tokens", type=int, default=2, metavar="N", help="default 2")
-    made.add_argument("--samples", type=int, default=250, help="texts a side and prompt")
-    made.add_argument("--max-new-tokens", type=int, default=8, help="of each text; default 8")
-    made.add_argument("--positions", type=int, default=4, help="tokens tested alone; default 4")
+    made.add_argument("--samples", type=int, default=250, help="sequences per side and prompt")
+    made.add_argument("--max-new-tokens", type=int, default=8, help="per sequence; default 8")
+    made.add_argument("--positions", type=int, default=4, help="positions tested singly; default 4")
     made.add_argument("--control-temperature", type=float, nargs="*", default=[1.0])
-    made.add_argument("--at-once", type=int, default=32, help="texts in a batch; default 32")
-    made.add_argument("--seed", type=int, default=0, help="of the first text; default 0")
+    made.add_argument("--at-once", type=int, default=32, help="batch size; default 32")
+    made.add_argument("--seed", type=int, default=0, help="first seed; default 0")
     made.add_argument("--out", type=Path, metavar="DIR", help=f"write {RESULTS} and {REPORT}")
     add_model_arguments(made, dtype="float32")
     add_decoding_arguments(made)
@@ -98,7 +99,11 @@ def main() -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Everything, in order."""
+    """Run all tests, write the report, and return the exit code.
+
+    Raises:
+        InputError: An argument is wrong, or there are no look-ahead files.
+    """
     check(arguments)
     given = prompts_of(arguments)
     lm = loaded(arguments)
@@ -119,26 +124,30 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """What can be told wrong before anything is loaded."""
+    """Validate the arguments that can be checked before the model is loaded.
+
+    Raises:
+        InputError: An argument is out of range.
+    """
     for name in ("samples", "max_new_tokens", "at_once", "lookahead_tokens"):
         if getattr(arguments, name) < 1:
             flag = name.replace("_", "-")
             raise InputError(f"--{flag} is {getattr(arguments, name)}: it must be 1 or more")
     if not 0 <= arguments.positions <= arguments.max_new_tokens:
         raise InputError(
-            f"--positions is {arguments.positions}: it must lie between 0 and the "
-            f"{arguments.max_new_tokens} tokens of a text"
+            f"--positions is {arguments.positions}: it must be between 0 and --max-new-tokens, "
+            f"{arguments.max_new_tokens}"
         )
     for temperature in arguments.temperature:
         if SamplingParams(temperature=temperature).temperature == 0:
-            raise InputError("a temperature of 0 draws nothing: give others")
+            raise InputError("--temperature 0 draws nothing at random: give positive temperatures")
     unknown = set(arguments.control_temperature) - set(arguments.temperature)
     if unknown:
         raise InputError(f"--control-temperature {min(unknown)} is not among --temperature")
 
 
 def prompts_of(arguments: argparse.Namespace) -> list[Prompt]:
-    """What is continued."""
+    """Return the prompts to continue."""
     if arguments.prompts is None:
         return list(PROMPTS[: arguments.limit])
     tasks = load_prompts(arguments.prompts, arguments.limit)
@@ -147,13 +156,13 @@ def prompts_of(arguments: argparse.Namespace) -> list[Prompt]:
 
 @dataclass
 class WrongJudge:
-    """A judge that a test has to refuse; takes the place of `judge.rejection`.
+    """Wrong judge that the tests have to reject; replaces `judge.rejection`.
 
     Attributes:
-        name: what it does wrong.
-        factor: candidates are accepted with `min(1, factor p / q)`.
-        residual_from_p: after a refusal the token is drawn from `p` itself.
-        off: how far each judged token's distribution is off, in total variation, exactly.
+        name: Description of the error.
+        factor: Candidates are accepted with probability `min(1, factor p / q)`.
+        residual_from_p: After a rejection, draw the token from `p` instead of the residual.
+        off: Exact total variation distance of each judged token's distribution from `p`.
     """
 
     name: str
@@ -173,7 +182,7 @@ class WrongJudge:
         for at, token in enumerate(candidates):
             assert q is not None, "candidates come with what they were drawn from"
             here, drafted = p[at], q[at]
-            passed = torch.minimum(drafted, self.factor * here)  # q(x) times its chance
+            passed = torch.minimum(drafted, self.factor * here)  # q(x) times its acceptance rate
             refused = here if self.residual_from_p else judge.residual(here, drafted)
             settled = passed + (1 - passed.sum()) * refused
             self.off.append(float((settled - here).abs().sum() / 2))
@@ -184,12 +193,12 @@ class WrongJudge:
 
 
 def drawn(chances: Tensor, exponential: judge.Rows | None, at: int) -> int:
-    """A token, by the noise of that row."""
+    """Draw a token with the noise of row `at`."""
     return int(judge.draw(chances, None if exponential is None else exponential[at]))
 
 
 def wrong_judges() -> list[WrongJudge]:
-    """From hardly wrong to very."""
+    """Return the wrong judges, from the smallest error to the largest."""
     return [
         WrongJudge("accepts with min(1, 1.2 p/q)", factor=1.2),
         WrongJudge("draws from p after a refusal", residual_from_p=True),
@@ -200,7 +209,7 @@ def wrong_judges() -> list[WrongJudge]:
 
 @contextlib.contextmanager
 def in_place(wrong: WrongJudge) -> Iterator[None]:
-    """Let the wrong judge judge."""
+    """Replace `judge.rejection` with a wrong judge inside the `with` block."""
     right = judge.rejection
     judge.rejection = wrong  # type: ignore[assignment]
     try:
@@ -210,7 +219,7 @@ def in_place(wrong: WrongJudge) -> Iterator[None]:
 
 
 class Comparison:
-    """All tests of a run, and what has been found so far."""
+    """All tests of a run, with the results so far."""
 
     def __init__(
         self, arguments: argparse.Namespace, lm: Generator, prompts: list[tuple[int, ...]]
@@ -221,7 +230,7 @@ class Comparison:
         self.asked: list[Question] = questions(arguments.positions)
         settings = len(arguments.temperature) * len(arguments.judge) * len(arguments.method)
         tests = settings * (len(self.asked) + 1) + len(arguments.judge)
-        self.bar = LEVEL / tests  # what the least p-value has to pass
+        self.bar = LEVEL / tests  # at or below this, the smallest p-value rejects
         self.shuffles = math.ceil(5 / self.bar)
         self.seeds = count(arguments.seed)  # no two texts share one
         self.judged = {name: JudgedTokens() for name in arguments.judge}
@@ -230,12 +239,12 @@ class Comparison:
         self.power: list[dict[str, Any]] = []
 
     def at(self, temperature: float) -> None:
-        """Every judge and method at one temperature, then what would be noticed."""
-        tell(f"temperature {temperature}: plain")
+        """Test every judge and method at one temperature, then compute the tests' power."""
+        print_progress(f"temperature {temperature}: plain")
         plain = self.draw("ar", SamplingParams(temperature=temperature), self.arguments.samples)
         for name in self.arguments.judge:
             for method in self.arguments.method:
-                tell(f"temperature {temperature}: {name}, {method}")
+                print_progress(f"temperature {temperature}: {name}, {method}")
                 sampling = SamplingParams(temperature=temperature, judge=name)
                 chances, judged = self.compared(plain, method, sampling)
                 self.judged[name].add(judged)
@@ -247,9 +256,9 @@ class Comparison:
                 self.tests.append({**setting, **self.of_judged(judged)})
         if temperature in self.arguments.control_temperature:
             for wrong in wrong_judges():
-                tell(f"temperature {temperature}: a judge that {wrong.name}")
+                print_progress(f"temperature {temperature}: a judge that {wrong.name}")
                 self.control(plain, temperature, wrong)
-        tell(f"temperature {temperature}: what would be noticed")
+        print_progress(f"temperature {temperature}: power of the tests")
         greedy = self.draw("ar", SamplingParams(), 1)
         found = noticed(plain, greedy, self.asked, self.bar, self.arguments.seed)
         self.power += [
@@ -258,7 +267,7 @@ class Comparison:
         ]
 
     def control(self, plain: list[Texts], temperature: float, wrong: WrongJudge) -> None:
-        """A wrong judge, tested as the right ones are."""
+        """Test a wrong judge in the same way as the right ones."""
         sampling = SamplingParams(temperature=temperature, judge="rejection")
         with in_place(wrong):
             chances, judged = self.compared(plain, "two-pass", sampling)
@@ -283,14 +292,14 @@ class Comparison:
     def compared(
         self, plain: list[Texts], method: str, sampling: SamplingParams
     ) -> tuple[list[float], JudgedTokens]:
-        """P-values of a method's texts against plain decoding's, and its judged tokens."""
+        """Return the p-values of a method against plain decoding, and its judged tokens."""
         judged = JudgedTokens()
         texts = self.draw(method, sampling, self.arguments.samples, judged)
         sides = list(zip(plain, texts, strict=True))
         return p_values(sides, self.asked, self.shuffles, self.arguments.seed), judged
 
     def of_judged(self, judged: JudgedTokens) -> dict[str, Any]:
-        """The test of judged tokens, with what it would notice."""
+        """Return the result of the test of judged tokens, with the smallest detectable shift."""
         return {
             "test": JUDGED,
             "p": judged.p_value,
@@ -305,7 +314,7 @@ class Comparison:
         texts: int,
         judged: JudgedTokens | None = None,
     ) -> list[Texts]:
-        """Texts of every prompt, each with a seed of its own."""
+        """Draw sequences for every prompt, each with a different seed."""
         sampler = Sampler(
             self.lm.target,
             None if method == "ar" else self.lm.rows,
@@ -319,9 +328,9 @@ class Comparison:
         return [sampler.draw(prompt, list(islice(self.seeds, texts))) for prompt in self.prompts]
 
     def plans(self, method: str) -> Strategy | Adaptive:
-        """What a method's name stands for."""
+        """Return the strategy of a method."""
         files = self.lm.look_ahead
-        assert files is not None, "checked before"
+        assert files is not None, "run() raises without look-ahead files"
         if method == "ar":
             return autoregressive
         if method == "auto":
@@ -329,7 +338,7 @@ class Comparison:
         return strategy(method, files.group_length(self.arguments.lookahead_tokens, method))
 
     def results(self) -> dict[str, Any]:
-        """What is written."""
+        """Return all results as JSON-serializable data, corrected for multiple tests (Holm)."""
         self.tests += [
             {"temperature": None, "judge": name, "method": None, **self.of_judged(judged)}
             for name, judged in self.judged.items()
@@ -357,50 +366,53 @@ class Comparison:
         }
 
 
-def tell(what: str) -> None:
-    """Progress."""
-    print(what, file=sys.stderr, flush=True)
+def print_progress(message: str) -> None:
+    """Print a progress message to standard error."""
+    print(message, file=sys.stderr, flush=True)
 
 
 # The report
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """The results as tables."""
+    """Return the report as Markdown."""
     settings, tests = results["settings"], results["tests"]
     least = min(tests, key=lambda test: test["p"])
     parts = [
         "# Same distribution",
-        f"{settings['samples']} texts of up to {settings['max_new_tokens']} tokens a side for each "
-        f"of {len(settings['prompts'])} prompts. {len(tests)} tests, of which {results['refused']} "
-        f"refuse that PaSS draws as plain decoding does ({settings['level']:.0%} in all, Holm). "
-        f"The least p-value is {least['p']:.2g}; by chance alone the least of so many lies below "
-        f"{1 - 0.5 ** (1 / len(tests)):.2g} every second time.",
-        "The least p-value of each setting, and with Holm's correction over all tests; judged "
-        "tokens, and the mean shift of one (total variation, for a judge that accepts too often) "
-        f"that their test notices with {CHANCE:.0%} chance. In the last rows all settings of a "
-        "judge together:",
+        f"For each of {len(settings['prompts'])} prompts, {settings['samples']} sequences of up to "
+        f"{settings['max_new_tokens']} tokens from PaSS and from plain decoding. Of {len(tests)} "
+        f"tests, {results['refused']} reject that both have the same distribution "
+        f"({settings['level']:.0%} family-wise error rate, Holm). The smallest p-value is "
+        f"{least['p']:.2g}; with equal distributions, the median of the smallest p-value would be "
+        f"{1 - 0.5 ** (1 / len(tests)):.2g}.",
+        "The table gives the smallest p-value of each setting, and the same corrected over all "
+        "tests (Holm); the number of judged tokens; and the smallest mean shift of a judged token "
+        "(total variation, for a judge that accepts too often) that the test of judged tokens "
+        f"detects with probability {CHANCE:.0%}. The last rows combine all settings of a judge.",
         table(
             (
-                *("temperature", "judge", "method", "least p", "of test", "corrected"),
-                *("judged tokens", "notices"),
+                *("temperature", "judge", "method", "smallest p", "test", "corrected"),
+                *("judged tokens", "detectable shift"),
             ),
             setting_rows(tests),
         ),
         "## Wrong judges",
-        f"Put in the right one's place, two-pass; refused at p up to {settings['bar']:.2g}, as the "
-        "first of the tests above is. How far a judged token's distribution is off, in total "
-        "variation, is computed exactly; the test of judged tokens finds so much of it.",
+        "As a control, wrong judges replace the right one in two-pass decoding. A wrong judge is "
+        f"rejected at p up to {settings['bar']:.2g}, the first threshold of the tests above. "
+        "'Exact error' is the total variation distance of a judged token's distribution, "
+        "computed exactly; 'estimated error' is what the test of judged tokens finds.",
         table(
             (
-                *("judge", "temperature", "off by", "found off by", "least p", "of test"),
-                *("least p of texts", "refused"),
+                *("judge", "temperature", "exact error", "estimated error", "smallest p", "test"),
+                *("smallest p of sequence tests", "rejected"),
             ),
             [control_row(control) for control in results["controls"]],
         ),
-        "## What each test notices",
-        f"Were a share of the texts the greedy one, the smallest share noticed with {CHANCE:.0%} "
-        f"chance at that p-value, and how far it moves what the test looks at, in total variation:",
+        "## Power of each test",
+        "If a share of the sequences were replaced by the greedy one: the smallest share that the "
+        f"test detects with probability {CHANCE:.0%} at that p-value, and the resulting change of "
+        "the tested quantity, in total variation.",
         table(("temperature", "test", "share", "total variation"), power_rows(results["noticed"])),
         source(results),
     ]
@@ -408,7 +420,7 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def setting_rows(tests: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """The least p-value of each setting, and its judged tokens."""
+    """Return a table row per setting: its smallest p-value and its judged tokens."""
     settings: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for test in tests:
         key = (test["temperature"], test["judge"], test["method"])
@@ -433,7 +445,7 @@ def setting_rows(tests: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def control_row(control: Mapping[str, Any]) -> tuple[str, ...]:
-    """A wrong judge, and what became of it."""
+    """Return the table row of a wrong judge."""
     of_texts = min(chance for name, chance in control["p"].items() if name != JUDGED)
     return (
         control["judge"],
@@ -448,7 +460,7 @@ def control_row(control: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def power_rows(found: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """Shifts that would be noticed; a dash where none is."""
+    """Return a table row per test with the smallest detectable shift; a dash if there is none."""
     return [
         (
             f"{shift['temperature']:g}",
@@ -461,12 +473,12 @@ def power_rows(found: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """Markdown."""
+    """Return a Markdown table."""
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body))
 
 
 def source(results: Mapping[str, Any]) -> str:
-    """Where the numbers come from."""
+    """Describe the versions and the command that produced the results."""
     stamp, settings = results["provenance"], results["settings"]
     command = shlex.join(["python", "recipes/same_distribution.py", *stamp["arguments"]])
     packages = stamp["packages"]

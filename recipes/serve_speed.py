@@ -1,12 +1,12 @@
-"""The server's throughput by the number of streams, `auto` against plain decoding, in turn.
+"""Measure the server's throughput by number of concurrent streams, `auto` against plain decoding.
 
     python recipes/serve_speed.py --out docs/results/serve/speed -- --compile
 
-A round counts until a stream finds no prompt left to ask: what follows would measure the slowest
-text and not so many streams.
+The methods run in random order in each round. A round is measured until the first stream finds no
+prompt left: after that, fewer streams are busy, and the slowest request would dominate.
 
-What stands behind `--` are flags of the model and the engine, for `passlm serve` and, at one
-stream, for the same decoding inside this process, as `passlm generate` does it.
+Flags after `--` configure model and engine of `passlm serve`. With one stream, the same decoding is
+also measured inside this process, as `passlm generate` runs it.
 """
 
 from __future__ import annotations
@@ -37,13 +37,20 @@ from passlm.params import SamplingParams, StopParams
 from passlm.provenance import provenance, write_atomically
 
 METHODS = ("ar", "auto")
-ANSWER_SECONDS = 600.0  # for the next part of an answer
-INSIDE = "inside"  # this process, without a server
+ANSWER_SECONDS = 600.0  # timeout for the next part of a response
+INSIDE = "inside"  # decoding in this process, without a server
 
 
 @dataclass
 class Run:
-    """Tokens and seconds of one way to run the prompts, over all rounds."""
+    """Counts of one way to run the prompts, over all rounds.
+
+    Attributes:
+        tokens: New tokens.
+        passes: Passes of the target model.
+        seconds: Duration.
+        rounds: Throughput of each round, in new tokens per second.
+    """
 
     tokens: float = 0.0
     passes: float = 0.0
@@ -51,7 +58,7 @@ class Run:
     rounds: list[float] = field(default_factory=list)
 
     def add(self, tokens: float, passes: float, seconds: float) -> None:
-        """Count one round."""
+        """Add the counts of one round."""
         self.tokens += tokens
         self.passes += passes
         self.seconds += seconds
@@ -59,18 +66,18 @@ class Run:
 
     @property
     def rate(self) -> float:
-        """New tokens a second of all streams together, prompts included in the time."""
+        """Throughput of all streams together, prefill included, in new tokens per second."""
         return self.tokens / self.seconds
 
 
-class Salt:
-    """Makes each use of a prompt a new one, so that the server remembers none of it."""
+class UniquePrompts:
+    """Make each use of a prompt unique, so that the server finds none of it in its prefix cache."""
 
     def __init__(self) -> None:
         self._used = 0
 
     def __call__(self, task: Task) -> dict[str, Any]:
-        """What the next use of a prompt sends."""
+        """Return the part of a request body that holds the prompt, with a new number in it."""
         self._used += 1
         if task.prompt is not None:
             return {"prompt": f"# {self._used}\n{task.prompt}"}
@@ -79,7 +86,7 @@ class Salt:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print and write; gives the exit code."""
+    """Run the measurement, print and write the report, and return the exit code."""
     own, engine = split(sys.argv[1:] if arguments is None else arguments)
     try:
         report = run(parser().parse(own), engine)
@@ -91,53 +98,58 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser() -> Parser:
-    """The flags."""
+    """Return the argument parser."""
     made = Parser(description=__doc__, allow_abbrev=False)
     made.add_argument("--suite", nargs="+", choices=SUITES, default=["humaneval", "chat", "text"])
     made.add_argument("--streams", type=int, nargs="+", default=[1, 4, 8], metavar="N")
-    made.add_argument("--prompts", type=int, default=16, help="of each suite, in each round")
-    made.add_argument("--rounds", type=int, default=3, help="of all prompts by each method")
+    made.add_argument("--prompts", type=int, default=16, help="per suite and round")
+    made.add_argument("--rounds", type=int, default=3, help="each runs all prompts by each method")
     made.add_argument("--max-new-tokens", type=int, default=128)
-    made.add_argument("--seed", type=int, default=0, help="of the order")
+    made.add_argument("--seed", type=int, default=0, help="seed of the order")
     made.add_argument("--out", type=Path, metavar="FILE", help="writes FILE.json and FILE.md")
     return made
 
 
 def run(arguments: argparse.Namespace, engine: Sequence[str]) -> dict[str, Any]:
-    """All rows, written as they come.
+    """Measure all rows, write the report after each, and return it.
 
     Raises:
-        InputError: there are not enough prompts to keep all streams busy, or the engine's flags are
+        InputError: There are too few prompts to keep all streams busy, or the engine's flags are
             wrong.
     """
     most = max(arguments.streams)
     if arguments.prompts < most:
-        raise InputError(f"prompts is {arguments.prompts}: {most} streams take as many at least")
-    flags = Parser(prog="behind --", allow_abbrev=False)
+        raise InputError(f"--prompts is {arguments.prompts}: {most} streams need at least {most}")
+    flags = Parser(prog="after --", allow_abbrev=False)
     add_model_arguments(flags)
     add_decoding_arguments(flags, compiled=True)  # as passlm serve
     lm = loaded(flags.parse(engine))
-    order, salt, rows = random.Random(arguments.seed), Salt(), []
+    order, unique, rows = random.Random(arguments.seed), UniquePrompts(), []
     with Served([*engine, "--max-batch", str(most)]) as server:
         for suite in arguments.suite:
             tasks = load_suite(suite, lm.encode, lm.decode, arguments.prompts)
             for streams in arguments.streams:
                 ways = [*METHODS, *(f"{INSIDE} {m}" for m in METHODS if streams == 1)]
                 runs = {way: Run() for way in ways}
-                warm_up(server, lm, tasks[0], ways, streams, salt)
+                warm_up(server, lm, tasks[0], ways, streams, unique)
                 for _ in range(arguments.rounds):
-                    # Both ways of a method get the same texts; each method its own.
-                    asked = {m: [bodied(salt(t), m, arguments) for t in tasks] for m in METHODS}
+                    # With and without a server, a method gets the same requests; each method its
+                    # own, as the server would find those of the other in its prefix cache.
+                    bodies = {
+                        m: [request_body(unique(t), m, arguments) for t in tasks] for m in METHODS
+                    }
                     for way in order.sample(ways, len(ways)):
-                        measure(server, lm, way, asked[way.split()[-1]], streams, runs[way])
+                        measure(server, lm, way, bodies[way.split()[-1]], streams, runs[way])
                 rows.append(row(suite, streams, runs))
                 report = written(arguments, lm, engine, rows)
     return report
 
 
-def bodied(question: dict[str, Any], method: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The body of a greedy request."""
-    return question | {
+def request_body(
+    prompt: dict[str, Any], method: str, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Return the body of a greedy request."""
+    return prompt | {
         "temperature": 0,
         "max_tokens": arguments.max_new_tokens,
         "lookahead": {"method": method},
@@ -145,12 +157,17 @@ def bodied(question: dict[str, Any], method: str, arguments: argparse.Namespace)
 
 
 def warm_up(
-    server: Served, lm: Generator, task: Task, ways: Sequence[str], streams: int, salt: Salt
+    server: Served,
+    lm: Generator,
+    task: Task,
+    ways: Sequence[str],
+    streams: int,
+    unique: UniquePrompts,
 ) -> None:
-    """Everything that happens once happens here."""
+    """Trigger one-time work, such as compiling, before the measured rounds."""
     few = argparse.Namespace(max_new_tokens=8)
     for way in ways:
-        bodies = [bodied(salt(task), way.split()[-1], few) for _ in range(streams)]
+        bodies = [request_body(unique(task), way.split()[-1], few) for _ in range(streams)]
         measure(server, lm, way, bodies, streams, Run())
 
 
@@ -162,7 +179,7 @@ def measure(
     streams: int,
     into: Run,
 ) -> None:
-    """One round: all prompts, so many at a time."""
+    """Run one round of all requests, `streams` at a time, and add its counts to `into`."""
     begun = time.perf_counter()
     if way.startswith(INSIDE):
         counts = [inside(lm, body) for body in bodies]
@@ -179,7 +196,7 @@ def measure(
 
 
 def inside(lm: Generator, body: dict[str, Any]) -> tuple[int, int]:
-    """Tokens and passes of one text, decoded here."""
+    """Decode one request in this process; return the numbers of new tokens and passes."""
     options = Options.checked(
         lm.look_ahead,
         SamplingParams(),
@@ -195,12 +212,12 @@ def inside(lm: Generator, body: dict[str, Any]) -> tuple[int, int]:
 
 @dataclass
 class Answer:
-    """What came of one request.
+    """Result of one request.
 
     Attributes:
-        tokens: new ones.
-        passes: that they took.
-        events: when each part of it came.
+        tokens: Number of new tokens.
+        passes: Number of passes.
+        events: Time at which each part of the response arrived, in seconds.
     """
 
     tokens: int
@@ -208,19 +225,24 @@ class Answer:
     events: list[float]
 
     def share(self, until: float) -> float:
-        """The part of it that had come by then, an event being like another."""
+        """Return the share of the response received by the time `until`, each event alike."""
         return sum(event <= until for event in self.events) / max(1, len(self.events))
 
 
 @dataclass
-class Heard:
-    """A streamed answer as it came: what was read, and when."""
+class RawStream:
+    """Unparsed streamed response.
+
+    Attributes:
+        times: Time of each read, in seconds.
+        parts: Bytes of each read.
+    """
 
     times: list[float] = field(default_factory=list)
     parts: list[bytes] = field(default_factory=list)
 
     def answer(self) -> Answer:
-        """What it says."""
+        """Parse the response."""
         lines = b"".join(self.parts).decode().splitlines()
         *events, end = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
         assert end == "[DONE]", f"the stream ends with {end!r}"
@@ -231,45 +253,48 @@ class Heard:
 def through_server(
     server: Served, bodies: Sequence[dict[str, Any]], streams: int
 ) -> tuple[list[Answer], float]:
-    """What came of each text, and when a stream first found none left.
+    """Send all requests over `streams` connections.
 
-    So many streams take the next prompt as they are done. Client and server share the machine:
-    what is read is looked into once all is over, so that it is the server that is measured.
+    Each stream takes the next request when it has finished one. Client and server share the
+    machine, so responses are parsed only at the end, when this cannot slow the server.
+
+    Returns:
+        The result of each request, and the time at which a stream first found no request left.
     """
     left = iter(bodies)
     with ThreadPoolExecutor(streams) as threads:
         taken = list(threads.map(lambda _: stream(server, left), range(streams)))
-    return [heard.answer() for part, _ in taken for heard in part], min(e for _, e in taken)
+    return [raw.answer() for part, _ in taken for raw in part], min(e for _, e in taken)
 
 
-def stream(server: Served, left: Iterator[dict[str, Any]]) -> tuple[list[Heard], float]:
-    """One stream, and when it was done."""
+def stream(server: Served, left: Iterator[dict[str, Any]]) -> tuple[list[RawStream], float]:
+    """Send requests over one connection until none is left; return responses and end time."""
     with closing(HTTPConnection(HOST, server.port, timeout=ANSWER_SECONDS)) as connection:
-        answers = [hear(connection, server.model, body) for body in left]
+        answers = [read_stream(connection, server.model, body) for body in left]
     return answers, time.perf_counter()
 
 
-def hear(connection: HTTPConnection, model: str, body: dict[str, Any]) -> Heard:
+def read_stream(connection: HTTPConnection, model: str, body: dict[str, Any]) -> RawStream:
     """Send a request and read its stream.
 
     Raises:
-        RefusedError: the server answered with an error.
-        OSError: the connection broke.
+        RefusedError: The server answered with an error.
+        OSError: The connection broke.
     """
     path, streamed = streaming(model, body)
     connection.request("POST", path, json.dumps(streamed), {"Content-Type": "application/json"})
     response = connection.getresponse()
     if response.status != HTTPStatus.OK:
         raise RefusedError(response.status, response.read().decode())
-    heard = Heard()
+    raw = RawStream()
     while part := response.read1():
-        heard.times.append(time.perf_counter())
-        heard.parts.append(part)
-    return heard
+        raw.times.append(time.perf_counter())
+        raw.parts.append(part)
+    return raw
 
 
 def row(suite: str, streams: int, runs: dict[str, Run]) -> dict[str, Any]:
-    """What was measured of a suite with so many streams."""
+    """Return the results of a suite at one number of streams."""
     found: dict[str, Any] = {
         "suite": suite,
         "streams": streams,
@@ -293,7 +318,7 @@ def row(suite: str, streams: int, runs: dict[str, Run]) -> dict[str, Any]:
 def written(
     arguments: argparse.Namespace, lm: Generator, engine: Sequence[str], rows: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """The report so far, on disk where it was asked for."""
+    """Return the report so far; write it if `--out` is given."""
     report = {
         "provenance": provenance(sys.argv[1:]),
         "engine": lm.target.engine,
@@ -310,17 +335,17 @@ def written(
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The same for people."""
+    """Return the report as Markdown."""
     lines = [
         "# Throughput of the server",
         "",
-        f"`passlm serve {' '.join(report['flags'])}`: new tokens a second of all streams together, "
-        "reading the prompts included, as long as all of them are busy; "
-        f"{report['prompts']} prompts of each suite, rounds: {report['rounds']}, "
-        f"{report['max_new_tokens']} new tokens, greedy, the methods in turn. No prompt was met "
-        "before by the server.",
+        f"`passlm serve {' '.join(report['flags'])}`: new tokens per second of all streams "
+        "together, prefill included, measured while all streams are busy. "
+        f"{report['prompts']} prompts per suite, rounds: {report['rounds']}, "
+        f"{report['max_new_tokens']} new tokens, greedy, the methods interleaved. No prompt was in "
+        "the server's prefix cache.",
         "",
-        "| prompts | streams | plain | auto | auto over plain | tokens a pass, auto |",
+        "| prompts | streams | plain | auto | auto over plain | tokens per pass, auto |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for each in report["rows"]:
@@ -332,7 +357,7 @@ def markdown(report: dict[str, Any]) -> str:
         )
     single = [each for each in report["rows"] if "server_over_inside" in each]
     if single:
-        lines += ["", "One stream of the server against the same decoding without one:", ""]
+        lines += ["", "One stream of the server against the same decoding without a server:", ""]
         lines += ["| prompts | plain | auto |", "| --- | ---: | ---: |"]
     for each in single:
         shares = (f"{100 * each['server_over_inside'][method]:.1f} %" for method in METHODS)

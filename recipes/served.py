@@ -1,4 +1,4 @@
-"""A server of our own and requests to it, for the recipes that measure it."""
+"""Start `passlm serve` and send requests to it, for the recipes that measure the server."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ TIMEOUT = httpx.Timeout(600.0, connect=10.0)
 
 
 class RefusedError(Exception):
-    """The server answered with an error.
+    """Raised when the server answers with an error.
 
     Args:
-        status: of HTTP.
-        text: the body.
-        retry_after: seconds, where it said so.
+        status: HTTP status.
+        text: Body of the response.
+        retry_after: Seconds to wait before the next attempt, from the Retry-After header.
     """
 
     def __init__(self, status: int, text: str, retry_after: float = 1.0) -> None:
@@ -42,7 +42,7 @@ class RefusedError(Exception):
 
 @dataclass
 class Reply:
-    """What came of one streamed request; times are seconds since it was sent."""
+    """Reply to one streamed request; times are in seconds since it was sent."""
 
     text: str = ""
     tokens: int = 0
@@ -52,7 +52,7 @@ class Reply:
     seconds: float = 0.0
 
     def add(self, chunk: dict[str, Any], now: float) -> None:
-        """Take one event."""
+        """Add one event of the stream, received at `now`."""
         for choice in chunk["choices"]:
             self.text += choice.get("text") or choice.get("delta", {}).get("content") or ""
             self.finish_reason = choice["finish_reason"] or self.finish_reason
@@ -63,22 +63,22 @@ class Reply:
 
 
 def streaming(model: str, body: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Path and whole body of a request for a stream that tells its usage."""
+    """Return the path and the complete body of a streaming request that reports its usage."""
     path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
     return path, {"model": model, **body, "stream": True, "stream_options": {"include_usage": True}}
 
 
 async def ask(client: Client, body: dict[str, Any], events: int | None = None) -> Reply:
-    """Send a request for a completion, or for a chat's answer, and read its stream.
+    """Send a completion or chat request and read its stream.
 
     Args:
-        client: of a server.
-        body: of the request, without the model and what asks for a stream.
-        events: after which the client hangs up; None reads to the end.
+        client: Client of a server.
+        body: Body of the request, without the model and the streaming options.
+        events: Disconnect after this number of events; None reads to the end.
 
     Raises:
-        RefusedError: the server answered with an error.
-        httpx.HTTPError: the connection broke.
+        RefusedError: The server answered with an error.
+        httpx.HTTPError: The connection broke.
     """
     path, streamed = streaming(client.model, body)
     begun = time.perf_counter()
@@ -105,12 +105,12 @@ async def ask(client: Client, body: dict[str, Any], events: int | None = None) -
 
 
 class Client(httpx.AsyncClient):
-    """For so many requests at a time.
+    """HTTP client with a limited number of connections.
 
     Args:
-        url: of the server.
-        model: that it serves.
-        connections: at most.
+        url: Base URL of the server.
+        model: Name of the model that it serves.
+        connections: Maximum number of concurrent requests.
     """
 
     def __init__(self, url: str, model: str, connections: int) -> None:
@@ -120,15 +120,17 @@ class Client(httpx.AsyncClient):
 
 
 class Served:
-    """`passlm serve` in a process of its own, from ready to stopped; its log is dropped.
+    """Context manager that runs `passlm serve` in a separate process; its log is discarded.
+
+    Entering waits until the server is ready; leaving stops it.
 
     Args:
-        flags: for `passlm serve`, besides host and port.
+        flags: Flags for `passlm serve`, without host and port.
 
     Attributes:
-        url: where it is.
-        port: of it.
-        model: what it serves; known once it is ready.
+        url: Base URL.
+        port: Port.
+        model: Name of the model; set once the server is ready.
     """
 
     model: str
@@ -137,14 +139,14 @@ class Served:
         self.port = _free_port()
         self.url = f"http://{HOST}:{self.port}"
         command = ["serve", "--host", HOST, "--port", str(self.port), *flags]
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115  closed at the exit
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  closed in __exit__
         self._process = subprocess.Popen(
             [sys.executable, "-m", "passlm.cli", *command], stdout=self._log, stderr=self._log
         )
 
     @property
     def pid(self) -> int:
-        """Of its process."""
+        """Process id of the server."""
         return self._process.pid
 
     def __enter__(self) -> Self:
@@ -172,7 +174,7 @@ class Served:
             self._log.close()
 
     def metrics(self) -> dict[str, float]:
-        """What it counts, by name; metrics with labels are summed."""
+        """Return the server's metrics by name; values of different labels are summed."""
         found: dict[str, float] = {}
         page = httpx.get(f"{self.url}/metrics", timeout=TIMEOUT).text
         for family in text_string_to_metric_families(page):
@@ -181,14 +183,14 @@ class Served:
         return found
 
     def client(self, connections: int) -> Client:
-        """For so many requests at a time."""
+        """Return a client for at most `connections` concurrent requests."""
         return Client(self.url, self.model, connections)
 
     def _wait(self) -> None:
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
-                raise InputError(f"passlm serve did not start: {self._said()}")
+                raise InputError(f"passlm serve did not start: {self._last_log_line()}")
             try:
                 if httpx.get(f"{self.url}/ready", timeout=5).status_code == httpx.codes.OK:
                     return
@@ -197,15 +199,15 @@ class Served:
             time.sleep(1.0)
         raise InputError(f"passlm serve was not ready after {START_SECONDS} s")
 
-    def _said(self) -> str:
-        """The last line of its log."""
+    def _last_log_line(self) -> str:
+        """Return the last line of the server's log."""
         self._log.seek(0)
         lines = self._log.read().decode().splitlines()
-        return lines[-1] if lines else "it said nothing"
+        return lines[-1] if lines else "its log is empty"
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """A recipe's own arguments, and those behind `--` for the server."""
+    """Split the arguments into those of the recipe and those after `--`, for the server."""
     given = list(arguments)
     if "--" not in given:
         return given, []

@@ -1,4 +1,4 @@
-"""Where the time of a decoding step goes: milliseconds a step by part, for one prompt."""
+"""Measure the time that each part of a decoding step takes, in milliseconds, for one prompt."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from passlm.model.pass_records import PassOutput
 from passlm.model.target import Target
 from passlm.params import METHODS
 
-# Each part, and those of the list that it holds.
+# Each part: class, method, and the parts measured within it.
 PARTS: dict[str, tuple[type, str, tuple[str, ...]]] = {
     "step": (
         Decoder,
@@ -36,7 +36,7 @@ PROMPT = "def quicksort(items: list[int]) -> list[int]:\n"
 
 
 def main() -> int:
-    """Measure and print; gives the exit code."""
+    """Run the measurement, print the table, and return the exit code."""
     made = Parser(description=__doc__, allow_abbrev=False)
     made.add_argument("--method", nargs="+", choices=METHODS, default=["ar", "two-pass", "auto"])
     made.add_argument("--max-new-tokens", type=int, default=128)
@@ -51,7 +51,7 @@ def main() -> int:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """A table with a column for each method."""
+    """Print a table with one column per method."""
     lm = loaded(arguments)
     seconds: defaultdict[str, float] = defaultdict(float)
     watched = {**PARTS, "model": (Target, "_call", ())}
@@ -60,37 +60,39 @@ def run(arguments: argparse.Namespace) -> None:
     extend = Target.extend
 
     def left_out(*given: Any) -> Any:
-        """Passes over the prompt are no steps."""
+        """Prefill the prompt and leave its passes out of the times."""
         extend(*given)
         seconds.clear()
 
     Target.extend = left_out  # type: ignore[method-assign]
     columns = []
     for method in arguments.method:
-        lm.generate(PROMPT, max_new_tokens=16, method=method)  # compiles, measures costs
+        lm.generate(
+            PROMPT, max_new_tokens=16, method=method
+        )  # compiles the passes and measures costs
         stats = lm.generate(PROMPT, max_new_tokens=arguments.max_new_tokens, method=method)[0].stats
         own = {part: seconds[part] - sum(seconds[p] for p in held(part)) for part in watched}
         columns.append({part: 1e3 * took / stats.passes for part, took in own.items()})
-        columns[-1]["tokens a pass"] = stats.tokens_per_pass
-    print(f"| ms a step ({lm.target.engine}) | {' | '.join(arguments.method)} |")
+        columns[-1]["tokens per pass"] = stats.tokens_per_pass
+    print(f"| ms per step ({lm.target.engine}) | {' | '.join(arguments.method)} |")
     print("| --- |" + " ---: |" * len(columns))
     labels = {
         "propose": "propose candidates",
         "step": "rest of the step",
         "pass": "rest of the pass: rows, masks, cache",
     }
-    for part in ("model", *PARTS, "tokens a pass"):
+    for part in ("model", *PARTS, "tokens per pass"):
         cells = (f"{column[part]:.2f}" for column in columns)
         print(f"| {labels.get(part, part)} | {' | '.join(cells)} |")
 
 
 def held(part: str) -> tuple[str, ...]:
-    """Parts that lie in another one."""
+    """Return the parts measured within a part."""
     return PARTS[part][2] if part in PARTS else ()
 
 
 def timed(function: Any, name: str, seconds: defaultdict[str, float]) -> Any:
-    """The function with a stopwatch around it."""
+    """Return the function wrapped so that its time is added to `seconds[name]`."""
 
     @functools.wraps(function)
     def watched(*given: Any, **named: Any) -> Any:

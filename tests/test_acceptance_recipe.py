@@ -154,7 +154,7 @@ def test_resume_keeps_what_is_there(
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
-        ((), "is there: name another"),
+        ((), "exists: choose another"),
         (("--resume", "--max-new-tokens", "8"), "its max_new_tokens is 24, not 8"),
         (("--resume", "--lookahead-tokens", "2"), "its lookahead_tokens is 3, not 2"),
         (("--resume", "--limit", "1"), "its limit is None, not 1"),

@@ -90,4 +90,4 @@ def test_what_comes_once_a_stream_has_nothing_to_ask_does_not_count(
     answer = recipe.Answer(tokens=40, passes=20, events=[1.0, 2.0, 3.0, 4.0])
     assert [answer.share(until) for until in (0.5, 2.0, 9.0)] == [0.0, 0.5, 1.0]
     assert recipe.main(["--prompts", "6", "--streams", "1", "8", "--", *flags]) == 2
-    assert "prompts is 6: 8 streams take as many at least" in capsys.readouterr().err
+    assert "--prompts is 6: 8 streams need at least 8" in capsys.readouterr().err
