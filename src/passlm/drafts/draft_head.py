@@ -1,12 +1,12 @@
-"""The draft head: candidates from the last settled row's hidden state, without look-ahead rows.
+"""The draft head: candidates from the hidden state of the last accepted row.
 
-Every pass has already made the hidden state of the last row it accepted. From that and from the
-embeddings of the last few tokens, settled or drafted since, this head guesses the next token among
-those that texts are mostly made of, and then the ones behind it. A guess costs a small part of a
-pass, so that a draft can be had where no look-ahead group was hung.
+Every pass computes that hidden state anyway. From it and the embeddings of the last few tokens,
+settled or drafted, this head predicts the next token and those after it, one after the other. It
+chooses among the most frequent tokens only. A guess costs a small part of a pass, so candidates are
+available where no look-ahead group was computed.
 
-Heads that are told the tokens before theirs: Hydra (Ankner et al., arXiv 2402.05109). Drafting from
-a part of the vocabulary: FR-Spec (Zhao et al., arXiv 2502.14856).
+Heads conditioned on the previous tokens: Hydra (Ankner et al., arXiv 2402.05109). Drafting from a
+part of the vocabulary: FR-Spec (Zhao et al., arXiv 2502.14856).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from passlm.drafts.sampler_head import (
     Draws,
     Embeddings,
     Shortlist,
-    are_rows,
+    fit_operators,
     last_tokens,
     normed,
 )
@@ -46,18 +46,18 @@ torch.library.define(
 
 
 class DraftHead(nn.Module):
-    """Two layers from a hidden state and embeddings to logits of the listed tokens.
+    """Two layers from a hidden state and token embeddings to logits of the listed tokens.
 
-    A guess `j` tokens behind the row has the logits
+    The `j`-th guess from a row's hidden state has the logits
     `E out(silu(hidden_in(h) + token_in(e) + depth_in_j))`, where `E` are the listed tokens' rows of
     the target's output layer.
 
     Args:
-        hidden_in: `[width, d_model]`, for the row's hidden state.
-        token_in: `[width, tokens * d_model]`, for the embeddings of so many tokens before the
-            guessed one, the last one first.
-        depth_in: `[depths, width]`, one for each token that may be guessed behind a row.
-        out: `[d_model, width]`.
+        hidden_in: weights for the row's hidden state, `[width, d_model]`.
+        token_in: weights for the embeddings of the `tokens` tokens before the guessed one, the
+            last one first, `[width, tokens * d_model]`.
+        depth_in: one vector for each depth, `[depths, width]`.
+        out: weights of the second layer, `[d_model, width]`.
         listed: ids of the tokens that may be guessed, `[K]`.
     """
 
@@ -78,7 +78,16 @@ class DraftHead(nn.Module):
     def start(
         cls, d_model: int, width: int, tokens: int, depths: int, listed: Tensor, seed: int = 0
     ) -> DraftHead:
-        """A head that knows nothing yet: `out` is zero."""
+        """Return an untrained head, which gives all listed tokens the same logit: `out` is zero.
+
+        Args:
+            d_model: size of a hidden state.
+            width: size of the hidden layer.
+            tokens: number of tokens before the guessed one that it is conditioned on.
+            depths: number of tokens that can be guessed from one hidden state.
+            listed: ids of the tokens that may be guessed, `[K]`.
+            seed: seed of the random first layer.
+        """
         generator = torch.Generator().manual_seed(seed)
         hidden_in = torch.randn(width, d_model, generator=generator) / d_model**0.5
         token_in = torch.randn(width, tokens * d_model, generator=generator)
@@ -92,21 +101,21 @@ class DraftHead(nn.Module):
 
     @property
     def width(self) -> int:
-        """Numbers between the two layers."""
+        """Size of the hidden layer."""
         return int(self.out.shape[1])
 
     @property
     def tokens(self) -> int:
-        """How many tokens before the guessed one it is told."""
+        """Number of tokens before the guessed one that it is conditioned on."""
         return int(self.token_in.shape[1]) // int(self.hidden_in.shape[1])
 
     @property
     def depths(self) -> int:
-        """How many tokens it can guess behind a row."""
+        """Number of tokens that can be guessed from one hidden state."""
         return len(self.depth_in)
 
     def description(self) -> dict[str, int]:
-        """What a look-ahead card says of its shape."""
+        """Return the head's sizes, as the look-ahead card lists them."""
         return {
             "width": self.width,
             "tokens": self.tokens,
@@ -115,40 +124,41 @@ class DraftHead(nn.Module):
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that is stored, by its name."""
+        """Return all stored tensors by the names they are stored under."""
         return {f"head.{name}": getattr(self, name) for name in self.NAMES}
 
     def logits(self, hidden: Tensor, before: Tensor, depth: Tensor, outputs: Tensor) -> Tensor:
-        """Logits of the listed tokens, `[R, K]`, for training.
+        """Return the logits of the listed tokens, `[R, K]`, for training.
 
         Args:
-            hidden: hidden states of real rows, as the target's output layer takes them, `[R, d]`.
+            hidden: inputs of the target's output layer for real rows, `[R, d_model]`.
             before: input embeddings of the tokens before the guessed ones, the last one first,
-                `[R, tokens, d]`.
-            depth: how many tokens behind its row each guess is, from 1, `[R]`.
-            outputs: rows of the target's output layer for the listed tokens, `[K, d]`.
+                `[R, tokens, d_model]`.
+            depth: number of the guess from its hidden state, from 1, `[R]`.
+            outputs: rows of the target's output layer for the listed tokens, `[K, d_model]`.
         """
         hidden, before, outputs = (rows.to(self.out.dtype) for rows in (hidden, before, outputs))
         from_hidden = nn.functional.linear(normed(hidden), self.hidden_in)
-        told = nn.functional.linear(normed(before).flatten(-2), self.token_in)
-        inner = nn.functional.silu(from_hidden + told + self.depth_in[depth - 1])
+        from_tokens = nn.functional.linear(normed(before).flatten(-2), self.token_in)
+        inner = nn.functional.silu(from_hidden + from_tokens + self.depth_in[depth - 1])
         return nn.functional.linear(nn.functional.linear(inner, self.out), outputs)
 
 
 @dataclass(frozen=True)
 class AppliedHead:
-    """A draft head in the form decoding takes: copies without gradients, for one target.
+    """A draft head for decoding with one target: copies without gradients.
 
     Attributes:
-        hidden_in: product with `hidden_in`; the others likewise.
-        token_in: of the embeddings of the tokens before.
-        out: back to a hidden state.
-        outputs: the listed tokens' rows of the target's output layer.
-        depth_in: `[depths, width]`.
+        hidden_in: layer for hidden states, `[N, d_model]` to `[N, width]`.
+        token_in: layer for the embeddings of previous tokens, `[N, tokens * d_model]` to
+            `[N, width]`.
+        out: second layer, `[N, width]` to `[N, d_model]`.
+        outputs: the target's output layer for the listed tokens, `[N, d_model]` to `[N, K]`.
+        depth_in: one vector for each depth, `[depths, width]`.
         listed: ids of the listed tokens, `[K]`.
         inputs: input embeddings of the target, `[V, d_model]`.
-        scales: what makes each of them one of root mean square 1, `[V]` float32.
-        tokens: how many tokens before the guessed one are told.
+        scales: factors that give each embedding a root mean square of 1, `[V]` float32.
+        tokens: number of tokens before the guessed one that the head is conditioned on.
     """
 
     hidden_in: nn.Module
@@ -163,10 +173,16 @@ class AppliedHead:
 
     @classmethod
     def of(cls, head: DraftHead, tables: Embeddings, dtype: torch.dtype) -> AppliedHead:
-        """A head for a target with these tables.
+        """Return a head for a target with these embedding tables.
 
-        On a CPU rows are float32. Where our own products are the fastest, weights are int8, since
-        reading them is most of a guess, and what a row gives does not depend on the rows beside it.
+        On a CPU, rows are float32. Where our own products are the fastest, weights are int8, since
+        reading them takes most of the time, and a row's result does not depend on the rows beside
+        it.
+
+        Args:
+            head: the trained head.
+            tables: the target's embedding tables.
+            dtype: the target's type.
         """
         device = tables.inputs.device
         rows = torch.float32 if device.type == "cpu" else dtype
@@ -191,43 +207,44 @@ class AppliedHead:
 
     @property
     def depths(self) -> int:
-        """How many tokens it can guess behind a row."""
+        """Number of tokens that can be guessed from one hidden state."""
         return len(self.depth_in)
 
     def logits(self, from_hidden: Tensor, last: Tensor, depth: int) -> Tensor:
-        """Logits of the listed tokens, `[N, K]`.
+        """Return the logits of the listed tokens, `[N, K]`.
 
         Args:
             from_hidden: the hidden states' part of the first layer, `[N, width]`.
-            last: ids of the last tokens of each text, the last one first, `[N, tokens]`.
-            depth: of the guess, from 0.
+            last: ids of the last tokens of each sequence, the last one first, `[N, tokens]`.
+            depth: number of the guess from its hidden state, from 0.
         """
-        told = self.inputs[last].to(from_hidden) * self.scales[last, None].to(from_hidden)
-        inner = from_hidden + self.token_in(told.flatten(-2)) + self.depth_in[depth]
-        made: Tensor = self.outputs(self.out(nn.functional.silu(inner)))
-        return made
+        before = self.inputs[last].to(from_hidden) * self.scales[last, None].to(from_hidden)
+        inner = from_hidden + self.token_in(before.flatten(-2)) + self.depth_in[depth]
+        logits: Tensor = self.outputs(self.out(nn.functional.silu(inner)))
+        return logits
 
     @cached_property
     def places(self) -> Tensor:
-        """`listed` on the CPU, where noise is made."""
+        """`listed` on the CPU, where noise is computed."""
         return self.listed.cpu()
 
     @cached_property
     def joint(self) -> list[Tensor] | None:
-        """What the operator that makes guesses in one call is given of it.
+        """Arguments of the operator that makes all guesses in one call.
 
-        None where there is no such operator, or it does not take the target's embeddings.
+        None where there is no such operator, or it does not support the type or the layout of the
+        target's embeddings.
         """
         layers = [self.hidden_in, self.token_in, self.out, self.outputs]
         ours = [layer for layer in layers if isinstance(layer, RowsProduct)]
-        if len(ours) < len(layers) or not are_rows(self.inputs):
+        if len(ours) < len(layers) or not fit_operators(self.inputs):
             return None
         weights = [part for layer in ours for part in (layer.packed, layer.scale)]
         return [*weights[:4], self.depth_in, *weights[4:], self.listed, self.inputs]
 
 
 class _Linear(nn.Module):
-    """A plain product with a copy of some weights."""
+    """A linear layer without bias whose weights are not trained."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -238,12 +255,14 @@ class _Linear(nn.Module):
 
 
 class HeadSampler:
-    """Drafts behind the last rows of some texts, token by token; can stand in for a `GroupSampler`.
+    """Logits and guesses of a draft head for several sequences, one token after the other.
+
+    Has the same interface as `GroupSampler`; see `drawing.Sampler`.
 
     Args:
         head: the head.
-        hidden: the rows' hidden states, `[d_model]` each.
-        lengths: how many tokens each text is to have, up to the head's depths.
+        hidden: hidden state of each sequence's last accepted row, `[d_model]` each.
+        lengths: number of tokens to draft for each sequence, at most the head's depths.
     """
 
     def __init__(self, head: AppliedHead, hidden: Sequence[Tensor], lengths: Sequence[int]) -> None:
@@ -254,13 +273,14 @@ class HeadSampler:
     @cached_property
     def _from_hidden(self) -> Tensor:
         """The hidden states' part of the first layer, `[N, width]`."""
-        made: Tensor = self._head.hidden_in(normed(self._hidden.to(self._head.depth_in.dtype)))
-        return made
+        hidden = normed(self._hidden.to(self._head.depth_in.dtype))
+        from_hidden: Tensor = self._head.hidden_in(hidden)
+        return from_hidden
 
     def shortlists(
         self, depth: int, groups: Sequence[int], histories: Sequence[Sequence[int]]
     ) -> tuple[list[Shortlist], Tensor]:
-        """What some texts may guess at one depth; see `GroupSampler.shortlists`."""
+        """Return the shortlists and logits at one depth; see `GroupSampler.shortlists`."""
         head = self._head
         logits = self._logits(depth, groups, histories)
         best, places = shortlist(logits, min(SHORTLIST, len(head.listed)))
@@ -270,42 +290,44 @@ class HeadSampler:
     def likeliest(
         self, texts: Sequence[Sequence[int]], draws: Draws | None = None
     ) -> list[list[tuple[int, float]]]:
-        """Each text's likeliest tokens, one behind the other, and how sure the head is of each.
+        """Return the likeliest tokens of each sequence and the head's probability of each.
 
-        A draw is the token of the largest `l - T log e`, with noise `e` (the Gumbel-max trick):
-        who knows the noise guesses better.
+        The judge draws the token of the largest `l - T log e`, with noise `e` (the Gumbel-max
+        trick). A drafter that knows the noise therefore guesses better.
 
         Args:
-            texts: the tokens so far.
-            draws: what is known of the noise to come; None for the likeliest tokens without it,
-                with the head's probability of each.
+            texts: token ids of each sequence so far.
+            draws: sampling noise of the next positions, for the listed tokens; the guesses and
+                their probabilities are then those of `Draws.perturb`'s logits. None for the
+                likeliest tokens without it.
         """
-        if self._head.joint is not None and are_rows(self._hidden):
-            return self._together(texts, self._head.joint, draws)
-        made: list[list[tuple[int, float]]] = [[] for _ in texts]
+        if self._head.joint is not None and fit_operators(self._hidden):
+            return self._by_operator(texts, self._head.joint, draws)
+        guesses: list[list[tuple[int, float]]] = [[] for _ in texts]
         last = [list(text[-self._head.tokens :]) for text in texts]
         for depth in range(max(self.lengths)):
-            going = [at for at, length in enumerate(self.lengths) if depth < length]
-            logits = self._logits(depth, going, [last[at] for at in going]).float()
+            active = [at for at, length in enumerate(self.lengths) if depth < length]
+            logits = self._logits(depth, active, [last[at] for at in active]).float()
             if draws is not None:
-                logits = draws.join(logits, going, depth)
-                logits = logits / draws.flattened[going, None].to(logits)
+                logits = draws.perturb(logits, active, depth)
+                logits = logits / draws.softmax_temperatures[active, None].to(logits)
             places = likeliest(logits)
             best = logits.gather(1, places[:, None]) - logits.logsumexp(-1, keepdim=True)
             tokens = self._head.listed[places].tolist()
-            for at, token, sure in zip(going, tokens, best[:, 0].exp().tolist(), strict=True):
-                made[at].append((token, sure))
+            for at, token, sure in zip(active, tokens, best[:, 0].exp().tolist(), strict=True):
+                guesses[at].append((token, sure))
                 last[at].append(token)
-        return made
+        return guesses
 
-    def _together(
-        self, texts: Sequence[Sequence[int]], parts: Sequence[Tensor], draws: Draws | None
+    def _by_operator(
+        self, texts: Sequence[Sequence[int]], head: Sequence[Tensor], draws: Draws | None
     ) -> list[list[tuple[int, float]]]:
         last = last_tokens(texts, self._head.tokens, self._hidden.device)
-        asked, threads = torch.tensor(self.lengths), torch.get_num_threads()
-        none = torch.empty(0)
-        known = (none,) * 3 if draws is None else (draws.noise, draws.scales, draws.flattened)
-        tokens, sure = torch.ops.passlm.guesses(self._hidden, last, asked, *parts, *known, threads)
+        lengths, threads = torch.tensor(self.lengths), torch.get_num_threads()
+        noise: tuple[Tensor, ...] = (torch.empty(0),) * 3
+        if draws is not None:
+            noise = draws.noise, draws.scales, draws.softmax_temperatures
+        tokens, sure = torch.ops.passlm.guesses(self._hidden, last, lengths, *head, *noise, threads)
         found = zip(tokens.tolist(), sure.tolist(), self.lengths, strict=True)
         return [list(zip(ids[:n], chances[:n], strict=True)) for ids, chances, n in found]
 
@@ -335,7 +357,7 @@ class DraftHeadDrafter:
         return self._hidden.get(sequence)
 
     def propose(self, sequences: Sequence[DraftSequence]) -> list[Chain | None]:
-        """Return as many guesses for each sequence as its plan asks for."""
+        """Return guesses for each sequence, in the number that its strategy asks for."""
         chains: list[Chain | None] = [None] * len(sequences)
         lengths = [
             0 if one not in self._hidden else min(self.head.depths, one.draft_length(self.source))
@@ -376,6 +398,9 @@ class DraftHeadDrafter:
 
 
 def scales(embeddings: Tensor) -> Tensor:
-    """What `normed` multiplies each embedding by, `[V]` float32, without a copy of the table."""
+    """Return the factor that `normed` applies to each embedding, `[V]` float32.
+
+    The table is not copied.
+    """
     lengths: Tensor = torch.linalg.vector_norm(embeddings, dim=-1, dtype=torch.float32)
     return (lengths.square() / embeddings.shape[1] + EPSILON).rsqrt()
