@@ -1,4 +1,4 @@
 """Adaptive planning: cost curves, acceptance rates, and the plan with the highest throughput.
 
-May import `decoding` and what lies below it.
+May import `decoding` and what lies below it, but not `loading`.
 """
