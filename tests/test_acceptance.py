@@ -37,11 +37,11 @@ def test_counts_move_from_the_prior_and_back() -> None:
     again."""
     counted = Acceptance([0.5])
     for _ in range(50):
-        counted.forget()
+        counted.decay()
         counted.count(0, False)
     assert counted[0] < 0.15
     for _ in range(3000):
-        counted.forget()
+        counted.decay()
     assert counted[0] == pytest.approx(0.5, abs=0.02)
 
 

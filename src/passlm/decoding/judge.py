@@ -1,7 +1,7 @@
 """The two judges: which candidates are accepted, and which token is drawn after them.
 
 Pure functions on small tensors. Under both judges, every settled token has the target's own
-distribution. They read a pass's rows in order and none after the first refusal, so rows may be
+distribution. They read the rows of a pass in order and stop at the first refusal, so rows may be
 computed on demand. Probabilities come from `distribution.py`; applying the verdict is left to
 `text.py` and `decoder.py`.
 """
@@ -17,14 +17,18 @@ from torch import Tensor
 
 
 class Rows(Protocol):
-    """Values over the vocabulary, `[V]`, by row of the pass: a tensor, or computed on demand."""
+    """Vectors over the vocabulary, `[V]`, by real row: a tensor `[R, V]`, or computed on demand."""
 
     def __getitem__(self, row: int, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Computed:
-    """Rows that are computed on demand."""
+    """Rows that are computed on demand.
+
+    Attributes:
+        row: function that returns a row, `[V]`, by its index.
+    """
 
     row: Callable[[int], Tensor]
 
@@ -34,22 +38,27 @@ class Computed:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The number of accepted candidates, and the token that settles after them."""
+    """Result of judging one pass.
+
+    Attributes:
+        accepted: number of accepted candidates.
+        token: id of the token that settles after them.
+    """
 
     accepted: int
     token: int
 
 
 def draw(probabilities: Tensor, exponential: Tensor | None) -> Tensor:
-    """Draw token ids by the exponential race.
+    """Draw token ids by the exponential race, `argmax(p / e)`.
 
     Args:
-        probabilities: `[..., V]`.
-        exponential: standard exponential noise, `[..., V]`; None for one-hot rows, which noise
+        probabilities: `p`, `[..., V]`.
+        exponential: standard exponential noise `e`, `[..., V]`; None for one-hot rows, which noise
             does not change.
 
     Returns:
-        `[...]`.
+        Token ids, `[...]`.
     """
     if exponential is None:
         return probabilities.argmax(-1)
@@ -59,22 +68,22 @@ def draw(probabilities: Tensor, exponential: Tensor | None) -> Tensor:
 def guess(q: Tensor, exponential: Tensor, weight: float) -> Tensor:
     """Guess the tokens that the coupled judge will draw, from a draft's `q` and the known noise.
 
-    `argmax(q / e)` would be right if `q` were `p`. Since it is not, a race with less noise,
-    `argmax(q / e^w)`, guesses the judge's token more often; see docs/log.md.
+    The judge draws `argmax(p / e)`. The draft's `q` differs from `p`, so that a race with less
+    noise, `argmax(q / e^w)`, guesses its token more often than `argmax(q / e)`; see docs/log.md.
 
     Args:
         q: the draft's probabilities, `[..., V]`.
-        exponential: the noise of the positions, `[..., V]`.
-        weight: `w`.
+        exponential: the noise of the positions, `e`, `[..., V]`.
+        weight: exponent of the noise, `w`, from 0 to 1.
 
     Returns:
-        `[...]`.
+        Token ids, `[...]`.
     """
     return draw(q, exponential.pow(weight))
 
 
 def greedy(settled: Sequence[int], candidates: Sequence[int]) -> Verdict:
-    """Accept candidates that equal the target's tokens: both judges for a one-hot `p`.
+    """Accept candidates that equal the target's tokens: either judge's verdict for a one-hot `p`.
 
     Args:
         settled: the target's tokens after the root and after each candidate, `1 + M`.
@@ -89,15 +98,15 @@ def greedy(settled: Sequence[int], candidates: Sequence[int]) -> Verdict:
 def coupled(p: Rows, candidates: Sequence[int], exponential: Rows | None) -> Verdict:
     """Settle the tokens that plain sampling with the same noise would draw.
 
-    A candidate is accepted if it is that token.
-
-    Gumbel coupling, drafter-invariant speculative decoding (Daliri, Musco, Suresh,
-    arXiv 2408.07978): the settled token at each position depends on `p` and its noise alone.
+    A candidate is accepted if it is that token. The settled token at each position depends on `p`
+    and the position's noise alone: Gumbel coupling, as in drafter-invariant speculative decoding
+    (Daliri, Musco, Suresh, arXiv 2408.07978).
 
     Args:
         p: the target's distributions after the root and after each candidate, `[1 + M, V]`.
         candidates: the `M` draft tokens.
-        exponential: the positions' own noise, `[1 + M, V]`; None where `p` is one-hot.
+        exponential: standard exponential noise of each position, `[1 + M, V]`; None where `p` is
+            one-hot.
     """
     for row, candidate in enumerate(candidates):
         token = _drawn(p[row], exponential, row)
@@ -127,15 +136,16 @@ def acceptance(p: Tensor, q: Tensor, candidates: Tensor) -> Tensor:
 
 
 def residual(p: Tensor, q: Tensor) -> Tensor:
-    """Return the distribution to draw from after a refusal, `norm(max(p - q, 0))`.
+    """Return the distribution to draw from after a refusal, `norm(max(p - q, 0))`, `[V]`.
 
     Args:
         p: the target's distribution, `[V]`.
-        q: the refused candidate's, `[V]`.
+        q: the distribution that the refused candidate was drawn from, `[V]`.
     """
     excess = (p - q).clamp(min=0.0)
     total = excess.sum()
-    # p and q are equal up to rounding: a refusal had a probability of about 1e-7; p is the limit.
+    # A total of 0 means that p and q are equal up to rounding. A refusal then had a probability of
+    # about 1e-7, and p is the limit of the residual.
     return excess / total if total > 0 else p
 
 
@@ -146,14 +156,17 @@ def rejection(
     uniform: Tensor,
     exponential: Rows | None,
 ) -> Verdict:
-    """Accept each candidate with its probability, in order; draw the residual at a refusal.
+    """Accept candidates in order with probability `acceptance`; draw from `residual` at a refusal.
+
+    If all are accepted, the next token is drawn from the last row of `p`.
 
     Args:
         p: the target's distributions after the root and after each candidate, `[1 + M, V]`.
         q: the distributions the candidates were drawn from, `[M, V]`; None without candidates.
         candidates: the `M` draft tokens.
-        uniform: one number of `[0, 1)` for each candidate, `[M]`.
-        exponential: noise for the drawn token, `[1 + M, V]`; None where `p` is one-hot.
+        uniform: a random number in `[0, 1)` for each candidate, `[M]`.
+        exponential: standard exponential noise for the drawn token, `[1 + M, V]`; None where `p` is
+            one-hot.
     """
     for row, candidate in enumerate(candidates):
         assert q is not None, "candidates come with the distributions they were drawn from"

@@ -1,7 +1,7 @@
-"""The sampling noise of a sequence: random numbers made from a seed, a position and a purpose.
+"""The sampling noise of a sequence: random numbers by seed, position and purpose.
 
-The numbers come from a counter-based generator, `kernels/philox.py`. What they are used for is left
-to `judge.py` and to the drafters.
+The numbers come from a counter-based generator, `kernels/philox.py`. Using them is left to
+`judge.py` and to the drafters.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from passlm.kernels import philox
 
 
 class Purpose(IntEnum):
-    """Use of a position's noise; each has a stream of its own."""
+    """Use of a position's random numbers; each use has a stream of its own."""
 
     SETTLE = 0
     DRAFT = 1
@@ -30,7 +30,7 @@ class Noise:
     any plan, alone or in a batch.
 
     Args:
-        seed: 0 to 2**64 - 1; None takes a fresh one.
+        seed: 0 to 2**64 - 1; None for a random seed.
     """
 
     def __init__(self, seed: int | None) -> None:
@@ -39,17 +39,17 @@ class Noise:
     def exponential(self, position: int, purpose: Purpose, size: int) -> Tensor:
         """Return standard exponential numbers, `[size]` float32.
 
-        `argmax(p / e)` draws from `p`: the exponential race, the same as the Gumbel-max trick
-        with `g = -log e`.
+        `argmax(p / e)` is a draw from `p`. This exponential race is equivalent to the Gumbel-max
+        trick with `g = -log e`.
         """
         return philox.uniform(self.seed, position, purpose, size).neg_().log1p_().neg_()
 
     def exponentials(self, start: int, count: int, purpose: Purpose, size: int) -> Tensor:
-        """Return `exponential` of `count` positions from `start` on, `[count, size]`."""
+        """Return `exponential` for `count` positions from `start` on, `[count, size]` float32."""
         return torch.stack([self.exponential(start + i, purpose, size) for i in range(count)])
 
     def uniform(self, start: int, count: int, purpose: Purpose) -> Tensor:
-        """Return a number of `[0, 1)` for each of `count` positions from `start` on, `[count]`."""
+        """Return numbers in `[0, 1)` for `count` positions from `start` on, `[count]` float64."""
         drawn = [philox.fine(self.seed, start + i, purpose) for i in range(count)]
         return torch.tensor(drawn, dtype=torch.float64)
 

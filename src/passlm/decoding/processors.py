@@ -1,4 +1,7 @@
-"""Transformers' logits processors for sampling parameters, and faster forms of some of them."""
+"""Transformers' logits processors for sampling parameters, and faster forms of some of them.
+
+Applying them is left to `distribution.py`.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from transformers import (
 from passlm.kernels.topk import shortlist
 from passlm.params import SamplingParams
 
-_NUCLEI = 128, 2048  # numbers of best tokens to search for a nucleus, before sorting all
+_NUCLEI = 128, 2048  # numbers of best tokens to search for a nucleus before all are sorted
 
 
 class TopK(TopKLogitsWarper):
@@ -35,10 +38,11 @@ class TopK(TopKLogitsWarper):
 
 
 class TopP(TopPLogitsWarper):
-    """Transformers' top-p, without sorting the whole vocabulary where few tokens are enough.
+    """Transformers' top-p, without sorting the whole vocabulary where a few tokens are enough.
 
-    A token is kept if those above it have less than `top_p` together. Transformers adds up from
-    below; where rounding differs, a token may fall on the other side.
+    A token is kept if the probabilities of all better tokens sum to less than `top_p`. Transformers
+    sums from the worst token up, so that rounding may decide differently about a token at the
+    border.
     """
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -47,13 +51,13 @@ class TopP(TopPLogitsWarper):
         total = scores.logsumexp(-1, keepdim=True)
         for count in counts:
             best, places = shortlist(scores, count)
-            shares = (best - total).exp()
-            below = shares.cumsum(-1)
-            if bool((below[:, -1] > self.top_p).all()):
-                left = below - shares < self.top_p
-                left[:, : self.min_tokens_to_keep] = True
-                made = torch.full_like(scores, self.filter_value)
-                return made.scatter_(1, places, best.masked_fill(~left, self.filter_value))
+            probabilities = (best - total).exp()
+            sums = probabilities.cumsum(-1)
+            if bool((sums[:, -1] > self.top_p).all()):
+                kept = sums - probabilities < self.top_p
+                kept[:, : self.min_tokens_to_keep] = True
+                filtered = torch.full_like(scores, self.filter_value)
+                return filtered.scatter_(1, places, best.masked_fill(~kept, self.filter_value))
         processed: Tensor = super().__call__(input_ids, scores)
         return processed
 
@@ -65,8 +69,8 @@ def processors(
 
     Args:
         params: the user's parameters.
-        prompt_tokens: length of the prompt, for processors that read new tokens alone.
-        eos: end-of-sequence ids that `min_new_tokens` suppresses.
+        prompt_tokens: length of the prompt, for processors that read only the new tokens.
+        eos: end-of-sequence ids, which `min_new_tokens` suppresses.
     """
     chosen = LogitsProcessorList()
     if params.logit_bias:
@@ -76,39 +80,39 @@ def processors(
         chosen.append(RepetitionPenaltyLogitsProcessor(float(params.repetition_penalty)))
     if params.presence_penalty or params.frequency_penalty:
         chosen.append(
-            WrittenTokensPenalty(prompt_tokens, params.presence_penalty, params.frequency_penalty)
+            NewTokensPenalty(prompt_tokens, params.presence_penalty, params.frequency_penalty)
         )
     if params.bad_words:
         words = [list(word) for word in params.bad_words]
         chosen.append(NoBadWordsLogitsProcessor(words, eos_token_id=list(eos) or None))
     if params.min_new_tokens and eos:
-        chosen.append(HeldBackEnd(prompt_tokens, int(params.min_new_tokens), list(eos)))
+        chosen.append(MinNewTokens(prompt_tokens, int(params.min_new_tokens), list(eos)))
     chosen.extend(params.processors)
     if params.temperature > 0:
         chosen.extend(_warpers(params))
     return chosen
 
 
-class HeldBackEnd(MinNewTokensLengthLogitsProcessor):
-    """Transformers' minimum length, on any device: the original needs to know it beforehand."""
+class MinNewTokens(MinNewTokensLengthLogitsProcessor):
+    """Transformers' minimum length on the scores' device; the original is built for one device."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return scores `[1, V]`, minus infinity for ends while the sequence is too short."""
+        """Return scores `[1, V]`, minus infinity for `eos` while there are too few new tokens."""
         self.eos_token_id = self.eos_token_id.to(scores.device)
         processed: Tensor = super().__call__(input_ids, scores)
         return processed
 
 
-class WrittenTokensPenalty(LogitsProcessor):
-    """Presence and frequency penalties of the OpenAI API, on the tokens generated so far.
+class NewTokensPenalty(LogitsProcessor):
+    """Presence and frequency penalties of the OpenAI API, for tokens generated so far.
 
-    Subtracts `presence` from the logit of each token that was generated, and `frequency` for each
-    time it was. Transformers has no such processor.
+    Subtracts `presence` from the logit of each generated token, and `frequency` once for each of
+    its occurrences. Transformers has no such processor.
 
     Args:
-        prompt_tokens: length of the prompt, whose tokens do not count.
-        presence: -2 to 2.
-        frequency: -2 to 2.
+        prompt_tokens: length of the prompt, whose tokens are not penalized.
+        presence: presence penalty, -2 to 2.
+        frequency: frequency penalty, -2 to 2.
     """
 
     def __init__(self, prompt_tokens: int, presence: float, frequency: float) -> None:
@@ -117,11 +121,11 @@ class WrittenTokensPenalty(LogitsProcessor):
         self.frequency = frequency
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return scores `[1, V]` of the token after `input_ids`, `[1, T]`, with penalties."""
-        written, times = torch.unique(input_ids[0, self.prompt_tokens :], return_counts=True)
-        taken = scores.clone()
-        taken[0, written] -= self.presence + self.frequency * times.to(scores.dtype)
-        return taken
+        """Return scores `[1, V]` of the token after `input_ids`, `[1, T]`, minus the penalties."""
+        tokens, counts = torch.unique(input_ids[0, self.prompt_tokens :], return_counts=True)
+        penalized = scores.clone()
+        penalized[0, tokens] -= self.presence + self.frequency * counts.to(scores.dtype)
+        return penalized
 
 
 def _warpers(params: SamplingParams) -> LogitsProcessorList:
@@ -138,7 +142,7 @@ def _warpers(params: SamplingParams) -> LogitsProcessorList:
 
 
 def faster(processor: LogitsProcessor) -> LogitsProcessor:
-    """Return the faster form of one of transformers' processors, or the processor itself."""
+    """Return the faster form of a processor of transformers; without one, the processor itself."""
     if type(processor) is TopKLogitsWarper:
         return TopK(processor.top_k, processor.filter_value)
     if type(processor) is TopPLogitsWarper:

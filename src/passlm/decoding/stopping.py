@@ -1,4 +1,4 @@
-"""Where a sequence ends, possibly in the middle of an accepted block.
+"""Find the end of a sequence, possibly in the middle of an accepted block.
 
 Ends by token ids (end of sequence, length) and by text (stop strings) are separate, since modules
 below `generate.py` see ids only.
@@ -18,9 +18,9 @@ def cut_block(
 
     Args:
         tokens: newly settled token ids.
-        eos: ids that end the sequence; the one found is kept as its last token.
+        eos: ids that end the sequence; the first one found is kept as its last token.
         room: number of tokens that may still be generated, 1 or more.
-        full: the finish reason where `room` runs out.
+        full: the finish reason when `room` is used up.
     """
     for kept, token in enumerate(tokens[:room], start=1):
         if token in eos:
@@ -35,6 +35,9 @@ class StopStrings:
 
     Args:
         stops: the stop strings, none of them empty.
+
+    Attributes:
+        held: text held back so far.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -44,9 +47,9 @@ class StopStrings:
     def push(self, text: str) -> tuple[str, bool]:
         """Add new text; return the text to show now, and whether a stop string was found.
 
-        The stop string that is complete first ends the text, the longest if there are several. The
-        result does not depend on how the text is cut into pieces. All text before the stop string
-        is returned, the stop string and the text after it are not.
+        The first stop string to be complete ends the text; of several that end at the same place,
+        the longest. All text before the stop string is returned; the stop string and the text after
+        it are not. The result does not depend on how the text is cut into pieces.
         """
         self.held += text
         starts = {stop: self.held.find(stop) for stop in self.stops}
@@ -60,7 +63,7 @@ class StopStrings:
         return shown, False
 
     def flush(self) -> str:
-        """Return the text held back, once there is no more to come."""
+        """Return the text held back; call this when no more text follows."""
         shown, self.held = self.held, ""
         return shown
 

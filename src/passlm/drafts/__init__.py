@@ -1,4 +1,4 @@
-"""Where draft tokens come from: one module for each source.
+"""Sources of draft tokens, one module each: look-ahead rows, draft head, prompt lookup.
 
-Imports `layers` and what lies below it.
+All follow the protocol in `protocol.py`. May import `layers` and what lies below it.
 """

@@ -1,11 +1,11 @@
-"""The draft head: candidates from the last settled row's hidden state, without look-ahead rows.
+"""The draft head: candidates from the hidden state of the last accepted row.
 
-Every pass computes the hidden state of its last accepted row. From that state and the embeddings of
-the last few tokens, settled or drafted since, this head proposes the next token among the most
-frequent ones of the vocabulary, and then the tokens after it. A proposal costs a small part of a
-pass and needs no look-ahead group in the pass before.
+Every pass computes that hidden state anyway. From it and the embeddings of the last few tokens,
+settled or drafted, this head predicts the next token and those after it, one after the other. It
+chooses among the most frequent tokens only. A guess costs a small part of a pass, so candidates are
+available where no look-ahead group was computed.
 
-Heads that read the tokens before theirs: Hydra (Ankner et al., arXiv 2402.05109). Drafting from a
+Heads conditioned on the previous tokens: Hydra (Ankner et al., arXiv 2402.05109). Drafting from a
 part of the vocabulary: FR-Spec (Zhao et al., arXiv 2502.14856).
 """
 
@@ -27,7 +27,7 @@ from passlm.drafts.sampler_head import (
     Draws,
     Embeddings,
     Shortlist,
-    are_rows,
+    fit_operators,
     last_tokens,
     normed,
 )
@@ -46,19 +46,19 @@ torch.library.define(
 
 
 class DraftHead(nn.Module):
-    """Two layers from a hidden state and embeddings to logits of the listed tokens.
+    """Two layers from a hidden state and token embeddings to logits of the listed tokens.
 
-    A guess `j` tokens after the row has the logits
+    The `j`-th guess from a row's hidden state has the logits
     `E out(silu(hidden_in(h) + token_in(e) + depth_in_j))`, where `E` are the listed tokens' rows of
     the target's output layer.
 
     Args:
-        hidden_in: `[width, d_model]`, for the row's hidden state.
-        token_in: `[width, tokens * d_model]`, for the embeddings of the `tokens` tokens before the
-            guessed one, the last one first.
-        depth_in: `[depths, width]`, one for each token that can be guessed after a row.
-        out: `[d_model, width]`.
-        listed: ids of the tokens that can be guessed, `[K]`.
+        hidden_in: weights for the row's hidden state, `[width, d_model]`.
+        token_in: weights for the embeddings of the `tokens` tokens before the guessed one, the
+            last one first, `[width, tokens * d_model]`.
+        depth_in: one vector for each depth, `[depths, width]`.
+        out: weights of the second layer, `[d_model, width]`.
+        listed: ids of the tokens that may be guessed, `[K]`.
     """
 
     NAMES = ("hidden_in", "token_in", "depth_in", "out", "listed")
@@ -78,7 +78,16 @@ class DraftHead(nn.Module):
     def start(
         cls, d_model: int, width: int, tokens: int, depths: int, listed: Tensor, seed: int = 0
     ) -> DraftHead:
-        """Return an untrained head: `out` is zero."""
+        """Return an untrained head, which gives all listed tokens the same logit: `out` is zero.
+
+        Args:
+            d_model: size of a hidden state.
+            width: size of the hidden layer.
+            tokens: number of tokens before the guessed one that it is conditioned on.
+            depths: number of tokens that can be guessed from one hidden state.
+            listed: ids of the tokens that may be guessed, `[K]`.
+            seed: seed of the random first layer.
+        """
         generator = torch.Generator().manual_seed(seed)
         hidden_in = torch.randn(width, d_model, generator=generator) / d_model**0.5
         token_in = torch.randn(width, tokens * d_model, generator=generator)
@@ -97,16 +106,16 @@ class DraftHead(nn.Module):
 
     @property
     def tokens(self) -> int:
-        """Number of tokens before the guessed one that the head reads."""
+        """Number of tokens before the guessed one that it is conditioned on."""
         return int(self.token_in.shape[1]) // int(self.hidden_in.shape[1])
 
     @property
     def depths(self) -> int:
-        """Number of tokens that the head can guess after a row."""
+        """Number of tokens that can be guessed from one hidden state."""
         return len(self.depth_in)
 
     def description(self) -> dict[str, int]:
-        """Return the head's shape as a look-ahead card states it."""
+        """Return the head's sizes, as the look-ahead card lists them."""
         return {
             "width": self.width,
             "tokens": self.tokens,
@@ -115,40 +124,41 @@ class DraftHead(nn.Module):
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all stored tensors by name."""
+        """Return all stored tensors by the names they are stored under."""
         return {f"head.{name}": getattr(self, name) for name in self.NAMES}
 
     def logits(self, hidden: Tensor, before: Tensor, depth: Tensor, outputs: Tensor) -> Tensor:
-        """Return logits of the listed tokens, `[R, K]`, for training.
+        """Return the logits of the listed tokens, `[R, K]`, for training.
 
         Args:
-            hidden: hidden states of real rows, as the target's output layer takes them, `[R, d]`.
+            hidden: inputs of the target's output layer for real rows, `[R, d_model]`.
             before: input embeddings of the tokens before the guessed ones, the last one first,
-                `[R, tokens, d]`.
-            depth: number of tokens that each guess is after its row, from 1, `[R]`.
-            outputs: rows of the target's output layer for the listed tokens, `[K, d]`.
+                `[R, tokens, d_model]`.
+            depth: number of the guess from its hidden state, from 1, `[R]`.
+            outputs: rows of the target's output layer for the listed tokens, `[K, d_model]`.
         """
         hidden, before, outputs = (rows.to(self.out.dtype) for rows in (hidden, before, outputs))
         from_hidden = nn.functional.linear(normed(hidden), self.hidden_in)
-        told = nn.functional.linear(normed(before).flatten(-2), self.token_in)
-        inner = nn.functional.silu(from_hidden + told + self.depth_in[depth - 1])
+        from_tokens = nn.functional.linear(normed(before).flatten(-2), self.token_in)
+        inner = nn.functional.silu(from_hidden + from_tokens + self.depth_in[depth - 1])
         return nn.functional.linear(nn.functional.linear(inner, self.out), outputs)
 
 
 @dataclass(frozen=True)
 class AppliedHead:
-    """A draft head for decoding: copies without gradients, for one target.
+    """A draft head for decoding with one target: copies without gradients.
 
     Attributes:
-        hidden_in: product with the hidden states.
-        token_in: product with the embeddings of the tokens before.
-        out: product from the hidden layer to a hidden state.
-        outputs: product with the listed tokens' rows of the target's output layer.
-        depth_in: `[depths, width]`.
+        hidden_in: layer for hidden states, `[N, d_model]` to `[N, width]`.
+        token_in: layer for the embeddings of previous tokens, `[N, tokens * d_model]` to
+            `[N, width]`.
+        out: second layer, `[N, width]` to `[N, d_model]`.
+        outputs: the target's output layer for the listed tokens, `[N, d_model]` to `[N, K]`.
+        depth_in: one vector for each depth, `[depths, width]`.
         listed: ids of the listed tokens, `[K]`.
         inputs: input embeddings of the target, `[V, d_model]`.
-        scales: factors that give each of them a root mean square of 1, `[V]` float32.
-        tokens: number of tokens before the guessed one that the head reads.
+        scales: factors that give each embedding a root mean square of 1, `[V]` float32.
+        tokens: number of tokens before the guessed one that the head is conditioned on.
     """
 
     hidden_in: nn.Module
@@ -163,10 +173,16 @@ class AppliedHead:
 
     @classmethod
     def of(cls, head: DraftHead, tables: Embeddings, dtype: torch.dtype) -> AppliedHead:
-        """Return a head for a target with these tables.
+        """Return a head for a target with these embedding tables.
 
         On a CPU, rows are float32. Where our own products are the fastest, weights are int8, since
-        reading them is most of the cost, and a row's result does not depend on the other rows.
+        reading them takes most of the time, and a row's result does not depend on the rows beside
+        it.
+
+        Args:
+            head: the trained head.
+            tables: the target's embedding tables.
+            dtype: the target's type.
         """
         device = tables.inputs.device
         rows = torch.float32 if device.type == "cpu" else dtype
@@ -191,43 +207,44 @@ class AppliedHead:
 
     @property
     def depths(self) -> int:
-        """Number of tokens that the head can guess after a row."""
+        """Number of tokens that can be guessed from one hidden state."""
         return len(self.depth_in)
 
     def logits(self, from_hidden: Tensor, last: Tensor, depth: int) -> Tensor:
-        """Return logits of the listed tokens, `[N, K]`.
+        """Return the logits of the listed tokens, `[N, K]`.
 
         Args:
             from_hidden: the hidden states' part of the first layer, `[N, width]`.
             last: ids of the last tokens of each sequence, the last one first, `[N, tokens]`.
-            depth: depth of the guess, from 0.
+            depth: number of the guess from its hidden state, from 0.
         """
-        told = self.inputs[last].to(from_hidden) * self.scales[last, None].to(from_hidden)
-        inner = from_hidden + self.token_in(told.flatten(-2)) + self.depth_in[depth]
-        made: Tensor = self.outputs(self.out(nn.functional.silu(inner)))
-        return made
+        before = self.inputs[last].to(from_hidden) * self.scales[last, None].to(from_hidden)
+        inner = from_hidden + self.token_in(before.flatten(-2)) + self.depth_in[depth]
+        logits: Tensor = self.outputs(self.out(nn.functional.silu(inner)))
+        return logits
 
     @cached_property
     def places(self) -> Tensor:
-        """`listed` on the CPU, where noise is made."""
+        """`listed` on the CPU, where noise is computed."""
         return self.listed.cpu()
 
     @cached_property
     def joint(self) -> list[Tensor] | None:
-        """Inputs of the operator that makes all guesses in one call.
+        """Arguments of the operator that makes all guesses in one call.
 
-        None where the operator is missing or does not support the target's embeddings.
+        None where there is no such operator, or it does not support the type or the layout of the
+        target's embeddings.
         """
         layers = [self.hidden_in, self.token_in, self.out, self.outputs]
         ours = [layer for layer in layers if isinstance(layer, RowsProduct)]
-        if len(ours) < len(layers) or not are_rows(self.inputs):
+        if len(ours) < len(layers) or not fit_operators(self.inputs):
             return None
         weights = [part for layer in ours for part in (layer.packed, layer.scale)]
         return [*weights[:4], self.depth_in, *weights[4:], self.listed, self.inputs]
 
 
 class _Linear(nn.Module):
-    """A plain product with a copy of some weights."""
+    """A linear layer without bias whose weights are not trained."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -238,12 +255,14 @@ class _Linear(nn.Module):
 
 
 class HeadSampler:
-    """Logits of a draft head for several sequences, one depth after the other.
+    """Logits and guesses of a draft head for several sequences, one token after the other.
+
+    Has the same interface as `GroupSampler`; see `drawing.Sampler`.
 
     Args:
         head: the head.
-        hidden: hidden states of the sequences' last accepted rows, `[d_model]` each.
-        lengths: number of tokens to propose for each sequence, up to the head's depths.
+        hidden: hidden state of each sequence's last accepted row, `[d_model]` each.
+        lengths: number of tokens to draft for each sequence, at most the head's depths.
     """
 
     def __init__(self, head: AppliedHead, hidden: Sequence[Tensor], lengths: Sequence[int]) -> None:
@@ -254,13 +273,14 @@ class HeadSampler:
     @cached_property
     def _from_hidden(self) -> Tensor:
         """The hidden states' part of the first layer, `[N, width]`."""
-        made: Tensor = self._head.hidden_in(normed(self._hidden.to(self._head.depth_in.dtype)))
-        return made
+        hidden = normed(self._hidden.to(self._head.depth_in.dtype))
+        from_hidden: Tensor = self._head.hidden_in(hidden)
+        return from_hidden
 
     def shortlists(
         self, depth: int, groups: Sequence[int], histories: Sequence[Sequence[int]]
     ) -> tuple[list[Shortlist], Tensor]:
-        """Return shortlists and their logits at one depth; see `GroupSampler.shortlists`."""
+        """Return the shortlists and logits at one depth; see `GroupSampler.shortlists`."""
         head = self._head
         logits = self._logits(depth, groups, histories)
         best, places = shortlist(logits, min(SHORTLIST, len(head.listed)))
@@ -270,41 +290,44 @@ class HeadSampler:
     def likeliest(
         self, texts: Sequence[Sequence[int]], draws: Draws | None = None
     ) -> list[list[tuple[int, float]]]:
-        """Return each sequence's likeliest next tokens and the head's probability of each.
+        """Return the likeliest tokens of each sequence and the head's probability of each.
 
-        A draw is the token of the largest `l - T log e` with noise `e` (the Gumbel-max trick), so a
-        guess that uses the known noise is better.
+        The judge draws the token of the largest `l - T log e`, with noise `e` (the Gumbel-max
+        trick). A drafter that knows the noise therefore guesses better.
 
         Args:
-            texts: the tokens of each sequence so far.
-            draws: the noise of the next positions; None to guess without it.
+            texts: token ids of each sequence so far.
+            draws: sampling noise of the next positions, for the listed tokens; the guesses and
+                their probabilities are then those of `Draws.perturb`'s logits. None for the
+                likeliest tokens without it.
         """
-        if self._head.joint is not None and are_rows(self._hidden):
-            return self._together(texts, self._head.joint, draws)
-        made: list[list[tuple[int, float]]] = [[] for _ in texts]
+        if self._head.joint is not None and fit_operators(self._hidden):
+            return self._by_operator(texts, self._head.joint, draws)
+        guesses: list[list[tuple[int, float]]] = [[] for _ in texts]
         last = [list(text[-self._head.tokens :]) for text in texts]
         for depth in range(max(self.lengths)):
-            going = [at for at, length in enumerate(self.lengths) if depth < length]
-            logits = self._logits(depth, going, [last[at] for at in going]).float()
+            active = [at for at, length in enumerate(self.lengths) if depth < length]
+            logits = self._logits(depth, active, [last[at] for at in active]).float()
             if draws is not None:
-                logits = draws.join(logits, going, depth)
-                logits = logits / draws.flattened[going, None].to(logits)
+                logits = draws.perturb(logits, active, depth)
+                logits = logits / draws.softmax_temperatures[active, None].to(logits)
             places = likeliest(logits)
             best = logits.gather(1, places[:, None]) - logits.logsumexp(-1, keepdim=True)
             tokens = self._head.listed[places].tolist()
-            for at, token, sure in zip(going, tokens, best[:, 0].exp().tolist(), strict=True):
-                made[at].append((token, sure))
+            for at, token, sure in zip(active, tokens, best[:, 0].exp().tolist(), strict=True):
+                guesses[at].append((token, sure))
                 last[at].append(token)
-        return made
+        return guesses
 
-    def _together(
-        self, texts: Sequence[Sequence[int]], parts: Sequence[Tensor], draws: Draws | None
+    def _by_operator(
+        self, texts: Sequence[Sequence[int]], head: Sequence[Tensor], draws: Draws | None
     ) -> list[list[tuple[int, float]]]:
         last = last_tokens(texts, self._head.tokens, self._hidden.device)
-        asked, threads = torch.tensor(self.lengths), torch.get_num_threads()
-        none = torch.empty(0)
-        known = (none,) * 3 if draws is None else (draws.noise, draws.scales, draws.flattened)
-        tokens, sure = torch.ops.passlm.guesses(self._hidden, last, asked, *parts, *known, threads)
+        lengths, threads = torch.tensor(self.lengths), torch.get_num_threads()
+        noise: tuple[Tensor, ...] = (torch.empty(0),) * 3
+        if draws is not None:
+            noise = draws.noise, draws.scales, draws.softmax_temperatures
+        tokens, sure = torch.ops.passlm.guesses(self._hidden, last, lengths, *head, *noise, threads)
         found = zip(tokens.tolist(), sure.tolist(), self.lengths, strict=True)
         return [list(zip(ids[:n], chances[:n], strict=True)) for ids, chances, n in found]
 
@@ -334,7 +357,7 @@ class DraftHeadDrafter:
         return self._hidden.get(sequence)
 
     def propose(self, sequences: Sequence[DraftSequence]) -> list[Chain | None]:
-        """Return as many guesses for each sequence as its plan asks for."""
+        """Return guesses for each sequence, in the number that its strategy asks for."""
         chains: list[Chain | None] = [None] * len(sequences)
         lengths = [
             0 if one not in self._hidden else min(self.head.depths, one.draft_length(self.source))
@@ -375,6 +398,9 @@ class DraftHeadDrafter:
 
 
 def scales(embeddings: Tensor) -> Tensor:
-    """Return the factors by which `normed` multiplies embeddings, `[V]` float32, without a copy."""
+    """Return the factor that `normed` applies to each embedding, `[V]` float32.
+
+    The table is not copied.
+    """
     lengths: Tensor = torch.linalg.vector_norm(embeddings, dim=-1, dtype=torch.float32)
     return (lengths.square() / embeddings.shape[1] + EPSILON).rsqrt()

@@ -13,14 +13,14 @@ from passlm.drafts.protocol import DraftSequence, PassResult, Verified
 from passlm.plan import Chain, Source
 
 _INDEXED = (4, 3, 2, 1)  # lengths of the n-grams to look up, longest first
-LONGEST_MATCH = 16  # a longer match is hardly better evidence
+LONGEST_MATCH = 16  # longer matches are accepted at hardly higher rates
 
 
 class PromptLookup:
-    """An n-gram index of one sequence that grows at its end."""
+    """N-gram index of one sequence, extended as tokens are appended."""
 
     def __init__(self) -> None:
-        self._known = 0
+        self._indexed = 0  # number of tokens already in the index
         self._after: dict[tuple[int, ...], int] = {}  # n-gram -> place after its last occurrence
 
     def find(self, text: Sequence[int], count: int) -> tuple[list[int], int]:
@@ -28,12 +28,12 @@ class PromptLookup:
 
         Args:
             text: all token ids so far: those of the previous call, and any after them.
-            count: number of tokens. Where the sequence ends before, the part between the two
-                occurrences is repeated.
+            count: number of tokens to return. Where fewer tokens follow the previous occurrence,
+                they are repeated, since the sequence may be periodic.
 
         Returns:
-            The tokens, and the number of matching tokens, up to `LONGEST_MATCH`; no tokens and 0
-            if the last token has not occurred before.
+            The tokens, and the number of tokens that match before them, up to `LONGEST_MATCH`. No
+            tokens and 0 if the last token has not occurred before.
         """
         self._extend(text)
         end = len(text)
@@ -42,16 +42,16 @@ class PromptLookup:
             if place is not None:
                 period = end - place
                 found = [text[place + step % period] for step in range(count)]
-                return found, _agreeing(text, place)
+                return found, _match_length(text, place)
         return [], 0
 
     def _extend(self, text: Sequence[int]) -> None:
         """Index the n-grams that are followed by a token."""
-        for place in range(max(1, self._known), len(text)):
+        for place in range(max(1, self._indexed), len(text)):
             for length in _INDEXED:
                 if length <= place:
                     self._after[tuple(text[place - length : place])] = place
-        self._known = len(text)
+        self._indexed = len(text)
 
 
 class LookupDrafter:
@@ -63,7 +63,7 @@ class LookupDrafter:
         self._indices: WeakKeyDictionary[DraftSequence, PromptLookup] = WeakKeyDictionary()
 
     def propose(self, sequences: Sequence[DraftSequence]) -> list[Chain | None]:
-        """Return a copied continuation for each sequence whose plan asks for one."""
+        """Return a copied continuation for each sequence whose strategy asks for one."""
         return [self._found(sequence) for sequence in sequences]
 
     def _found(self, sequence: DraftSequence) -> Chain | None:
@@ -75,11 +75,11 @@ class LookupDrafter:
         return Chain(tuple(tokens), self.source, evidence) if tokens else None
 
     def remember(self, verified: Sequence[Verified], output: PassResult) -> None:
-        """Do nothing: the sequence's own tokens are all that is needed."""
+        """Do nothing: the index is built from the sequence's own tokens."""
 
 
-def _agreeing(text: Sequence[int], place: int) -> int:
-    """Return the number of equal tokens before `place` and at the end of the sequence."""
+def _match_length(text: Sequence[int], place: int) -> int:
+    """Return the number of tokens before `place` that equal those at the end of the sequence."""
     longest = min(LONGEST_MATCH, place)
     for length in range(longest):
         if text[place - 1 - length] != text[-1 - length]:

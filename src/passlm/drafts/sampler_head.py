@@ -1,11 +1,12 @@
-"""The sampler head: corrects a look-ahead row's logits once the tokens before it are known.
+"""The sampler head: corrects the logits of look-ahead rows for the tokens drafted before them.
 
-A look-ahead row predicts without knowing the tokens drawn just before it. This head reads the row's
-hidden state and the embeddings of the last few tokens and corrects the logits of the row's own best
-tokens. It runs along a group, one row after the other, without a pass of the target.
+A look-ahead row is computed before the tokens just in front of it are drawn. This head takes the
+row's hidden state and the embeddings of the last one or few of those tokens, and corrects the
+logits of the row's best tokens. It runs along a look-ahead group, one row after the other, without
+a pass of the target. Drawing from the corrected logits is left to `drawing.py`.
 
-Samragh et al., "Your LLM knows the future" (arXiv 2507.11851), sample in this way; Hydra (Ankner
-et al., arXiv 2402.05109) shows the gain from knowing the token before.
+Samragh et al., "Your LLM knows the future" (arXiv 2507.11851), sample in this way. Hydra (Ankner
+et al., arXiv 2402.05109) measures the gain from conditioning a head on the previous token.
 """
 
 from __future__ import annotations
@@ -28,23 +29,23 @@ torch.library.define(
     "Tensor scales, int listed, int threads) -> Tensor",
 )
 
-SHORTLIST = 64
-OUT_OF_REACH = -1e9  # logit of a token that is not on the shortlist: finite, for processors
-EPSILON = 1e-6
+SHORTLIST = 64  # best tokens of a row that are corrected
+OUT_OF_REACH = -1e9  # logit of a token off the shortlist; finite, since processors divide it
+EPSILON = 1e-6  # added to the mean square before normalizing
 
 
 class SamplerHead(nn.Module):
-    """Two layers from a hidden state and embeddings to a correction of the hidden state.
+    """Two layers from a hidden state and token embeddings to a correction of the hidden state.
 
-    `correction = out(silu(hidden_in(h) + token_in(e)))`. The product of the correction and a
-    token's output embedding is added to the logit of each shortlisted token.
+    `correction = out(silu(hidden_in(h) + token_in(e)))`. The dot product of the correction and a
+    token's output embedding is added to the token's logit, for shortlisted tokens only.
 
     Args:
-        hidden_in: `[width, d_model]`, for the row's hidden state.
-        token_in: `[width, tokens * d_model]`, for the embeddings of the `tokens` tokens before the
-            row's, the last one first.
-        out: `[d_model, width]`.
-        shortlist: number of the row's best tokens to correct.
+        hidden_in: weights for the row's hidden state, `[width, d_model]`.
+        token_in: weights for the embeddings of the `tokens` tokens before the row's own, the last
+            one first, `[width, tokens * d_model]`.
+        out: weights of the second layer, `[d_model, width]`.
+        shortlist: number of the row's best tokens whose logits are corrected.
     """
 
     NAMES = ("hidden_in", "token_in", "out")
@@ -63,7 +64,15 @@ class SamplerHead(nn.Module):
     def start(
         cls, d_model: int, width: int, shortlist: int = SHORTLIST, seed: int = 0, tokens: int = 1
     ) -> SamplerHead:
-        """Return an untrained head that changes nothing: `out` is zero."""
+        """Return an untrained head, which changes no logit: `out` is zero.
+
+        Args:
+            d_model: size of a hidden state.
+            width: size of the hidden layer.
+            shortlist: number of the row's best tokens whose logits are corrected.
+            seed: seed of the random first layer.
+            tokens: number of tokens before its own that a row is conditioned on.
+        """
         generator = torch.Generator().manual_seed(seed)
         first = torch.randn(1 + tokens, width, d_model, generator=generator) / d_model**0.5
         token_in = torch.cat(list(first[1:]), dim=1)
@@ -76,24 +85,24 @@ class SamplerHead(nn.Module):
 
     @property
     def tokens(self) -> int:
-        """Number of tokens before a row's own that the head reads."""
+        """Number of tokens before its own that a row is conditioned on."""
         return int(self.token_in.shape[1]) // int(self.hidden_in.shape[1])
 
     def told(self, tokens: int) -> SamplerHead:
-        """Return a copy of the head extended to `tokens` inputs; weights of new inputs are zero."""
+        """Return a copy conditioned on `tokens` tokens; weights of the new inputs are zero."""
         more = (tokens - self.tokens) * self.hidden_in.shape[1]
         token_in = nn.functional.pad(self.token_in.detach(), (0, more))
         return SamplerHead(self.hidden_in.detach(), token_in, self.out.detach(), self.shortlist)
 
     def description(self) -> dict[str, int]:
-        """Return the head's shape as a look-ahead card states it."""
+        """Return the head's sizes, as the look-ahead card lists them."""
         return {"width": self.width, "shortlist": self.shortlist, "tokens": self.tokens}
 
     def copied(self, device: torch.device, dtype: torch.dtype) -> SamplerHead:
         """Return a copy for decoding, without gradients.
 
-        On a CPU, rows are float32. Where our own products are the fastest, weights have the given
-        type, and a row's result does not depend on the other rows.
+        On a CPU, rows and parameters are float32. Where our own products are the fastest, they use
+        weights of type `dtype`, and a row's result does not depend on the rows beside it.
         """
         rows = torch.float32 if device.type == "cpu" else dtype
         copies = [getattr(self, n).detach().to(device, rows, copy=True) for n in self.NAMES]
@@ -108,19 +117,21 @@ class SamplerHead(nn.Module):
         return {f"sampler.{name}": tensor for name, tensor in self.named_parameters()}
 
     def from_hidden(self, hidden: Tensor) -> Tensor:
-        """Return a row's part of the first layer, `[..., width]`, which needs no tokens.
+        """Return the hidden states' part of the first layer, `[..., width]`.
+
+        It does not depend on tokens, so it is computed once for a whole group.
 
         Args:
-            hidden: hidden states of look-ahead rows, as the output layer takes them, `[..., d]`.
+            hidden: inputs of the target's output layer for look-ahead rows, `[..., d_model]`.
         """
         return self._times("hidden_in", normed(hidden.to(self.out.dtype)))
 
     def correction(self, from_hidden: Tensor, before: Tensor) -> Tensor:
-        """Return the correction of the hidden state, `[..., d_model]`.
+        """Return the correction of the hidden states, `[..., d_model]`.
 
         Args:
-            from_hidden: `[..., width]`.
-            before: input embeddings of the tokens before the rows', the last one first,
+            from_hidden: result of the method of this name, `[..., width]`.
+            before: input embeddings of the tokens before each row's own, the last one first,
                 `[..., tokens, d_model]`.
         """
         token = self._times("token_in", normed(before.to(self.out.dtype)).flatten(-2))
@@ -128,7 +139,7 @@ class SamplerHead(nn.Module):
 
     @property
     def packed(self) -> list[Tensor] | None:
-        """Packed weights of the layers for our own products; None where torch's are used."""
+        """Weights in the layout of our own products; None where torch multiplies."""
         return [self._products[name].packed for name in self.NAMES] if self._products else None
 
     def _times(self, name: str, rows: Tensor) -> Tensor:
@@ -137,9 +148,9 @@ class SamplerHead(nn.Module):
 
 
 def normed(rows: Tensor) -> Tensor:
-    """Return rows scaled to a root mean square of 1.
+    """Return the rows scaled to root mean square 1.
 
-    Hidden states and embeddings differ in scale between models.
+    The scale of hidden states and embeddings differs between models.
 
     Args:
         rows: `[..., d]`.
@@ -149,11 +160,11 @@ def normed(rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Embeddings:
-    """The target's embedding tables, which the head shares.
+    """Embedding tables of the target, used by the heads as well.
 
     Attributes:
         inputs: input embeddings, `[V, d_model]`.
-        outputs: rows of the output layer, `[V, d_model]`; may be the same tensor.
+        outputs: weights of the output layer, `[V, d_model]`; may be the same tensor.
     """
 
     inputs: Tensor
@@ -162,18 +173,21 @@ class Embeddings:
 
 @dataclass(frozen=True)
 class Shortlist:
-    """The candidate tokens of one row.
+    """The tokens that may be drafted from a row.
 
     Attributes:
         tokens: their ids, `[K]`.
-        vocabulary: size of the vocabulary.
+        vocabulary: size of the whole vocabulary, `V`.
     """
 
     tokens: Tensor
     vocabulary: int
 
     def of_all(self, logits: Tensor) -> Tensor:
-        """Return logits of all tokens, `[1, V]`, from those of the shortlist, `[1, K]`."""
+        """Return logits of all tokens, `[1, V]`, from those of the shortlist, `[1, K]`.
+
+        Tokens off the shortlist get `OUT_OF_REACH`.
+        """
         whole = logits.new_full((1, self.vocabulary), OUT_OF_REACH)
         whole[:, self.tokens] = logits
         return whole
@@ -183,11 +197,13 @@ class Shortlist:
 class Draws:
     """Predetermined sampling noise of the next draws of several sequences.
 
+    The coupled judge settles tokens with this noise, so a drafter that knows it guesses better.
+
     Attributes:
-        noise: standard exponential numbers of the next positions of each sequence, for the tokens
-            that a draft head lists or for all, `[N, depths, K]` float32, on the CPU.
-        temperatures: divisor of each sequence's logits.
-        noise_weights: exponent of the noise, from 0 to 1; see `judge.guess`.
+        noise: standard exponential numbers of each sequence's next positions, for all tokens or
+            for those a draft head lists, `[N, depths, K]` float32, on the CPU.
+        temperatures: divisor of each sequence's logits, `N` numbers.
+        noise_weights: exponent of the noise for each sequence, from 0 to 1; see `judge.guess`.
     """
 
     noise: Tensor
@@ -196,43 +212,47 @@ class Draws:
 
     @cached_property
     def scales(self) -> Tensor:
-        """Factor of the logarithm of the noise beside undivided logits, `[N]`."""
+        """Factor of the noise's logarithm where it is subtracted from raw logits, `[N]`."""
         return torch.tensor(self.temperatures) * torch.tensor(self.noise_weights)
 
     @cached_property
-    def flattened(self) -> Tensor:
-        """Divisor of the sums of logits and noise before the softmax, `[N]`.
+    def softmax_temperatures(self) -> Tensor:
+        """Temperature of the softmax that gives a guess's probability, `max(1, T)`, `[N]`.
 
-        At high temperatures noise is the larger part of a sum, so its largest value alone says
-        little about the probability of a guess.
+        At high temperatures most of a perturbed logit is noise, so that without this division the
+        largest one would look certain.
         """
         return torch.tensor(self.temperatures).clamp(min=1.0)
 
-    def join(
-        self, logits: Tensor, texts: Sequence[int], depth: int, tokens: Tensor | None = None
+    def perturb(
+        self, logits: Tensor, sequences: Sequence[int], depth: int, tokens: Tensor | None = None
     ) -> Tensor:
-        """Return the logits of some sequences with the noise of their tokens added, `[n, k]`.
+        """Return the logits of some sequences with the noise subtracted, `l - w T log e`, `[n, k]`.
 
         Args:
             logits: `[n, k]`.
-            texts: indices of the sequences.
-            depth: depth of the position, from 0.
-            tokens: indices of the tokens in the noise, `[n, k]`; None for all in order.
+            sequences: indices of the `n` sequences.
+            depth: place of the position among the next ones, from 0.
+            tokens: index in the noise of each logit's token, `[n, k]`; None for all tokens in
+                order.
         """
-        at = list(texts)
+        at = list(sequences)
         noise = self.noise[at, depth]
-        race = noise if tokens is None else noise.gather(1, tokens.cpu())
-        return logits - self.scales[at, None].to(logits) * race.log().to(logits)
+        exponential = noise if tokens is None else noise.gather(1, tokens.cpu())
+        return logits - self.scales[at, None].to(logits) * exponential.log().to(logits)
 
 
 class GroupSampler:
-    """Corrected logits of look-ahead groups, one depth after the other.
+    """Corrects the logits of look-ahead groups with a sampler head, row by row.
 
     Args:
         head: the sampler head.
         tables: the target's embeddings.
         logits: logits of each group's rows, `[l, V]`.
         hidden: hidden states of the same rows, `[l, d_model]`.
+
+    Attributes:
+        lengths: number of rows of each group.
     """
 
     def __init__(
@@ -251,14 +271,14 @@ class GroupSampler:
         self._starts = [0, *accumulate(self.lengths)]
 
     @cached_property
-    def _listed(self) -> tuple[Tensor, Tensor]:
-        """Logits of each row's best tokens and their ids, both `[R, shortlist]`."""
-        return shortlist(_joined(self._logits), min(self._head.shortlist, self._vocabulary))
+    def _best(self) -> tuple[Tensor, Tensor]:
+        """Logits and ids of each row's best tokens, both `[R, shortlist]`."""
+        return shortlist(_concatenated(self._logits), min(self._head.shortlist, self._vocabulary))
 
     @cached_property
     def _from_hidden(self) -> Tensor:
-        """The rows' part of the first layer, `[R, width]`."""
-        return self._head.from_hidden(_joined(self._hidden))
+        """The hidden states' part of the first layer, `[R, width]`."""
+        return self._head.from_hidden(_concatenated(self._hidden))
 
     def likeliest(
         self, texts: Sequence[Sequence[int]], draws: Draws | None = None
@@ -266,92 +286,92 @@ class GroupSampler:
         """Return the likeliest token of each row, given those of the rows before it.
 
         Args:
-            texts: the tokens before each group's first row.
-            draws: the noise of the next positions, for all tokens; None to guess without it.
+            texts: token ids of each sequence, up to those before its group's first row.
+            draws: sampling noise of the next positions, for all tokens; the guesses are then those
+                of `Draws.perturb`'s logits. None for the likeliest tokens without it.
         """
         inputs, outputs = self._tables.inputs, self._tables.outputs
         weights = self._head.packed
         if weights is not None and self._vocabulary == len(outputs):
-            rows = _joined(self._logits).contiguous(), _joined(self._hidden).contiguous()
-            if are_rows(*rows, inputs, outputs):
+            logits = _concatenated(self._logits).contiguous()
+            hidden = _concatenated(self._hidden).contiguous()
+            if fit_operators(logits, hidden, inputs, outputs):
                 last = last_tokens(texts, self._head.tokens, inputs.device)
                 none = torch.empty(0)
-                known = (none, none) if draws is None else (draws.noise, draws.scales)
+                noise = (none, none) if draws is None else (draws.noise, draws.scales)
                 numbers = self._head.shortlist, torch.get_num_threads()
-                every = torch.ops.passlm.weighed_guesses(
-                    *(*rows, torch.tensor(self.lengths), last),
-                    *(*weights, inputs, outputs, none, *known, *numbers),
+                guessed = torch.ops.passlm.weighed_guesses(
+                    *(logits, hidden, torch.tensor(self.lengths), last),
+                    *(*weights, inputs, outputs, none, *noise, *numbers),
                 )
-                pairs = zip(every.tolist(), self.lengths, strict=True)
+                pairs = zip(guessed.tolist(), self.lengths, strict=True)
                 return [tokens[:length] for tokens, length in pairs]
-        made: list[list[int]] = [[] for _ in texts]
+        guesses: list[list[int]] = [[] for _ in texts]
         for depth in range(max(self.lengths)):
-            going = [at for at, length in enumerate(self.lengths) if depth < length]
-            histories = [[*texts[at], *made[at]] for at in going]
-            lists, logits = self.shortlists(depth, going, histories)
+            active = [at for at, length in enumerate(self.lengths) if depth < length]
+            histories = [[*texts[at], *guesses[at]] for at in active]
+            lists, logits = self.shortlists(depth, active, histories)
             if draws is not None:
                 tokens = torch.stack([own.tokens for own in lists])
-                logits = draws.join(logits, going, depth, tokens)
-            for at, own, best in zip(going, lists, logits.argmax(-1).tolist(), strict=True):
-                made[at].append(int(own.tokens[best]))
-        return made
+                logits = draws.perturb(logits, active, depth, tokens)
+            for at, own, best in zip(active, lists, logits.argmax(-1).tolist(), strict=True):
+                guesses[at].append(int(own.tokens[best]))
+        return guesses
 
     def shortlists(
         self, depth: int, groups: Sequence[int], histories: Sequence[Sequence[int]]
     ) -> tuple[list[Shortlist], Tensor]:
-        """Return shortlists of the rows at one depth of `N` groups, and their logits.
-
-        Where a history is shorter than the head's input, its first token is repeated.
+        """Return the shortlists of the rows at one depth, and the corrected logits.
 
         Args:
-            depth: depth of the rows, from 0.
-            groups: indices of the groups, all long enough.
-            histories: the tokens before each group's row.
+            depth: index of the row in its group, from 0.
+            groups: indices of `N` groups that have such a row.
+            histories: token ids before each of these rows; see `last_tokens`.
 
         Returns:
-            Shortlists, and logits of their tokens, `[N, K]` float32.
+            `N` shortlists, and logits of their tokens, `[N, K]` float32.
         """
         rows = [self._starts[group] + depth for group in groups]
-        best, every = self._listed
-        known = self._tables.inputs[last_tokens(histories, self._head.tokens, every.device)]
-        correction = self._head.correction(self._from_hidden[rows], known)
-        tokens = every[rows]
-        # Separate sums, not a matrix product: a row's result does not depend on the other rows.
+        best_logits, best_tokens = self._best
+        last = last_tokens(histories, self._head.tokens, best_tokens.device)
+        correction = self._head.correction(self._from_hidden[rows], self._tables.inputs[last])
+        tokens = best_tokens[rows]
+        # Separate sums instead of a matrix product: a row's result does not depend on other rows.
         gained = (self._tables.outputs[tokens].to(correction) * correction[:, None]).sum(-1)
-        logits = best[rows] + gained.float()
+        logits = best_logits[rows] + gained.float()
         return [Shortlist(own, self._vocabulary) for own in tokens], logits
 
 
-def are_rows(*tensors: Tensor) -> bool:
-    """Return whether the operators that guess in one call support these tensors."""
+def fit_operators(*tensors: Tensor) -> bool:
+    """Return whether the operators that guess in one call take these tensors."""
     return all(t.is_contiguous() and t.dtype in (torch.bfloat16, torch.float32) for t in tensors)
 
 
 def last_tokens(texts: Sequence[Sequence[int]], count: int, device: torch.device) -> Tensor:
-    """Return the last tokens of each sequence, the last one first, `[N, count]`.
+    """Return the last `count` token ids of each sequence, the last one first, `[N, count]`.
 
-    Where a sequence is shorter, its first token is repeated.
+    For a shorter sequence, the first token is repeated.
     """
     back = range(1, count + 1)
     last = [[text[max(len(text) - steps, 0)] for steps in back] for text in texts]
     return torch.tensor(last, device=device)
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
+def _concatenated(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def weighed(
     head: SamplerHead, tables: Embeddings, logits: Tensor, hidden: Tensor, before: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return corrected shortlists of many rows whose previous tokens are known, for training.
+    """Return the shortlists of rows whose previous tokens are known, for training.
 
     Args:
         head: the sampler head.
         tables: the target's embeddings.
-        logits: `[R, V]`.
-        hidden: `[R, d_model]`.
-        before: ids of the tokens before the rows', the last one first, `[R, tokens]`.
+        logits: logits of look-ahead rows, `[R, V]`.
+        hidden: hidden states of the same rows, `[R, d_model]`.
+        before: ids of the tokens before each row's own, the last one first, `[R, tokens]`.
 
     Returns:
         Ids of the shortlisted tokens and their corrected logits, both `[R, shortlist]`.

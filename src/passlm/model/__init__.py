@@ -1,5 +1,5 @@
-"""The frozen model: prefill a prompt, run a pass over a plan.
+"""The frozen target model: prefill a prompt, run a pass over the rows of a plan, keep a KV cache.
 
-The only package that knows the internals of transformers' models. Imports `drafts`, `layers` and
-what lies below.
+With `layers`, the only package that knows the internals of transformers' models. May import
+`drafts`, `layers` and what lies below them.
 """

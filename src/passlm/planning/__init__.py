@@ -1,4 +1,4 @@
-"""What a pass costs, what drafts are accepted, and which plan is therefore the fastest.
+"""Adaptive planning: cost curves, acceptance rates, and the plan with the highest throughput.
 
-Imports `decoding` and what lies below it.
+May import `decoding` and what lies below it, but not `loading`.
 """

@@ -4,8 +4,8 @@
 acceptance rates of the sequence. Plain decoding is one of the choices. Measuring the curve is left
 to `measure.py`.
 
-Nothing here reads a clock. Choices follow from a stored curve, from what the sequence accepted and
-from the target's confidence, so a seed repeats the text under either judge.
+Nothing here reads a clock. Choices depend only on a stored curve, on the candidates that the
+sequence accepted and on the target's confidence, so a seed repeats the text under either judge.
 """
 
 from __future__ import annotations
@@ -21,38 +21,42 @@ from passlm.plan import Chain, Guessing, Plan, Source
 from passlm.planning.acceptance import NO_CHAIN, Key, Observed, expected_length, kind_of, levels
 from passlm.planning.cost_curve import CostCurve
 
-LONGEST_LOOKUP = 12  # candidates of a lookup chain
+LONGEST_LOOKUP = 12  # most candidates of a lookup chain
 # Plans are updated from the counts after this many passes, times the batch size up to a limit,
-# since the whole batch waits for an update. Every second update also values groups again, which
-# takes the longest. The first passes tell the most, so there are a few early updates.
+# since the whole batch waits for an update. In batches, only every second update also values groups
+# again, which takes the longest. The first passes change the counts the most, so there are a few
+# early updates.
 _UPDATE_PASSES = 8
 _MAX_UPDATE_FACTOR = 4
 _UPDATES_PER_GROUP_UPDATE = 2
 _EARLY_UPDATES = (2, 3, 5)
 _FIRST_ROUNDS = 3  # of valuing groups by plans and plans by groups, before the first pass
 _MEMORY = 0.97  # decay per pass of the rate and of the counts of lookup evidence
-_LONG_MEMORY = 0.998  # decay of draft-head gains to their prior: what failed once is tried again
+_LONG_MEMORY = 0.998  # decay of draft-head gains to their prior, so that the head is tried again
 _GAIN_MEMORY = 0.9  # decay of the mean gain of draft-head proposals when more are made
 _PRIOR_GAINS = 2.0  # weight of the first estimate of that gain, in proposals
-_CAUTION = 1.03  # factor on the cost of passes of several rows: the best of many estimates is on
-# average one that is too good
+# Factor on the cost of passes of several rows: the best of many estimates is on average too good.
+_CAUTION = 1.03
 _PRIOR_PASSES = 4.0  # weight of the first estimate of the rate, in passes
 
 
 @dataclass(frozen=True)
 class AutoPlan:
-    """Settings of adaptive planning; every sequence has a chooser of its own.
+    """Settings of adaptive planning, shared by the choosers of all sequences.
 
     Attributes:
         curve: cost of a pass at the current batch size.
         prior: probability that each look-ahead candidate is accepted if those before it are, from
             the look-ahead files' card. Empty where no look-ahead rows may be used.
         lookup: whether candidates copied from the sequence are used.
-        curves: returns the costs for a batch size, None where they are not known; no function for
-            sequences that stay with `curve`.
+        curves: function that returns the cost curve of a batch size, None where it is not known;
+            without a function, `curve` is used for all batch sizes.
         head: probability that each token of the draft head is accepted if those before it are.
             Empty where no draft head may be used.
-        sizes: plans made by `resized`, by their curve; shared among them.
+        sizes: cache of `resized`, by cost curve; shared by the settings of all batch sizes.
+
+    Raises:
+        ValueError: there is a `prior`, but the curve has no costs of look-ahead groups.
     """
 
     curve: CostCurve
@@ -70,9 +74,10 @@ class AutoPlan:
 
     @cached_property
     def cost(self) -> Callable[[int, int, int, PassSize | None], float]:
-        """`cost(real, look_ahead, drafted, shared)`: seconds of a pass, remembered.
+        """Function `cost(real, look_ahead, drafted, shared)` that returns the seconds of a pass.
 
-        Infinite for a pass that does not fit what the batch agreed on.
+        Its results are cached. They are infinite for a pass that does not fit into the one that
+        the batch agreed on. The first three arguments are those of `CostCurve.of`.
         """
         return lru_cache(maxsize=4096)(self._cost)
 
@@ -92,12 +97,12 @@ class AutoPlan:
 
     @property
     def _least_group(self) -> float:
-        """Cost of look-ahead rows in a pass for the sequences that have none."""
+        """Seconds that a pass's look-ahead rows cost the sequences that have none in it."""
         return min(self.curve.group_seconds, default=0.0)
 
     @property
     def passes(self) -> tuple[PassSize, ...]:
-        """Kinds of passes to agree on, with the numbers of rows that were measured."""
+        """Sizes of passes that a batch can agree on: the measured numbers of rows."""
         kinds = (False, True) if self.prior else (False,)
         rows = self.curve.rows
         return tuple(PassSize(n, kind) for kind in kinds for n in rows if n > 1 or not kind)
@@ -108,7 +113,7 @@ class AutoPlan:
         return min(len(self.head), len(self.curve.head_seconds))
 
     def resized(self, batch_size: int) -> AutoPlan:
-        """Return the plan for another batch size, or this one where its costs are not known."""
+        """Return the settings for a batch size, or these where its costs are not known."""
         curve = None if self.curves is None else self.curves(batch_size)
         if curve is None or curve == self.curve:
             return self
@@ -118,7 +123,7 @@ class AutoPlan:
 
     @cached_property
     def first_values(self) -> tuple[list[float], list[float]]:
-        """Values of draft-head guesses and of groups, in tokens, before anything is counted."""
+        """Gains of draft-head proposals and values of groups, in tokens, from the priors alone."""
         chooser = AutoChooser(self, values=([], [0.0] * (1 + len(self.prior))))
         for _ in range(_FIRST_ROUNDS):
             chooser.update_first_values()
@@ -136,7 +141,7 @@ class AutoPlan:
         return max(rates)
 
     def begin(self, guessing: Guessing = "likeliest") -> AutoChooser:
-        """Return the chooser of one sequence whose candidates are made in this way."""
+        """Return a chooser for one sequence, whose candidates are chosen as `guessing` says."""
         return AutoChooser(self._by_guessing[guessing], known=guessing == "knowing")
 
     @cached_property
@@ -144,7 +149,7 @@ class AutoPlan:
         return {guessing: self._drawing(guessing) for guessing in get_args(Guessing)}
 
     def _drawing(self, guessing: Guessing) -> AutoPlan:
-        """Return the plan with the costs of a way of guessing, which may be higher."""
+        """Return the settings with the costs of a way of guessing, which may be higher."""
         curve, curves = self.curve.drawing(guessing), self.curves
         if curve == self.curve:
             return self
@@ -157,17 +162,20 @@ class AutoPlan:
 
 
 class AutoChooser:
-    """Chooses the plans of one sequence from what it has accepted so far.
+    """Chooses the plans of one sequence from the candidates it has accepted so far.
 
-    The value of a pass is its expected number of tokens, plus the value of its groups to the next
-    pass, minus its seconds at the current rate of tokens: the average-reward form of
-    `tokens / seconds` (Howard, "Dynamic Programming and Markov Processes", 1960).
+    The value of a pass, in tokens, is its expected number of tokens, plus the value of its groups
+    for the next pass, minus its seconds times the current rate of tokens. This is the
+    average-reward form of maximizing `tokens / seconds` (Howard, "Dynamic Programming and Markov
+    Processes", 1960).
+
+    The gain of a draft-head proposal is the difference it makes to the value of the best pass.
 
     Args:
         settings: costs, priors and the allowed sources of candidates.
         values: gains of draft-head proposals and values of groups, by their lengths; None for
             the first values of `settings`.
-        known: the draft head knows the sampling noise.
+        known: whether the draft head knows the sampling noise.
     """
 
     def __init__(
@@ -190,7 +198,7 @@ class AutoChooser:
         self._best_plans: dict[tuple[Key, PassSize | None], tuple[float, Plan]] = {}
         self._passes = 0
         self._proposed: Sequence[Chain] = ()
-        self._guessed = 0  # tokens that the draft head proposed for the next pass
+        self._head_tokens = 0  # proposed by the draft head for the next pass
         self._batch_size = 1
         self._agreed: PassSize | None = None  # what the batch agreed on for the last pass
 
@@ -200,7 +208,10 @@ class AutoChooser:
         return list(self._gains), list(self._group_values)
 
     def update_first_values(self) -> None:
-        """Value draft-head proposals and groups by the priors, one from the other."""
+        """Compute the values of draft-head proposals and of groups from the priors.
+
+        Each depends on the other, so that several calls are needed.
+        """
         head = self._settings.head[: self._settings.head_depths]
         alone = self._search(())[0]
         gains = [self._search(head[:count])[0] - alone for count in range(1, 1 + len(head))]
@@ -209,10 +220,10 @@ class AutoChooser:
         self._update_values()
 
     def resize(self, batch_size: int) -> None:
-        """Go on with the costs of another batch size; counts are kept.
+        """Continue with the costs of another batch size; counts are kept.
 
-        Batches change often and valuing groups takes long. Until the next update, groups have the
-        values of the last time the batch had this size.
+        Batches change often, and valuing groups takes long. Until the next update, groups keep the
+        values they had when the batch last had this size.
         """
         self._batch_size = batch_size
         settings = self._settings.resized(batch_size)
@@ -221,9 +232,9 @@ class AutoChooser:
             self._seconds *= settings.curve.of(1) / self._settings.curve.of(1)
             self._settings = settings
             expected, first = settings.first_values
-            rows = zip(self._gains, expected, self._first_gains, strict=False)
+            gains = zip(self._gains, expected, self._first_gains, strict=False)
             share = self._observed.head_confidence
-            self._gains = [gain + share * (new - old) for gain, new, old in rows]
+            self._gains = [gain + share * (new - old) for gain, new, old in gains]
             self._first_gains = expected[: len(self._gains)]
             known = self._group_values_by_curve.get(settings.curve)
             self._group_values = list(first) if known is None else known
@@ -244,26 +255,29 @@ class AutoChooser:
         return self._tokens / self._seconds
 
     def draft_length(self, source: Source, chains: Sequence[Chain], most: int) -> int:
-        """See `strategies.Chooser`. Copied tokens are free; draft-head tokens must be worth it."""
+        """See `strategies.Chooser`. Draft-head tokens cost time; those of other sources do not."""
         if source == "head":
-            return self._guesses(chains, most)
+            return self._head_length(chains, most)
         if source == "lookup" and not self._settings.lookup:
             return 0
         return LONGEST_LOOKUP
 
-    def _guesses(self, chains: Sequence[Chain], most: int) -> int:
-        """Return the number of draft-head tokens that are worth their cost beside these chains."""
+    def _head_length(self, chains: Sequence[Chain], most: int) -> int:
+        """Return the number of draft-head tokens with the largest net gain beside these chains.
+
+        0 where none gains more than it costs, or another source's chain is worth more.
+        """
         net = self._net_gains()[:most]
-        self._guessed = 0
+        self._head_tokens = 0
         if max(net, default=0.0) > 0 and not any(c.source == "look-ahead" for c in chains):
-            alone = self._at_best(NO_CHAIN)
-            others = max((self._at_best(kind_of(chain)) for chain in chains), default=alone)
+            alone = self._best_value(NO_CHAIN)
+            others = max((self._best_value(kind_of(chain)) for chain in chains), default=alone)
             if alone + max(net) > others:
-                self._guessed = 1 + net.index(max(net))
-        return self._guessed
+                self._head_tokens = 1 + net.index(max(net))
+        return self._head_tokens
 
     def _net_gains(self) -> list[float]:
-        """Return the gains of draft-head proposals minus their cost, in tokens."""
+        """Return the gains of draft-head proposals minus their costs, in tokens."""
         costs = self._settings.curve.head_seconds
         pairs = zip(self._gains, costs, strict=False)
         return [gain - self.rate * seconds for gain, seconds in pairs]
@@ -289,12 +303,12 @@ class AutoChooser:
         """Choose the chain to verify and the plan of the pass."""
         self._passes += 1
         self._proposed, self._agreed = chains, limits.shared
-        apart = _UPDATE_PASSES * min(self._batch_size, _MAX_UPDATE_FACTOR)
-        early = self._passes in _EARLY_UPDATES
-        thorough = self._passes % (apart * _UPDATES_PER_GROUP_UPDATE) == 0
-        if thorough or (self._batch_size == 1 and (early or self._passes % apart == 0)):
+        interval = _UPDATE_PASSES * min(self._batch_size, _MAX_UPDATE_FACTOR)
+        due = self._passes in _EARLY_UPDATES or self._passes % interval == 0
+        groups_due = self._passes % (interval * _UPDATES_PER_GROUP_UPDATE) == 0
+        if groups_due or (self._batch_size == 1 and due):
             self._update_values()
-        elif early or self._passes % apart == 0:
+        elif due:
             self._best_plans.clear()
         self._update_gains(chains, limits.shared)
         evidence = max((chain.evidence for chain in chains), default=0)
@@ -317,12 +331,12 @@ class AutoChooser:
     def learn(
         self, choice: Choice, settled: Sequence[int], confidences: Sequence[float] = ()
     ) -> None:
-        """Count how many tokens of each proposed chain agree with what was settled.
+        """Count how many tokens of each proposed chain agree with the settled tokens.
 
-        Chains that were not verified are counted as well: the settled token shows whether they
-        would have been accepted, so a source that looks bad at first is not given up for ever.
-        (For sampled drafts under the rejection judge this is an underestimate: most are accepted
-        more often than they are drawn again.)
+        Chains that were not verified are counted as well: the settled tokens show whether they
+        would have been accepted, so a source with bad luck at first is not excluded for ever. (For
+        sampled drafts under the rejection judge this is an underestimate: most are accepted more
+        often than the same token is drawn again.)
         """
         plan, accepted = choice.plan, len(settled) - 1
         self._observed.count(self._proposed, settled, confidences)
@@ -334,8 +348,9 @@ class AutoChooser:
         cost = self._settings.cost(
             1 + plan.candidates, sum(plan.groups), plan.groups[accepted], self._agreed
         )
-        self._seconds = self._seconds * _MEMORY + cost + self._settings.curve.head(self._guessed)
-        self._guessed = 0
+        head_cost = self._settings.curve.head(self._head_tokens)
+        self._seconds = self._seconds * _MEMORY + cost + head_cost
+        self._head_tokens = 0
 
     @staticmethod
     def _decay(weights: dict[int, float]) -> None:
@@ -343,24 +358,34 @@ class AutoChooser:
             weights[known] = weight * _MEMORY
 
     def _update_values(self) -> None:
-        """Update the plans from the counts, and the values of groups from the plans."""
+        """Update the plans from the counts, and the values of groups from the plans.
+
+        A group's value is the expected gain of its candidates in the next pass over the candidates
+        available without it: those of the draft head, and a lookup chain as often as one was found.
+        """
         self._best_plans.clear()
         total = sum(self._evidence.values())
-        without = self._at_best(NO_CHAIN) + max([0.0, *self._net_gains()])
-        others = [
-            (weight / total, self._at_best(("lookup", levels("lookup", LONGEST_LOOKUP, evidence))))
+        without = self._best_value(NO_CHAIN) + max([0.0, *self._net_gains()])
+        lookups = [
+            (
+                weight / total,
+                self._best_value(("lookup", levels("lookup", LONGEST_LOOKUP, evidence))),
+            )
             for evidence, weight in self._evidence.items()
             if evidence
         ]
-        rest = 1 - sum(share for share, _ in others)
+        no_lookup = 1 - sum(share for share, _ in lookups)
         for rows in range(1, len(self._group_values)):
-            with_group = self._at_best(("look-ahead", levels("look-ahead", rows)))
-            gains = [share * (max(v, with_group) - max(v, without)) for share, v in others]
-            self._group_values[rows] = max(0.0, rest * (with_group - without) + sum(gains))
+            with_group = self._best_value(("look-ahead", levels("look-ahead", rows)))
+            gains = [share * (max(v, with_group) - max(v, without)) for share, v in lookups]
+            self._group_values[rows] = max(0.0, no_lookup * (with_group - without) + sum(gains))
         self._best_plans.clear()
 
-    def _at_best(self, key: Key) -> float:
-        """Return the value of a kind of chain if all sequences of the batch are like this one."""
+    def _best_value(self, key: Key) -> float:
+        """Return the value of the best pass for a kind of chain.
+
+        In a batch that agrees on passes, this assumes that all sequences are like this one.
+        """
         passes = [None] if self._agreed is None else self.passes
         return max(self._best_plan(key, shared)[0] for shared in passes)
 
@@ -373,11 +398,11 @@ class AutoChooser:
     def _search(
         self, chances: Sequence[float], shared: PassSize | None = None
     ) -> tuple[float, Plan]:
-        """Return the value of the best plan that verifies a chain or a part of it, and the plan.
+        """Return the value of the best plan that verifies a chain or its first part, and the plan.
 
         Args:
             chances: probability that each candidate is accepted if those before it are.
-            shared: what the batch agreed on; None for a single sequence.
+            shared: pass that the batch agreed on; None for a single sequence.
         """
         rate, cost = self.rate, self._settings.cost
         best, chosen = -math.inf, Plan(0, (0,))
@@ -400,16 +425,16 @@ class AutoChooser:
             for rows in range(1, len(self._group_values)):
                 if self._group_values[rows] <= 0:
                     continue
-                most = (
+                bound = (  # the value if a single group were always the one that is used
                     tokens
                     + self._group_values[rows]
                     - rate * cost(1 + candidates, rows, rows, shared)
                 )
-                if most <= best:
-                    continue  # not even if the group were always used
-                value, hung = self._best_groups(tokens, rows, here, likeliest, shared)
+                if bound <= best:
+                    continue
+                value, owners = self._best_groups(tokens, rows, here, likeliest, shared)
                 if value > best:
-                    groups = [rows if at in hung else 0 for at in range(1 + candidates)]
+                    groups = [rows if at in owners else 0 for at in range(1 + candidates)]
                     best, chosen = value, Plan(candidates, tuple(groups))
         return best, chosen
 
@@ -421,13 +446,21 @@ class AutoChooser:
         likeliest: Sequence[int],
         shared: PassSize | None,
     ) -> tuple[float, set[int]]:
-        """Return the value of the pass with the best groups of `rows` rows, and their real rows."""
-        best, hung = -math.inf, 0
+        """Return the value of the pass with the best groups, and the real rows that have one.
+
+        Args:
+            tokens: expected number of tokens of the pass.
+            rows: length of each group.
+            ends: probability that each real row is the last accepted one.
+            likeliest: the real rows in falling order of that probability.
+            shared: pass that the batch agreed on; None for a single sequence.
+        """
+        best, groups = -math.inf, 0
         for count, at in enumerate(likeliest, start=1):
             tokens += ends[at] * self._group_values[rows]
             price = self._settings.cost(len(ends), count * rows, rows, shared)
             value = tokens - self.rate * price
             if value <= best:
                 break  # less likely rows gain even less
-            best, hung = value, count
-        return best, set(likeliest[:hung])
+            best, groups = value, count
+        return best, set(likeliest[:groups])

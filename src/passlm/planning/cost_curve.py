@@ -1,4 +1,4 @@
-"""The cost of a pass by its number of rows, and the throughput that the method's formulas predict.
+"""Cost of a pass by its number of rows, and the throughput of fixed methods that follows from it.
 
 Measuring a curve is left to `measure.py`, choosing plans by it to `auto.py`.
 """
@@ -16,19 +16,26 @@ BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # batch sizes that costs a
 
 @dataclass(frozen=True)
 class CostCurve:
-    """Seconds of one pass, with judging and drafting, on one machine.
+    """Seconds of one pass, including judging and drafting, for one batch size on one machine.
+
+    Candidates are the likeliest tokens, unless stated otherwise.
 
     Attributes:
-        rows: numbers of real rows of the measured passes, from 1 up.
-        seconds: seconds of each, without look-ahead rows.
-        groups: lengths of the look-ahead groups measured on a single root; empty without files.
-        group_seconds: extra seconds of each over a pass of as many real rows.
-        row_seconds: extra seconds of one more look-ahead row over a real one, where several groups
-            are computed and one is used.
+        rows: numbers of real rows of the measured passes, in rising order from 1.
+        seconds: seconds of each of these passes, without look-ahead rows.
+        groups: lengths of the look-ahead groups, measured on the root alone; empty without
+            look-ahead files.
+        group_seconds: extra seconds of each of these over a pass with the same number of real rows
+            only.
+        row_seconds: extra seconds of each look-ahead row in a group that is not used, over a real
+            row.
         head_seconds: seconds of a draft head for 1, 2, ... tokens; empty without one.
-        draw_seconds: extra seconds of a candidate of each sequence if it is drawn; the other times
-            are those of likeliest tokens.
-        know_seconds: extra seconds of a candidate that is guessed with the sampling noise.
+        draw_seconds: extra seconds for one more candidate of each sequence if candidates are drawn.
+        know_seconds: the same if they are guessed with the sampling noise.
+
+    Raises:
+        ValueError: two fields that belong together differ in length, `rows` or `groups` are not in
+            rising order, or there are no `rows`.
     """
 
     rows: tuple[int, ...]
@@ -44,11 +51,11 @@ class CostCurve:
         pairs = (self.rows, self.seconds), (self.groups, self.group_seconds)
         if any(len(x) != len(y) or list(x) != sorted(set(x)) for x, y in pairs) or not self.rows:
             raise ValueError(
-                "a cost curve needs as many times as rows, and the rows in rising order"
+                "a cost curve needs one time for each number of rows, and these in rising order"
             )
 
     def drawing(self, guessing: Guessing) -> CostCurve:
-        """Return the costs for a way of guessing candidates."""
+        """Return the curve with the costs of a way of guessing candidates."""
         kinds = {"likeliest": 0.0, "drawn": self.draw_seconds, "knowing": self.know_seconds}
         more = kinds[guessing]
         groups = tuple(s + more * n for n, s in zip(self.groups, self.group_seconds, strict=True))
@@ -61,11 +68,11 @@ class CostCurve:
         Args:
             real: number of real rows.
             look_ahead: number of look-ahead rows in all groups.
-            drafted: number of rows of the group that is used.
+            drafted: number of rows of the group that the next candidates come from.
         """
-        seconds = _between(self.rows, self.seconds, real + look_ahead)
+        seconds = _interpolated(self.rows, self.seconds, real + look_ahead)
         if look_ahead:
-            seconds += _between(self.groups, self.group_seconds, drafted)
+            seconds += _interpolated(self.groups, self.group_seconds, drafted)
             seconds += self.row_seconds * max(0, look_ahead - drafted)
         return seconds
 
@@ -78,29 +85,38 @@ class CostCurve:
         return 1 / self.of(1)
 
     def two_pass(self, expected: float, rows: int) -> float:
-        """Return the tokens per second of two-pass decoding.
+        """Return the tokens per second of two-pass decoding, `(2 + E(L)) / (c(draft) + c(1 + L))`.
 
-        `(2 + E(L)) / (c(drafting) + c(1 + L))` for `L` rows and an expected accepted length `E`.
+        Args:
+            expected: expected accepted length, `E`.
+            rows: length of the look-ahead group, `L`.
         """
         return (2 + expected) / (self.of(1, rows, rows) + self.of(1 + rows))
 
     def one_pass(self, expected: float, rows: int) -> float:
-        """Return the tokens per second of one-pass decoding.
+        """Return the tokens per second of one-pass decoding, `(1 + E(M)) / c((1 + M)(1 + L))`.
 
-        `(1 + E(M)) / c((1 + M)(1 + L))` with `M = L` rows.
+        Args:
+            expected: expected accepted length, `E`.
+            rows: number of candidates and length of each group, `M = L`.
         """
         return (1 + expected) / self.of(1 + rows, (1 + rows) * rows, rows)
 
     def by_head(self, expected: float, tokens: int) -> float:
-        """Return the tokens per second with a draft head, `(1 + E(k)) / (h(k) + c(1 + k))`."""
+        """Return the tokens per second with a draft head, `(1 + E(k)) / (h(k) + c(1 + k))`.
+
+        Args:
+            expected: expected accepted length, `E`.
+            tokens: number of tokens that the head proposes, `k`; it takes `h(k)` seconds.
+        """
         return (1 + expected) / (self.head(tokens) + self.of(1 + tokens))
 
 
-def _between(places: Sequence[int], values: Sequence[float], place: int) -> float:
-    """Interpolate linearly, and extrapolate from the last two measured places."""
-    if len(places) == 1:
+def _interpolated(known: Sequence[int], values: Sequence[float], wanted: int) -> float:
+    """Interpolate linearly between measured points; extrapolate above from the last two."""
+    if len(known) == 1:
         return values[0]
-    at = min(max(bisect_right(places, place), 1), len(places) - 1)
-    left, right = places[at - 1], places[at]
-    share = max(0.0, (place - left) / (right - left))
+    at = min(max(bisect_right(known, wanted), 1), len(known) - 1)
+    left, right = known[at - 1], known[at]
+    share = max(0.0, (wanted - left) / (right - left))
     return values[at - 1] + share * (values[at] - values[at - 1])

@@ -1,8 +1,8 @@
-"""Cost curves of this machine: measured once with the model itself, kept in the user's cache.
+"""Cost curves of this machine: measured once with the model itself, kept in the cache folder.
 
 A kept curve is used as long as model, type, device, threads, versions and look-ahead files are the
-same. Plans made from it do not depend on the clock. Measuring is left to `measure.py`, choosing
-plans to `auto.py`.
+same. Plans chosen by a kept curve do not depend on the clock. Measuring is left to `measure.py`,
+choosing plans to `auto.py`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from passlm.planning.cost_curve import BATCHES, CostCurve
 from passlm.planning.measure import METHOD, fitting, measure
 from passlm.provenance import cache_folder, environment, provenance, write_atomically
 
-CONTEXTS = (128, 512, 2048, 8192)  # context lengths that curves are measured for
+CONTEXTS = (128, 512, 2048, 8192)  # context lengths, in tokens, that curves are measured for
 
 _log = logging.getLogger(__name__)
 
@@ -35,8 +35,8 @@ class Costs:
 
     Attributes:
         target: the model.
-        look_ahead: its files; None without.
-        rows: the files in the form that decoding uses.
+        look_ahead: its look-ahead files; None without.
+        rows: the same files in the form that decoding uses.
     """
 
     target: Target
@@ -44,9 +44,10 @@ class Costs:
     rows: LookAheadRows | None = None
 
     def __post_init__(self) -> None:
+        # The first two are by batch size and context length.
         self._known: dict[tuple[int, int], CostCurve] = {}
         self._unknown: set[tuple[int, int]] = set()  # no kept curve was found
-        self._plans: dict[tuple[AutoPlan, int], AutoPlan] = {}  # by plan and context
+        self._plans: dict[tuple[AutoPlan, int], AutoPlan] = {}  # by plan and context length
 
     def curve(self, batch: int, context: int, anew: bool = False) -> CostCurve:
         """Return the cost curve for a batch size and context length.
@@ -54,65 +55,68 @@ class Costs:
         Args:
             batch: batch size; the nearest measured size is used.
             context: tokens of the longest sequence; the nearest measured length is used.
-            anew: measure even where a curve is kept.
+            anew: measure even if a curve is kept.
         """
-        batch, context = _nearest(batch, context)
+        batch, context = _measured_size(batch, context)
         if anew or (batch, context) not in self._known:
-            self._known[batch, context] = self._kept_or_measured(batch, context, anew)
+            self._known[batch, context] = self._load_or_measure(batch, context, anew)
         return self._known[batch, context]
 
     def size(self, batch: int, context: int) -> tuple[int, int]:
-        """Return the batch size and context length that are measured instead of these."""
-        batch, context = _nearest(batch, context)
+        """Return the measured batch size and context length that stand for these.
+
+        The context length is reduced to fit the model.
+        """
+        batch, context = _measured_size(batch, context)
         return batch, fitting(self.target, context)
 
     def auto(
         self, batch: int, context: int, longest: int | None = None, lookup: bool = True
     ) -> AutoPlan:
-        """Return adaptive plans for this batch size, and for others whose curves are kept.
+        """Return settings of adaptive planning, with the curves of all batch sizes that are kept.
 
-        When the batch size changes, a sequence goes on with the curve of the new size if one is
-        known. Nothing is measured during generation.
+        When the batch size changes, sequences continue with the curve of the new size if one is
+        kept. Nothing is measured during generation.
 
         Args:
             batch: initial batch size.
             context: tokens of the longest sequence.
-            longest: rows of the longest look-ahead group; None allows all, 0 none, and no draft
-                head either.
+            longest: rows of the longest look-ahead group; None for no limit; 0 for no look-ahead
+                rows and no draft head.
             lookup: whether candidates copied from the sequence are used.
         """
         card = None if self.look_ahead is None else self.look_ahead.card
         prior = () if card is None else card.prior[:longest]
         head = () if card is None or longest == 0 else card.head_prior
 
-        def of(texts: int) -> CostCurve | None:
-            return self.known(texts, context)
+        def curves(batch_size: int) -> CostCurve | None:
+            return self.known(batch_size, context)
 
-        made = AutoPlan(self.curve(batch, context), prior, lookup, of, head)
-        # An equal plan made before keeps its first weighing, which takes long.
-        return self._plans.setdefault((made, _near(context, CONTEXTS)), made)
+        plan = AutoPlan(self.curve(batch, context), prior, lookup, curves, head)
+        # Reuse an equal plan: its first values take long to compute.
+        return self._plans.setdefault((plan, _nearest(context, CONTEXTS)), plan)
 
     def known(self, batch: int, context: int) -> CostCurve | None:
-        """Return a curve that was measured before; None where there is none."""
-        size = _nearest(batch, context)
+        """Return the curve of a size if it was measured before, None otherwise."""
+        size = _measured_size(batch, context)
         if size not in self._known and size not in self._unknown:
             key = {**self._identity(), "batch": size[0], "context": size[1]}
-            kept = _read(_place(key), key)
+            kept = _read(_path(key), key)
             if kept is None:
                 self._unknown.add(size)
             else:
                 self._known[size] = kept
         return self._known.get(size)
 
-    def _kept_or_measured(self, batch: int, context: int, anew: bool) -> CostCurve:
+    def _load_or_measure(self, batch: int, context: int, anew: bool) -> CostCurve:
         key = {**self._identity(), "batch": batch, "context": context}
-        kept = None if anew else _read(_place(key), key)
+        kept = None if anew else _read(_path(key), key)
         if kept is not None:
             return kept
         _log.info("measuring the cost of passes on this machine; this takes some seconds, once")
         curve = measure(self.target, self.rows, batch, context)
-        key["engine"] = self.target.engine  # passes may have turned out not to compile here
-        path = _place(key)
+        key["engine"] = self.target.engine  # measuring may have found that passes do not compile
+        path = _path(key)
         content = {"key": key, "curve": asdict(curve), "provenance": provenance([])}
         try:
             write_atomically(path, json.dumps(content, indent=1) + "\n")
@@ -121,7 +125,7 @@ class Costs:
         return curve
 
     def _identity(self) -> dict[str, Any]:
-        """Return everything that a curve depends on except batch size and context length."""
+        """Return all that a curve depends on, except batch size and context length."""
         card = None if self.look_ahead is None else self.look_ahead.card
         head = None if self.look_ahead is None else self.look_ahead.head
         shape = head and head.description()
@@ -139,13 +143,13 @@ class Costs:
         }
 
 
-def _place(key: dict[str, Any]) -> Path:
+def _path(key: dict[str, Any]) -> Path:
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     return cache_folder() / "costs" / f"{name}.json"
 
 
 def _read(path: Path, key: dict[str, Any]) -> CostCurve | None:
-    """Return the curve kept for a key; None where none can be read."""
+    """Return the curve kept for a key; None if there is none or it cannot be read."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["key"] != json.loads(json.dumps(key)):
@@ -163,10 +167,10 @@ def _read(path: Path, key: dict[str, Any]) -> CostCurve | None:
         return None
 
 
-def _nearest(batch: int, context: int) -> tuple[int, int]:
-    return _near(batch, BATCHES), _near(context, CONTEXTS)
+def _measured_size(batch: int, context: int) -> tuple[int, int]:
+    return _nearest(batch, BATCHES), _nearest(context, CONTEXTS)
 
 
-def _near(wanted: int, known: Sequence[int]) -> int:
-    """Return the known size that is nearest by ratio."""
-    return min(known, key=lambda size: max(size / max(1, wanted), max(1, wanted) / size))
+def _nearest(wanted: int, sizes: Sequence[int]) -> int:
+    """Return the size that is nearest by ratio."""
+    return min(sizes, key=lambda size: max(size / max(1, wanted), max(1, wanted) / size))
