@@ -65,6 +65,7 @@ def written(
     return [row.tokens for row in rows]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("plan", PLANS)
 def test_texts_are_those_of_a_cpu(

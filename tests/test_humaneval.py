@@ -233,6 +233,7 @@ def test_programs_are_the_same_each_time() -> None:
 # Containment. Every program here does little harm where it is not contained.
 
 
+@pytest.mark.slow
 @confined
 @pytest.mark.parametrize(
     ("kind", "lines"),

@@ -266,6 +266,7 @@ def head_case(request: pytest.FixtureRequest, tiny_target: Callable[[str], Targe
     return Case(tiny_target(request.param), parts=True, head=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prior", [(), (0.6, 0.5)], ids=["head alone", "groups too"])
 @pytest.mark.parametrize("rigged", [False, True])
 def test_a_draft_head_changes_no_text(

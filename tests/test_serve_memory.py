@@ -30,6 +30,7 @@ print(full - start, resident() - start)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only glibc is told")
 @pytest.mark.parametrize("how", ["apart", "trim"])
 def test_freed_blocks_go_back(how: str) -> None:
