@@ -118,7 +118,7 @@ def check_sampling(names: Collection[str], sampling: SamplingParams) -> None:
         known = field.name in (*_SUPPORTED, *_MEANINGLESS)
         if asked and not known and getattr(sampling, field.name) != getattr(plain, field.name):
             raise MethodError(
-                f"{', '.join(asked)} supports temperature, top-k, top-p and min-p, but not "
+                f"{', '.join(asked)} can use temperature, top-k, top-p and min-p, but not "
                 f"{field.name.replace('_', '-')}: leave out the setting or the method"
             )
 
@@ -366,7 +366,7 @@ def _precision(facts: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     try:
         name = LlamaFileType(int(facts["file_type"])).name
     except (TypeError, ValueError):
-        return "weights of unknown type"
+        return "weights of unnamed type"
     return name.removeprefix("MOSTLY_").removeprefix("ALL_")
 
 
