@@ -63,7 +63,7 @@ class _Tally:
 
 
 class Watch:
-    """An observer of a `Decoder` that sums log-probabilities and entropies of settled tokens."""
+    """An observer of a `Decoder` that sums log-probability and entropy by kind of token."""
 
     def __init__(self) -> None:
         self._kinds = {kind: _Tally() for kind in KINDS}
