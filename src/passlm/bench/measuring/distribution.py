@@ -173,9 +173,11 @@ class Energy:
     """The energy distance, `2 E d(X, Y) - E d(X, X') - E d(Y, Y')`.
 
     Székely and Rizzo, "Energy statistics: A class of statistics based on distances" (2013). The
-    distance of two texts is the share of positions at which their tokens differ (Hamming). This
-    distance is of negative type, so the energy distance is 0 only if the two distributions are
-    equal.
+    distance of two texts is the share of positions at which their tokens differ (Hamming). With it,
+    the energy distance equals the mean over positions of the squared differences between the two
+    distributions of the token there, `mean_t sum_v (p_t(v) - q_t(v))^2`. It is never negative, and
+    is 0 exactly if the distributions are equal at every position. It does not compare how tokens at
+    different positions depend on each other.
 
     Attributes:
         distances: distance of each pair of texts, `[texts, texts]`.
