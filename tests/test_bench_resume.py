@@ -241,7 +241,7 @@ def test_other_arguments_are_refused_by_name(
         assert "--methods" not in said
     assert main([*line, "--resume", "--overwrite"]) == 2
     assert main([*line]) == 2
-    assert "go on with it with --resume" in capsys.readouterr().err
+    assert "continue it with --resume" in capsys.readouterr().err
 
 
 def test_other_prompts_and_machines_are_refused(
@@ -275,7 +275,7 @@ def test_a_folder_without_a_run_is_no_run(
     """Catches a new run where an old one was meant, and a traceback for a damaged file."""
     line = [*arguments(folder, "--methods", "ar"), "--resume"]
     assert main(line) == 2
-    assert "name it with --out" in capsys.readouterr().err
+    assert "give the folder with --out" in capsys.readouterr().err
     if content is not None:
         (tmp_path / "run.json").write_text(content)
     assert main([*line, "--out", str(tmp_path)]) == 2
