@@ -203,7 +203,7 @@ class Engine:
         self.name = name
         self._kind = ENGINES[name]
         begun = time.perf_counter()
-        self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the process
+        self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # open while it runs
         self._process = subprocess.Popen(
             [python, process.__file__, name],
             stdin=subprocess.PIPE,

@@ -95,7 +95,7 @@ class Method:
 
     @property
     def repeats_plain(self) -> bool:
-        """Whether its tokens must equal those of plain decoding with the same seed.
+        """True if its tokens must equal those of plain decoding with the same seed.
 
         Rounding may still make them differ where two tokens nearly tie.
         """
