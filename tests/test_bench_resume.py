@@ -90,7 +90,7 @@ def test_a_run_that_is_cut_off_gives_what_a_whole_one_does(
     whole, out = tmp_path / "whole", tmp_path / "out"
     main([*two_suites, "--out", str(tmp_path / "warm")])  # costs are measured and kept
     assert main([*two_suites, "--out", str(whole)]) == 0
-    report = capsys.readouterr().out.split("## Start")[0]
+    report = capsys.readouterr().out.split("## Loading and first runs")[0]
     turns = 0
     for more, count in enumerate((0, 17, 1, 40)):
         with pytest.MonkeyPatch.context() as patch:
@@ -106,7 +106,7 @@ def test_a_run_that_is_cut_off_gives_what_a_whole_one_does(
     assert lines_in(out) == lines_in(whole)
     assert results_in(out) == results_in(whole)
     assert results_in(out)["complete"] is True
-    assert capsys.readouterr().out.split("## Start")[0] == report
+    assert capsys.readouterr().out.split("## Loading and first runs")[0] == report
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
