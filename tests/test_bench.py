@@ -426,7 +426,7 @@ def test_draft_head_needs_one(lm: Generator) -> None:
     with pytest.raises(MethodError, match="none is loaded"):
         build(Generator(lm.target, lm.tokenizer, rows), asked("draft-head"), "tiny")
     four = replace(asked("draft-head"), lookahead_tokens=(4,))
-    with pytest.raises(MethodError, match="guesses 1 to 3"):
+    with pytest.raises(MethodError, match="proposes 1 to 3"):
         build(lm, four, "tiny")
 
 
@@ -491,7 +491,9 @@ def test_a_batch_is_its_texts(lm: Generator, temperature: float) -> None:
 def test_what_decodes_one_prompt_at_a_time_needs_batches_of_one() -> None:
     """Catches other engines timed alone and called a batch, and sizes that are none."""
     names = ("ar", "hf")
-    with pytest.raises(MethodError, match=r"^hf decode one prompt at a time: add 1 to --batch"):
+    with pytest.raises(
+        MethodError, match=r"^hf can only decode one prompt at a time: add 1 to --batch"
+    ):
         bench_methods.check_names(names, (2, 4))
     with pytest.raises(MethodError, match="batch size is 0"):
         bench_methods.check_names(("ar",), (0, 1))

@@ -90,7 +90,7 @@ def test_a_run_that_is_cut_off_gives_what_a_whole_one_does(
     whole, out = tmp_path / "whole", tmp_path / "out"
     main([*two_suites, "--out", str(tmp_path / "warm")])  # costs are measured and kept
     assert main([*two_suites, "--out", str(whole)]) == 0
-    report = capsys.readouterr().out.split("## Start")[0]
+    report = capsys.readouterr().out.split("## Loading and first runs")[0]
     turns = 0
     for more, count in enumerate((0, 17, 1, 40)):
         with pytest.MonkeyPatch.context() as patch:
@@ -106,7 +106,7 @@ def test_a_run_that_is_cut_off_gives_what_a_whole_one_does(
     assert lines_in(out) == lines_in(whole)
     assert results_in(out) == results_in(whole)
     assert results_in(out)["complete"] is True
-    assert capsys.readouterr().out.split("## Start")[0] == report
+    assert capsys.readouterr().out.split("## Loading and first runs")[0] == report
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -229,19 +229,21 @@ def test_other_arguments_are_refused_by_name(
             (tmp_path / "results.json").unlink()
         more = ("--limit", "3", "--temperature", "0,0.5", "--no-pack", "--top-k", "7", "--resume")
         assert main([*line, *more]) == 2
-        (said,) = [text for text in capsys.readouterr().err.splitlines() if "begun" in text]
+        (said,) = [
+            text for text in capsys.readouterr().err.splitlines() if "other settings" in text
+        ]
         for part in (
-            "--limit 2 there, 3 now",
-            "--temperature 0 there, 0,0.5 now",
-            "--no-pack now, not there",
-            "--top-k 0 there, 7 now",
+            "--limit was 2, now 3",
+            "--temperature was 0, now 0,0.5",
+            "--no-pack was not given, now given",
+            "--top-k was 0, now 7",
             "--overwrite",
         ):
             assert part in said
         assert "--methods" not in said
     assert main([*line, "--resume", "--overwrite"]) == 2
     assert main([*line]) == 2
-    assert "go on with it with --resume" in capsys.readouterr().err
+    assert "continue it with --resume" in capsys.readouterr().err
 
 
 def test_other_prompts_and_machines_are_refused(
@@ -256,7 +258,7 @@ def test_other_prompts_and_machines_are_refused(
     (out / "results.json").unlink()
     own.write_text('{"prompt": "w5 w6"}\n{"prompt": "w7 w9"}\n')
     assert main([*line, "--resume"]) == 2
-    assert "suite mine had other prompts" in capsys.readouterr().err
+    assert "the prompts of suite mine have changed" in capsys.readouterr().err
     own.write_text('{"prompt": "w5 w6"}\n{"prompt": "w7 w8"}\n')
     run = json.loads((out / "run.json").read_text())
     run["about"]["environment"]["machine"]["cores"] = 977
@@ -264,8 +266,8 @@ def test_other_prompts_and_machines_are_refused(
     (out / "run.json").write_text(json.dumps(run))
     assert main([*line, "--resume"]) == 2
     said = capsys.readouterr().err
-    assert "environment machine cores 977 there," in said
-    assert "model d model 7 there, 32 now" in said
+    assert "environment machine cores was 977," in said
+    assert "model d model was 7, now 32" in said
 
 
 @pytest.mark.parametrize("content", [None, "", "{}", '{"about": 1, "resumed": []}'])
@@ -275,12 +277,14 @@ def test_a_folder_without_a_run_is_no_run(
     """Catches a new run where an old one was meant, and a traceback for a damaged file."""
     line = [*arguments(folder, "--methods", "ar"), "--resume"]
     assert main(line) == 2
-    assert "name it with --out" in capsys.readouterr().err
+    assert "give the folder with --out" in capsys.readouterr().err
     if content is not None:
         (tmp_path / "run.json").write_text(content)
     assert main([*line, "--out", str(tmp_path)]) == 2
     said = capsys.readouterr().err
-    assert ("holds no run to go on with" if content is None else "cannot be read as one") in said
+    assert (
+        "contains no run to resume" if content is None else "is not a valid file of bench"
+    ) in said
 
 
 def test_what_is_kept_has_to_be_of_this_run(
@@ -299,7 +303,9 @@ def test_what_is_kept_has_to_be_of_this_run(
     for lines, number in broken:
         (tmp_path / "prompts.jsonl").write_bytes(b"".join(lines))
         assert main([*line, "--resume"]) == 2
-        assert f"prompts.jsonl, line {number}: not what this run has" in capsys.readouterr().err
+        assert (
+            f"prompts.jsonl, line {number}: does not belong to this run" in capsys.readouterr().err
+        )
 
 
 def test_one_process_at_a_time(
@@ -366,12 +372,13 @@ def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def differences() -> Iterator[Any]:
-    yield {"arguments": {"a_b": 1}}, {"arguments": {"a_b": 2}}, "--a-b 1 there, 2 now"
-    yield {"arguments": {"x": True}}, {"arguments": {"x": False}}, "--x there, not now"
-    yield {"arguments": {"pack": True}}, {"arguments": {"pack": False}}, "--no-pack now, not there"
-    yield {"arguments": {"x": [1, 2]}}, {"arguments": {"x": []}}, "--x 1,2 there, none now"
-    yield {"passlm": "1"}, {"passlm": "2"}, "passlm 1 there, 2 now"
-    yield {"look": None}, {"look": "ab"}, "look not given there, ab now"
+    yield {"arguments": {"a_b": 1}}, {"arguments": {"a_b": 2}}, "--a-b was 1, now 2"
+    yield {"arguments": {"x": True}}, {"arguments": {"x": False}}, "--x was given, now not given"
+    turned_off = "--no-pack was not given, now given"
+    yield {"arguments": {"pack": True}}, {"arguments": {"pack": False}}, turned_off
+    yield {"arguments": {"x": [1, 2]}}, {"arguments": {"x": []}}, "--x was 1,2, now none"
+    yield {"passlm": "1"}, {"passlm": "2"}, "passlm was 1, now 2"
+    yield {"look": None}, {"look": "ab"}, "look was not given, now ab"
     yield {}, {"model": {"layers": 2}}, "model"
 
 
@@ -380,6 +387,6 @@ def test_differences_are_told_in_the_users_words(
     there: dict[str, Any], now: dict[str, Any], said: str
 ) -> None:
     """Catches names that nobody typed."""
-    with pytest.raises(JournalError, match=f"begun otherwise: {said}"):
+    with pytest.raises(JournalError, match=f"with other settings: {said}"):
         check_same(Path("out"), there, now)
     check_same(Path("out"), now | {"provenance": 1}, now)

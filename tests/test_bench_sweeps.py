@@ -333,7 +333,7 @@ def _speed(run: dict[str, Any]) -> float:
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (("--batch-size", "2"), "hf, hf-prompt-lookup decode one prompt at a time"),
+        (("--batch-size", "2"), "hf, hf-prompt-lookup can only decode one prompt at a time"),
         (("--batch-size", "0,1"), "batch size is 0"),
         (("--batch-size", "two"), "separated by commas, each int"),
         (("--prompt-tokens", "0"), "prompt tokens are 0"),

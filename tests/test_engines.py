@@ -601,7 +601,7 @@ def test_entries_of_another_engine_are_marked(
     (packages / "vllm.py").write_text(VLLM.replace('"0.99"', '"1.00"'))
     again = [*line, "--methods", "two-pass,vllm", "--out", str(out), "--resume"]
     assert main(again) == 2
-    assert "vLLM 0.99, float32 there, vLLM 1.00, float32 now" in capsys.readouterr().err
+    assert "was vLLM 0.99, float32, now vLLM 1.00, float32" in capsys.readouterr().err
 
 
 def test_a_missing_engine_does_not_stop_the_others(
@@ -644,8 +644,8 @@ def test_a_draft_model_among_the_methods(
         (("--methods", "hf-assistant"), "--assistant"),
         (("--assistant", "some"), "hf-assistant"),
         (("--methods", "ar,llama-cpp"), "give a .gguf file as --model"),
-        (("--methods", "ar,vllm", "--repetition-penalty", "2"), "not repetition-penalty"),
-        (("--engine-python", "vllm=python"), "name it in --methods"),
+        (("--methods", "ar,vllm", "--repetition-penalty", "2"), "but not repetition-penalty"),
+        (("--engine-python", "vllm=python"), "add it to --methods"),
         (("--methods", "ar,vllm", "--engine-python", "vllm=no/python"), "no such program"),
         (("--methods", "ar,vllm", "--batch-size", "2"), "--batch-size"),
     ],

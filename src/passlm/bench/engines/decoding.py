@@ -125,7 +125,7 @@ class TimedTarget(Target):
 
     @property
     def can_time(self) -> bool:
-        """Whether `run` returns only when the pass is complete, as on the CPU.
+        """True if `run` returns only when the pass is complete, as on the CPU.
 
         On other devices, waiting for the pass would slow decoding.
         """

@@ -1,9 +1,9 @@
-"""The methods that `bench` compares: each decodes one prompt, ids to ids, and is timed.
+"""Build the methods that `bench` compares; each decodes token ids to token ids and is timed.
 
-All of them are timed alike: from the prompt's ids to the last new id, prefill included and no text
-decoded. Those of ours also decode several prompts as one batch. How they do it is left to
-`decoding.py`, how others decode to `hugging_face.py` and `external.py`; which prompts they meet, in
-which order, to `bench/measuring/measure.py`.
+All methods are timed in the same way: from the prompt's ids to the last new id, including prefill
+and excluding detokenization. passlm's own methods can also decode several prompts as one batch.
+`decoding.py`, `hugging_face.py` and `external.py` implement the decoding;
+`bench/measuring/measure.py` decides the order of the prompts.
 """
 
 from __future__ import annotations
@@ -35,28 +35,29 @@ from passlm.planning.cost_curve import CostCurve
 from passlm.planning.kept_costs import Costs
 
 BASELINE = "ar"
-# Ours decode several prompts as one batch, too.
+# passlm's own methods, which can decode several prompts as one batch.
 OURS = (BASELINE, "fixed-token", "two-pass", "one-pass", "draft-head", "auto", "lookup")
 THEIRS = ("hf", "hf-prompt-lookup", ASSISTED)
 METHODS = (*OURS, *THEIRS, *ENGINES)
-# The others run for each number of look-ahead tokens.
+# All other methods run once for each number of look-ahead tokens.
 _ONCE_PER_TEMPERATURE = (BASELINE, "auto", "lookup", *THEIRS, *ENGINES)
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way of decoding, with everything that tells it from the others.
+    """One way of decoding, with all its settings.
 
     Attributes:
         name: one of `METHODS`.
-        plan: its strategy in words; None for methods that are not ours.
-        sampling: how tokens are drawn; the seed is given with each prompt.
-        lookahead_tokens: length of the look-ahead groups, `L`; 0 without.
-        decode: what does it.
-        other_weights: it decodes another model than the baseline: only one of them is rounded, or
-            another engine computes with its own kernels.
-        batch_size: prompts that are decoded as one batch.
-        engine: another engine's name, version and precision; None for this process.
+        plan: its strategy in words; None for methods other than passlm's own.
+        sampling: sampling parameters; the seed is given with each prompt.
+        lookahead_tokens: length of the look-ahead groups, `L`; 0 if there are none.
+        decode: the function that decodes.
+        other_weights: whether its weights or kernels differ from the baseline's, because only one
+            of the two is quantized or because another engine computes.
+        batch_size: number of prompts decoded as one batch.
+        engine: name, version and precision of another engine; None for methods that run in this
+            process.
     """
 
     name: str
@@ -73,7 +74,11 @@ class Method:
         return self.decode(prompt, replace(self.sampling, seed=seed), max_new_tokens)
 
     def prepare(self, tokens: Iterable[int]) -> None:
-        """Measure what passes cost behind so many tokens, where plans are chosen by it."""
+        """Measure the cost curves that the method chooses plans from, if it does.
+
+        Args:
+            tokens: context lengths to measure at.
+        """
         if isinstance(self.decode, PlanDecoding):
             for count in tokens:
                 self.decode.plans(self.batch_size, count)
@@ -81,7 +86,7 @@ class Method:
     def batch(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], max_new_tokens: int
     ) -> list[Record]:
-        """Decode as many prompts as `batch_size` says as one batch, each with its own seed."""
+        """Decode `batch_size` prompts as one batch, each with its own seed."""
         if self.batch_size == 1:
             return [self(prompts[0], seeds[0], max_new_tokens)]
         assert isinstance(self.decode, PlanDecoding), "only our methods decode batches"
@@ -90,7 +95,10 @@ class Method:
 
     @property
     def repeats_plain(self) -> bool:
-        """Whether its tokens must equal plain decoding's with the same seed, up to rounding."""
+        """True if its tokens must equal those of plain decoding with the same seed.
+
+        Rounding may still make them differ where two tokens nearly tie.
+        """
         if self.other_weights:
             return False
         if self.sampling.temperature == 0 or self.name == BASELINE:
@@ -99,37 +107,39 @@ class Method:
 
 
 def check_names(names: Sequence[str], batch_sizes: Sequence[int] = (1,)) -> None:
-    """Make sure that the methods exist and each can run at one of the batch sizes.
+    """Check that the methods exist and that each can run at one of the batch sizes.
 
     Raises:
-        MethodError: one does not, and names the nearest; or cannot.
+        MethodError: a method does not exist (the message suggests the closest name), a batch size
+            is below 1, or a method needs batch size 1 and that is not among them.
     """
     for name in names:
         if name not in METHODS:
             near = difflib.get_close_matches(name, METHODS, 1)
-            hint = f"did you mean {near[0]!r}?" if near else "give one of them"
-            raise MethodError(f"there is no method {name!r} ({', '.join(METHODS)}): {hint}")
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            known = ", ".join(METHODS)
+            raise MethodError(f"unknown method {name!r}: expected one of {known}{hint}")
     if min(batch_sizes) < 1:
         raise MethodError(f"batch size is {min(batch_sizes)}: it must be 1 or more")
     alone = [name for name in names if name not in OURS]
     if alone and 1 not in batch_sizes:
         raise MethodError(
-            f"{', '.join(alone)} decode one prompt at a time: add 1 to --batch-size, or name "
-            "--methods without them"
+            f"{', '.join(alone)} can only decode one prompt at a time: add 1 to --batch-size, or "
+            "give --methods without them"
         )
 
 
 @dataclass(frozen=True)
 class Asked:
-    """Which methods to compare.
+    """The methods and settings to compare.
 
     Attributes:
-        names: of `METHODS`.
-        temperatures: each method runs at each.
-        lookahead_tokens: each drafting method runs with each.
-        sampling: everything about drawing but temperature and seed.
-        stopping: when texts end; stop strings are not looked at.
-        batch_sizes: our methods run at each, the others at 1.
+        names: names from `METHODS`.
+        temperatures: each method runs at each temperature.
+        lookahead_tokens: each drafting method runs with each number of look-ahead tokens.
+        sampling: all other sampling parameters; its temperature and seed are ignored.
+        stopping: when sequences end; stop strings are ignored.
+        batch_sizes: passlm's own methods run at each batch size, the others only at 1.
     """
 
     names: tuple[str, ...]
@@ -141,7 +151,7 @@ class Asked:
 
     @property
     def variants(self) -> list[tuple[str, int]]:
-        """Names, each with its numbers of look-ahead tokens; 0 where it has none."""
+        """Pairs of name and number of look-ahead tokens, which is 0 for methods without them."""
         return [
             (name, tokens)
             for name in self.names
@@ -151,11 +161,11 @@ class Asked:
 
 @dataclass(frozen=True)
 class Others:
-    """What methods that are not ours decode with.
+    """Models and engines that methods other than passlm's own need.
 
     Attributes:
         assistant: the draft model of `hf-assistant`; None without that method.
-        engines: those that run, each by the name of its method.
+        engines: the running engines by method name.
     """
 
     assistant: PreTrainedModel | None = None
@@ -171,21 +181,24 @@ def build(
     quantize: str | None = None,
     others: Others | None = None,
 ) -> list[Method]:
-    """The methods, one for each batch size, temperature and number of look-ahead tokens.
+    """Return the methods, one for each batch size, temperature and number of look-ahead tokens.
+
+    `pack`, `compiled` and `quantize` apply to passlm's own methods only.
 
     Args:
-        lm: model and look-ahead files.
-        asked: which methods.
+        lm: the model, with its look-ahead files if it has any.
+        asked: the methods and settings to compare.
         base_model: the model's name.
-        pack: whether our methods compute with packed weights, see `Target`.
-        compiled: where our methods find compiled passes, see `Target`; None to compute eagerly.
-        quantize: what our methods' weights are rounded to, see `quantized`; None takes the model
-            itself, as transformers' methods always do.
-        others: a draft model and engines; None where no method needs them.
+        pack: whether to compute with packed weights; see `Target`.
+        compiled: folder of the compiled passes; see `Target`. None to compute eagerly.
+        quantize: data type to quantize the weights to; see `quantized`. None to use the model as it
+            is, which transformers' methods always do.
+        others: the draft model and the engines; None if no method needs them.
 
     Raises:
-        MethodError: an unknown method, or a model without a token for `fixed-token`.
-        InputError: a drafting method without look-ahead files, or with too few rows.
+        MethodError: a method is unknown, needs a draft model that is not given, or is `fixed-token`
+            or `draft-head` and cannot run with this model and these look-ahead files.
+        InputError: a drafting method has no look-ahead files, or they have too few rows.
     """
     check_names(asked.names, asked.batch_sizes)
     others = others or Others()
@@ -211,14 +224,14 @@ def build(
 
 
 def baseline_target(methods: Sequence[Method]) -> Target:
-    """What plain decoding among the methods runs on, as all of ours do."""
+    """Return the target of plain decoding, which all of passlm's own methods share."""
     decode = next(method.decode for method in methods if method.name == BASELINE)
-    assert isinstance(decode, PlanDecoding), "plain decoding is ours"
+    assert isinstance(decode, PlanDecoding), "plain decoding is one of passlm's own methods"
     return decode.target
 
 
 def engine_facts(methods: Sequence[Method]) -> dict[str, dict[str, Any]]:
-    """Of each other engine, what it is, how long it loaded, and the cores it kept busy at rest."""
+    """Return the title, loading time and idle processor use of each other engine, by method."""
     return {
         method.name: {
             "engine": method.engine,
@@ -231,7 +244,7 @@ def engine_facts(methods: Sequence[Method]) -> dict[str, dict[str, Any]]:
 
 
 def cost_curve(methods: Sequence[Method], context: int) -> CostCurve | None:
-    """What passes cost, as `auto` knows it; None without that method."""
+    """Return the cost curve that `auto` uses at a context length; None without that method."""
     for method in methods:
         if method.name == "auto" and isinstance(method.decode, PlanDecoding):
             costs = method.decode.costs
@@ -247,7 +260,7 @@ def _decoding(
     stopping: StopParams,
     base_model: str,
 ) -> tuple[Decode, str | None]:
-    """What decodes of ours, and its plan in words."""
+    """Return the decoding of one of passlm's own methods, and its plan in words."""
     if name in ("auto", "lookup"):
         return _adaptive(name, lm, target, stopping), name
     rows: LookAhead | None = None
@@ -268,25 +281,25 @@ def _decoding(
 
 
 def check_head(rows: LookAhead | None, tokens: int) -> None:
-    """Make sure that there is a draft head that guesses so many tokens.
+    """Check that the look-ahead files have a draft head that can propose `tokens` tokens.
 
     Raises:
-        MethodError: there is none, or it guesses fewer.
+        MethodError: there is no draft head, or it proposes fewer tokens.
     """
     if rows is None or rows.head is None:
         raise MethodError(
-            "method draft-head drafts with a draft head and none is loaded: take other "
-            "--lookahead files, or train one with 'passlm train --kind head'"
+            "method draft-head needs a draft head and none is loaded: give other --lookahead "
+            "files, or train one with 'passlm train --kind head'"
         )
     if not 1 <= tokens <= rows.head.depths:
         raise MethodError(
-            f"method draft-head with {tokens} tokens: these files' head guesses 1 to "
-            f"{rows.head.depths}, give so many with --lookahead-tokens"
+            f"method draft-head cannot propose {tokens} tokens: the draft head of these files "
+            f"proposes 1 to {rows.head.depths}; change --lookahead-tokens"
         )
 
 
 def _other(name: str, lm: Generator, stopping: StopParams, others: Others) -> Decode:
-    """What decodes and is not ours."""
+    """Return the decoding of a method that is not one of passlm's own."""
     if name in ENGINES:
         return EngineDecoding(others.engines[name], lm.eos, stopping.ignore_eos)
     lookup = LOOKUP_TOKENS if name == "hf-prompt-lookup" else None
@@ -295,7 +308,7 @@ def _other(name: str, lm: Generator, stopping: StopParams, others: Others) -> De
 
 
 def _adaptive(name: str, lm: Generator, target: TimedTarget, stopping: StopParams) -> PlanDecoding:
-    """Plans chosen from measured costs; `lookup` has no look-ahead rows to choose."""
+    """Return decoding with plans chosen from measured costs; `lookup` has no look-ahead rows."""
     look_ahead = lm.look_ahead if name == "auto" else None
     rows = None if look_ahead is None else look_ahead.rows(target)
     costs = Costs(target, look_ahead, rows)
@@ -304,13 +317,13 @@ def _adaptive(name: str, lm: Generator, target: TimedTarget, stopping: StopParam
 
 def _fixed_rows(lm: Generator, target: Target, tokens: int, base_model: str) -> LookAhead:
     if tokens < 1:
-        raise MethodError(f"fixed-token needs 1 or more look-ahead tokens, not {tokens}")
+        raise MethodError(f"fixed-token needs at least 1 look-ahead token, not {tokens}")
     token: Any = lm.tokenizer.unk_token_id
     if token is None:
         token = lm.tokenizer.eos_token_id
     if token is None:
         raise MethodError(
-            "method fixed-token puts the unknown or end token in every look-ahead row, and this "
+            "method fixed-token needs an unknown or end token for its look-ahead rows, and this "
             "tokenizer has neither: leave the method out"
         )
     return LookAhead.fixed_token(target, int(token), tokens, base_model)

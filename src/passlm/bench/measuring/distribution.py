@@ -1,9 +1,10 @@
-"""Whether two ways of decoding draw their texts from one distribution, and what would be noticed.
+"""Test whether two ways of decoding sample from the same distribution, and estimate the power.
 
-Two-sample tests by permutation, which need no assumption but that texts are drawn independently:
-for the token at one position, for the length, and for the first tokens together. The two sides
-must have different seeds: with the coupled judge the same seed gives the same text, which proves
-nothing. What is compared is left to `recipes/same_distribution.py`.
+Uses two-sample permutation tests, which only assume that the continuations are drawn independently.
+There is a test for the token at each position, one for the length, and one for all the first tokens
+together. The two samples must have different seeds: with the coupled judge the same seed gives the
+same continuation, so the comparison would prove nothing. `recipes/same_distribution.py` decides
+which ways of decoding are compared.
 """
 
 from __future__ import annotations
@@ -23,34 +24,35 @@ from passlm.model.pass_records import LookAheadRows
 from passlm.model.target import Target
 from passlm.params import SamplingParams
 
-END = -1  # stands in the places behind the end of a text
-LEVEL = 0.05  # chance that a run refuses anything although nothing differs
-CHANCE = 0.8  # of being noticed, that a shift is stated for
-_RARE = 10  # tokens met less often on both sides together count as one
-_AT_A_TIME = 1000  # relabellings computed together
-_TOLERANCE = 1e-9  # statistics this close are the same, up to rounding
-_HALVINGS = 8  # of the interval that holds the smallest share noticed
+END = -1  # padding after the end of a sequence
+LEVEL = 0.05  # probability that a run rejects any hypothesis although all are true
+CHANCE = 0.8  # power at which the smallest detectable shift is stated
+_RARE = 10  # tokens that occur less often in both samples together share one cell
+_AT_A_TIME = 1000  # permutations computed at a time
+_TOLERANCE = 1e-9  # statistics this close are equal up to rounding
+_HALVINGS = 8  # bisection steps when searching the smallest detectable share
 _DRAWS = 1000  # simulated runs for each share
-_RIGHT_RUNS = 20  # of simulated right ones, how many lie beyond the bar
+_RIGHT_RUNS = 20  # expected number of simulated correct runs beyond the critical value
 
 Texts: TypeAlias = NDArray[np.int64]
-"""Token ids of one prompt's continuations, `[texts, tokens]`, `END` behind the end of a text."""
+"""Token ids of one prompt's continuations, `[texts, tokens]`, padded with `END`."""
 Numbers: TypeAlias = NDArray[np.float64]
+"""Counts, shares or statistics."""
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """Draws continuations of a prompt, many at a time.
+    """Draws continuations of a prompt in batches.
 
     Attributes:
-        target: the model.
-        look_ahead: what drafts; None for plans without look-ahead rows.
-        sampling: how tokens are drawn; the seed is given with each text.
-        plans: which plan each pass takes.
-        eos: ids that end a text.
-        tokens: length at which texts are cut.
-        at_once: texts decoded as one batch.
-        observer: looks on; None lets nobody.
+        target: the target model.
+        look_ahead: the look-ahead rows; None for plans without them.
+        sampling: sampling parameters; the seed is given with each continuation.
+        plans: the strategy that chooses the plan of each pass.
+        eos: token ids that end a sequence.
+        tokens: length in tokens at which continuations are cut.
+        at_once: batch size.
+        observer: observer of the decoder, or None.
     """
 
     target: Target
@@ -63,10 +65,10 @@ class Sampler:
     observer: Observer | None = None
 
     def draw(self, prompt: Sequence[int], seeds: Sequence[int]) -> Texts:
-        """A text for each seed.
+        """Return a continuation for each seed, `[seeds, tokens]`.
 
         Raises:
-            PromptError: the prompt is empty, holds unknown ids, or fills the model's context.
+            PromptError: the prompt is empty, contains unknown ids or fills the model's context.
         """
         drawn = np.full((len(seeds), self.tokens), END)
         for start in range(0, len(seeds), self.at_once):
@@ -76,10 +78,10 @@ class Sampler:
 
     def _batch(self, prompt: Sequence[int], seeds: Sequence[int]) -> list[list[int]]:
         decoder = Decoder(self.target, self.look_ahead, self.observer)
-        known = self.target.prefill(prompt[:-1])  # once for all texts
+        known = self.target.prefill(prompt[:-1])  # once for all continuations
         rows = []
         for seed in seeds:
-            # A token more than is looked at, so that no candidate for these is cut off.
+            # One token more than is compared, so that candidates for the last ones are not cut.
             request = Request.of(
                 prompt,
                 replace(self.sampling, seed=seed),
@@ -98,42 +100,43 @@ class Sampler:
         return len(row.tokens) - len(row.request.prompt) >= self.tokens
 
 
-# Statistics: of texts that were put together, and how often each is on either side
+# Statistics. Each is built from the pooled texts of both samples, and is then computed from the
+# number of times that each text occurs in either sample.
 
 
 class Statistic(Protocol):
-    """How far two sides differ, for many ways of choosing the sides at once."""
+    """A measure of how far two samples differ, computed for many pairs of samples at once."""
 
     def __call__(self, left: Numbers, right: Numbers) -> Numbers:
-        """The statistic of each choice, `[R]`.
+        """Return the statistic of each pair of samples, `[R]`.
 
         Args:
-            left: how often each text stands on that side, `[R, texts]`.
-            right: the same of the other side.
+            left: number of times that each pooled text occurs in the left sample, `[R, texts]`.
+            right: the same for the right sample.
         """
         ...
 
 
 @dataclass(frozen=True)
 class TokenCells:
-    """Pearson's chi-squared of the two-sample problem, `sum (observed - expected)^2 / expected`.
+    """Pearson's chi-squared statistic of two samples, `sum (observed - expected)^2 / expected`.
 
     Attributes:
-        cells: which token each text has, one-hot, `[texts, cells]`.
+        cells: the cell of each text's token, one-hot, `[texts, cells]`.
     """
 
     cells: Numbers
 
     @classmethod
     def at(cls, texts: Texts, position: int) -> TokenCells:
-        """Of the token at one position, from 0; rare ones are one cell."""
+        """Return the statistic of the token at a position, from 0; rare tokens share one cell."""
         _, cell, counts = np.unique(texts[:, position], return_inverse=True, return_counts=True)
         common = np.flatnonzero(counts >= _RARE)
         one_hot = (cell[:, None] == common).astype(np.float64)
         return cls(np.hstack([one_hot, 1 - one_hot.sum(1, keepdims=True)]))
 
     def __call__(self, left: Numbers, right: Numbers) -> Numbers:
-        """See `Statistic`."""
+        """Return the statistic of each pair of samples; see `Statistic`."""
         sides = np.stack([left @ self.cells, right @ self.cells])  # [2, R, cells]
         together = sides.sum(0)
         expected = together * (sides.sum(2, keepdims=True) / together.sum(1)[None, :, None])
@@ -145,22 +148,22 @@ class TokenCells:
 
 @dataclass(frozen=True)
 class LengthSteps:
-    """Kolmogorov and Smirnov's largest difference between two cumulative distributions.
+    """Kolmogorov-Smirnov statistic: the largest difference of two cumulative distributions.
 
     Attributes:
-        steps: whether each text has at most so many tokens, `[texts, lengths]`.
+        steps: 1 where the text is at most as long as the column's length, `[texts, lengths]`.
     """
 
     steps: Numbers
 
     @classmethod
     def of(cls, texts: Texts) -> LengthSteps:
-        """Of the lengths; a text that is not over at its cut is longer than all others."""
+        """Return the statistic of the lengths; a text that is cut counts as longer than others."""
         lengths = text_lengths(texts)
         return cls((lengths[:, None] <= np.unique(lengths)).astype(np.float64))
 
     def __call__(self, left: Numbers, right: Numbers) -> Numbers:
-        """See `Statistic`."""
+        """Return the statistic of each pair of samples; see `Statistic`."""
         largest: Numbers = np.abs(_shares(left) @ self.steps - _shares(right) @ self.steps).max(1)
         return largest
 
@@ -170,25 +173,28 @@ class Energy:
     """The energy distance, `2 E d(X, Y) - E d(X, X') - E d(Y, Y')`.
 
     Székely and Rizzo, "Energy statistics: A class of statistics based on distances" (2013). The
-    distance of two texts is the share of places where their tokens differ (Hamming), which is of
-    negative type, so the expectation is 0 for equal distributions alone.
+    distance of two texts is the share of positions at which their tokens differ (Hamming). With it,
+    the energy distance equals the mean over positions of the squared differences between the two
+    distributions of the token there, `mean_t sum_v (p_t(v) - q_t(v))^2`. It is never negative, and
+    is 0 exactly if the distributions are equal at every position. It does not compare how tokens at
+    different positions depend on each other.
 
     Attributes:
-        distances: of every two texts, `[texts, texts]`.
+        distances: distance of each pair of texts, `[texts, texts]`.
     """
 
     distances: Numbers
 
     @classmethod
     def of(cls, texts: Texts) -> Energy:
-        """Of the tokens of all places together."""
+        """Return the statistic of the tokens of all positions together."""
         places = texts.T[:, :, None] != texts.T[:, None, :]
         return cls(places.mean(0))
 
     def __call__(self, left: Numbers, right: Numbers) -> Numbers:
-        """See `Statistic`."""
+        """Return the statistic of each pair of samples; see `Statistic`."""
         difference = _shares(left) - _shares(right)
-        # Written out, the three expectations are this one form of the difference.
+        # The three expectations add up to this quadratic form of the difference.
         energy: Numbers = -((difference @ self.distances) * difference).sum(1)
         return energy
 
@@ -199,30 +205,30 @@ def _shares(counts: Numbers) -> Numbers:
 
 
 def text_lengths(texts: Texts) -> Texts:
-    """Tokens of each text, its end included; one more than all places where it goes on.
+    """Return the number of tokens of each text, `[texts]`, or `tokens + 1` if it is cut.
 
     Args:
-        texts: `[texts, tokens]`; a text that ends with its last place is not told from one that
-            goes on, so it counts as longer.
+        texts: token ids, `[texts, tokens]`. A text that ends exactly at its last position cannot be
+            distinguished from one that is cut, so it counts as cut.
     """
     lengths: Texts = (texts != END).sum(1)
     return np.where(lengths == texts.shape[1], lengths + 1, lengths)
 
 
 class Question(Protocol):
-    """What of two samples of texts is compared."""
+    """A property of texts in which two samples are compared."""
 
     @property
     def name(self) -> str:
-        """What reports call it."""
+        """Name of the question in reports."""
         ...
 
     def seen(self, texts: Texts) -> Texts:
-        """The part of each text that it looks at, `[texts, places]`."""
+        """Return the part of each text that is compared, `[texts, parts]`."""
         ...
 
     def statistic(self, texts: Texts) -> Statistic:
-        """Its statistic, given the texts of both sides together."""
+        """Return the statistic, given the pooled texts of both samples."""
         ...
 
 
@@ -234,50 +240,50 @@ class OfToken:
 
     @property
     def name(self) -> str:
-        """See `Question`."""
+        """Name of the question, counting positions from 1."""
         return f"token {self.position + 1}"
 
     def seen(self, texts: Texts) -> Texts:
-        """See `Question`."""
+        """Return the part of each text that is compared; see `Question`."""
         return texts[:, self.position, None]
 
     def statistic(self, texts: Texts) -> Statistic:
-        """See `Question`."""
+        """Return the statistic; see `Question`."""
         return TokenCells.at(texts, self.position)
 
 
 @dataclass(frozen=True)
 class OfLength:
-    """How long texts are, up to the cut."""
+    """The length of each text, up to the cut."""
 
     name: str = "length"
 
     def seen(self, texts: Texts) -> Texts:
-        """See `Question`."""
+        """Return the part of each text that is compared; see `Question`."""
         return text_lengths(texts)[:, None]
 
     def statistic(self, texts: Texts) -> Statistic:
-        """See `Question`."""
+        """Return the statistic; see `Question`."""
         return LengthSteps.of(texts)
 
 
 @dataclass(frozen=True)
 class OfWhole:
-    """All tokens up to the cut, together."""
+    """All tokens of each text together, up to the cut."""
 
     name: str = "whole text"
 
     def seen(self, texts: Texts) -> Texts:
-        """See `Question`."""
+        """Return the part of each text that is compared; see `Question`."""
         return texts
 
     def statistic(self, texts: Texts) -> Statistic:
-        """See `Question`."""
+        """Return the statistic; see `Question`."""
         return Energy.of(texts)
 
 
 def questions(positions: int) -> list[Question]:
-    """The tokens at the first positions, the length, and the whole text up to its cut."""
+    """Return the questions: the token at each of the first positions, length, and whole text."""
     return [*map(OfToken, range(positions)), OfLength(), OfWhole()]
 
 
@@ -287,21 +293,21 @@ def questions(positions: int) -> list[Question]:
 def p_values(
     sides: Sequence[tuple[Texts, Texts]], asked: Sequence[Question], shuffles: int, seed: int
 ) -> list[float]:
-    """The chance of statistics as large as these if both sides have one distribution.
+    """Return the p-value of each question, by permutation.
 
-    Statistics are summed over the prompts, and texts change sides within their prompt alone: what
-    a way of decoding does wrong with every prompt is found together. The test is exact: a p-value
-    of at most `x` has a chance of at most `x` (Phipson and Smyth, "Permutation p-values should
-    never be zero", 2010).
+    The statistics are summed over the prompts, so that a fault that affects every prompt is found
+    even if it is small in each. Texts are only exchanged between the two samples of their own
+    prompt. The test is exact: under the null hypothesis, a p-value of at most `x` has a probability
+    of at most `x` (Phipson and Smyth, "Permutation p-values should never be zero", 2010).
 
     Args:
         sides: for each prompt, the texts of both ways of decoding.
-        asked: what is compared.
-        shuffles: how often texts change sides.
-        seed: of the shuffles.
+        asked: the questions.
+        shuffles: number of random permutations.
+        seed: seed of the permutations.
 
     Returns:
-        One for each question.
+        A p-value for each question.
     """
     rng = np.random.default_rng(seed)
     observed, shuffled = np.zeros(len(asked)), np.zeros((len(asked), shuffles))
@@ -323,10 +329,11 @@ def _parts(count: int) -> Iterator[slice]:
 
 
 def holm(chances: Sequence[float]) -> list[float]:
-    """P-values corrected for their number; refusing those up to `LEVEL` errs so often in all.
+    """Return p-values corrected for multiple testing.
 
-    Holm, "A simple sequentially rejective multiple test procedure" (1979); valid however the tests
-    depend on each other.
+    If hypotheses with a corrected p-value of at most `LEVEL` are rejected, the probability of any
+    false rejection is at most `LEVEL`. Holm, "A simple sequentially rejective multiple test
+    procedure" (1979); valid for any dependence between the tests.
     """
     corrected = [0.0] * len(chances)
     least = 0.0
@@ -341,13 +348,13 @@ def holm(chances: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Noticed:
-    """The smallest shift that a test notices with a chance of `CHANCE`.
+    """The smallest shift that a test detects with probability `CHANCE`.
 
     Attributes:
-        share: of texts that a wrong way of decoding replaces by the greedy one; None where not
-            even all of them are enough.
-        total_variation: how far that moves the distribution which the test looks at, mean over the
-            prompts; None likewise.
+        share: share of texts that a faulty way of decoding replaces by the greedy text; None if
+            even replacing all of them is not detected.
+        total_variation: total variation distance by which that shifts the distribution that the
+            test compares, mean over the prompts; None likewise.
     """
 
     share: float | None
@@ -361,21 +368,22 @@ def noticed(
     level: float,
     seed: int,
 ) -> list[Noticed]:
-    """What each test would notice, by simulation.
+    """Return the smallest shift that each test would detect, found by simulation.
 
-    The wrong way of decoding is one whose distance is known exactly: a share of its texts are the
-    greedy one, the others are drawn rightly. Right texts are drawn from `plain` with replacement,
-    as many for each side; statistics count as noticed beyond what `level` of right runs reach.
+    The simulated faulty way of decoding replaces a share of its texts by the greedy text and draws
+    the others correctly, so its distance is known exactly. Correct texts are drawn from `plain`
+    with replacement, equally many for both samples. A shift counts as detected if the statistic
+    exceeds a critical value, which a share `level` of correct runs exceeds.
 
     Args:
         plain: texts drawn by plain decoding, for each prompt.
         greedy: the greedy text of each prompt, `[1, tokens]`.
-        asked: what is compared.
-        level: at which each test is refused.
-        seed: of the simulation.
+        asked: the questions.
+        level: significance level of each test.
+        seed: seed of the simulation.
 
     Returns:
-        One for each question.
+        The smallest shift for each question.
     """
     rng = np.random.default_rng(seed)
     found = []
@@ -389,7 +397,7 @@ def noticed(
 
 @dataclass(frozen=True)
 class _Runs:
-    """Simulated runs of one test, on texts of which a share is replaced by the greedy one."""
+    """Simulated runs of one test in which a share of the texts is replaced by the greedy text."""
 
     plain: Sequence[Texts]
     greedy: Sequence[Texts]
@@ -397,7 +405,11 @@ class _Runs:
     rng: np.random.Generator
 
     def least_share(self, bar: float) -> float | None:
-        """The share at which the statistic exceeds the bar with a chance of `CHANCE`."""
+        """Return the smallest share that is detected with probability `CHANCE`; None if none is.
+
+        Args:
+            bar: critical value of the statistic.
+        """
         if not self._exceeds(bar, 1.0):
             return None
         low, high = 0.0, 1.0
@@ -410,7 +422,7 @@ class _Runs:
         return bool((self.statistics(share, _DRAWS) > bar).mean() >= CHANCE)
 
     def statistics(self, share: float, runs: int) -> Numbers:
-        """The statistic of each run, summed over the prompts, `[runs]`."""
+        """Return the statistic of each simulated run, summed over the prompts, `[runs]`."""
         totals = np.zeros(runs)
         for plain, greedy in zip(self.plain, self.greedy, strict=True):
             texts = len(plain)
@@ -428,7 +440,10 @@ class _Runs:
 
     @property
     def distance(self) -> float:
-        """Total variation between right texts and the greedy one, in what the test looks at."""
+        """Total variation distance between correct texts and the greedy text, as the test sees it.
+
+        Mean over the prompts.
+        """
         same = [
             (self.question.seen(plain) == self.question.seen(greedy)).all(1).mean()
             for plain, greedy in zip(self.plain, self.greedy, strict=True)

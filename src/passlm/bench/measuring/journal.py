@@ -1,8 +1,9 @@
-"""What a run of `bench` keeps of itself as it goes, so that another process can go on with it.
+"""Store the results of a `bench` run as it progresses, so that a later process can resume it.
 
-`run.json` says what the run is, and is there before anything is measured. `prompts.jsonl` gets a
-line for each prompt that a method has decoded, with all that figures are made of. Turns come in an
-order that the seed alone decides, so what is kept is always the beginning of what is to be done.
+`run.json` describes the run and is written before anything is measured. `prompts.jsonl` gets a line
+for each prompt that a method has decoded, with everything from which statistics are computed. The
+order of the turns depends only on the seed, so the stored lines are always the first ones of the
+run.
 """
 
 from __future__ import annotations
@@ -25,23 +26,23 @@ from passlm.outputs import Stats
 from passlm.provenance import provenance, write_atomically
 
 _LOCK = ".lock"
-_OTHERWISE = "give the same, name another folder, or use --overwrite"
+
 
 _log = logging.getLogger(__name__)
 
 
 class JournalError(InputError):
-    """A folder cannot be written to, or a run in it not gone on with; one line."""
+    """A folder cannot be written to, or its run cannot be resumed; the message is one line."""
 
 
-# What a run is
+# The description of a run
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """What `run.json` says.
+    """Return the content of `run.json`.
 
     Raises:
-        JournalError: the folder has none, or one that is damaged.
+        JournalError: the file is missing or damaged.
     """
     path = folder / RUN
     try:
@@ -51,37 +52,40 @@ def read_run(folder: Path) -> dict[str, Any]:
         return dict(about)
     except FileNotFoundError:
         raise JournalError(
-            f"--out {folder} holds no run to go on with ({RUN} is missing): leave --resume out to "
-            "start one"
+            f"--out {folder} contains no run to resume ({RUN} is missing): leave out --resume to "
+            "start a new one"
         ) from None
     except (OSError, ValueError, KeyError, TypeError):
         raise JournalError(
-            f"cannot resume --out {folder}: {RUN} cannot be read as one of bench; name another "
+            f"cannot resume --out {folder}: {RUN} is not a valid file of bench; give another "
             "folder, or use --overwrite"
         ) from None
 
 
 def check_same(folder: Path, there: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Make sure that what is asked for now is what a run was begun with.
+    """Check that a run is resumed with the settings that it was started with.
 
     Args:
-        folder: of the run.
-        there: what `run.json` says it is.
-        now: the same of this process, or a part of it.
+        folder: the folder of the run.
+        there: the description of the run in `run.json`.
+        now: the description of the run in this process, or a part of it.
 
     Raises:
-        JournalError: something differs; all of it is named.
+        JournalError: the descriptions differ; the message lists all differences.
     """
     now = json.loads(json.dumps(now))
     other = [text for part in now for text in _differences(part, there.get(part), now[part])]
     if other:
-        raise JournalError(f"--out {folder} was begun otherwise: {'; '.join(other)}: {_OTHERWISE}")
+        raise JournalError(
+            f"--out {folder} was started with other settings: {'; '.join(other)}. "
+            "Give the same settings, another folder, or --overwrite"
+        )
 
 
 def _differences(part: str, there: Any, now: Any) -> Iterator[str]:
     if not isinstance(now, dict) or not isinstance(there, dict):
         if there != now:
-            yield f"{part} {_shown(there)} there, {_shown(now)} now"
+            yield f"{part} was {_shown(there)}, now {_shown(now)}"
         return
     for name in dict.fromkeys([*there, *now]):
         before, after = there.get(name), now.get(name)
@@ -90,19 +94,19 @@ def _differences(part: str, there: Any, now: Any) -> Iterator[str]:
         if part == "arguments":
             yield _flag(name, before, after)
         elif part == "prompts":
-            yield f"suite {name} had other prompts"
+            yield f"the prompts of suite {name} have changed"
         else:
             yield from _differences(f"{part} {name.replace('_', ' ')}", before, after)
 
 
 def _flag(name: str, there: Any, now: Any) -> str:
-    """One difference of arguments, in the words of the command line."""
+    """Return the description of a changed argument, with the name of its command-line flag."""
     flag = "--" + name.replace("_", "-")
     if isinstance(there, bool) and isinstance(now, bool):
         if name == "pack":
             flag, there = "--no-pack", not there
-        return f"{flag} {'there, not now' if there else 'now, not there'}"
-    return f"{flag} {_shown(there)} there, {_shown(now)} now"
+        return f"{flag} was {'given, now not given' if there else 'not given, now given'}"
+    return f"{flag} was {_shown(there)}, now {_shown(now)}"
 
 
 def _shown(value: Any) -> str:
@@ -113,11 +117,11 @@ def _shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-# What it has done
+# The results of a run
 
 
 def prompt_line(prompt: Prompt, sample: Sample) -> dict[str, Any]:
-    """One line of `prompts.jsonl`: what is read by people, and the whole record."""
+    """Return a line of `prompts.jsonl`: a readable summary, and the complete record."""
     record, stats = sample.record, sample.record.stats
     return {
         **_place(prompt, sample.prompt, sample.repeat),
@@ -141,7 +145,7 @@ def _place(prompt: Prompt, number: int, repeat: int) -> dict[str, Any]:
 
 
 def read_record(line: Mapping[str, Any]) -> Record:
-    """The record that a line was made of."""
+    """Return the record that is stored in a line of `prompts.jsonl`."""
     values = {part.name: _as_tuples(line["record"][part.name]) for part in fields(Record)}
     stats = line["record"]["stats"]
     return Record(**values | {"stats": None if stats is None else Stats(**stats)})
@@ -152,15 +156,15 @@ def _as_tuples(value: Any) -> Any:
 
 
 class Journal:
-    """The lines of a run: those of an earlier process are read, and the next ones written on.
+    """The lines of `prompts.jsonl`: reads those of an earlier process and appends new ones.
 
     Args:
-        folder: where they are; None keeps nothing.
-        kept: lines that are there, in the order of the turns.
-        ends: for each of them, how many bytes the file has up to its end.
+        folder: the folder of the run; None to store nothing.
+        kept: the stored lines, in the order of the turns.
+        ends: the offset in bytes of the end of each stored line.
 
     Attributes:
-        recalled: how many of them were asked for.
+        recalled: number of stored lines that `recall` has returned.
     """
 
     def __init__(
@@ -179,22 +183,23 @@ class Journal:
     def opened(
         cls, folder: Path | None, about: Mapping[str, Any], resume: bool = False
     ) -> Iterator[Self]:
-        """Begin a run, or go on with one; nobody else can, in the meantime.
+        """Start or resume a run, and lock its folder against other processes meanwhile.
 
         Args:
-            folder: made if missing; None keeps nothing.
-            about: what the run is.
-            resume: go on; else what another run left in the folder is dropped.
+            folder: the folder of the run, created if missing; None to store nothing.
+            about: the description of the run.
+            resume: whether to resume the run in the folder; if False, the files of an earlier run
+                are deleted.
 
         Raises:
-            JournalError: another process is at it, the run is of another kind or damaged, or the
-                folder cannot be written to.
+            JournalError: another process uses the folder, the run was started with other settings
+                or is damaged, or the folder cannot be written to.
         """
         if folder is None:
             yield cls(None)
             return
         with _locked(folder):
-            journal = cls._taken_up(folder, about) if resume else cls._begun(folder, about)
+            journal = cls._resumed(folder, about) if resume else cls._started(folder, about)
             try:
                 journal._file = (folder / PROMPTS).open("ab", buffering=0)
             except OSError as error:
@@ -203,7 +208,7 @@ class Journal:
                 yield journal
 
     @classmethod
-    def _begun(cls, folder: Path, about: Mapping[str, Any]) -> Self:
+    def _started(cls, folder: Path, about: Mapping[str, Any]) -> Self:
         try:
             for name in ALL:
                 (folder / name).unlink(missing_ok=True)
@@ -214,14 +219,14 @@ class Journal:
         return cls(folder)
 
     @classmethod
-    def _taken_up(cls, folder: Path, about: Mapping[str, Any]) -> Self:
+    def _resumed(cls, folder: Path, about: Mapping[str, Any]) -> Self:
         run = read_run(folder)
         check_same(folder, run["about"], about)
         now = provenance()
         run["resumed"].append({name: now[name] for name in ("time", "commit")})
         if now["commit"] != run["provenance"]["commit"]:
             _log.warning(
-                "the run was begun by commit %s, this is %s",
+                "the run was started by commit %s, this is commit %s",
                 *(run["provenance"]["commit"], now["commit"]),
             )
         try:
@@ -229,7 +234,7 @@ class Journal:
             write_atomically(folder / RUN, json.dumps(run, indent=1) + "\n")
             whole = content.rfind(b"\n") + 1
             if whole < len(content):
-                _log.info("dropped the torn last line of %s", folder / PROMPTS)
+                _log.info("dropped the incomplete last line of %s", folder / PROMPTS)
                 os.truncate(folder / PROMPTS, whole)
         except OSError as error:
             raise _unwritable(folder, error) from error
@@ -239,30 +244,34 @@ class Journal:
             try:
                 lines.append(json.loads(line))
             except ValueError:
-                raise _other_line(folder, number) from None
+                raise _wrong_line(folder, number) from None
             ends.append(end)
         return cls(folder, lines, ends)
 
     @property
     def kept(self) -> int:
-        """How many lines there are that were read."""
+        """Number of stored lines that were read from the file."""
         return len(self._kept)
 
     @property
     def origin(self) -> dict[str, Any]:
-        """Where the run comes from: its `provenance`, and when it was `resumed`."""
+        """The run's `provenance`, and the times and commits at which it was `resumed`."""
         if self.folder is None:
             return {"provenance": provenance(), "resumed": []}
         run = read_run(self.folder)
         return {name: run[name] for name in ("provenance", "resumed")}
 
     def recall(self, prompts: Sequence[Prompt], turn: Turn) -> list[Sample]:
-        """What the next turn gave, where it is kept; nothing where it is still to be taken.
+        """Return the stored samples of the next turn, or an empty list if the turn must be run.
 
-        A batch that is not kept whole is dropped.
+        The stored lines of an incomplete batch are deleted.
+
+        Args:
+            prompts: all prompts of the suite.
+            turn: the next turn.
 
         Raises:
-            JournalError: another turn is kept there.
+            JournalError: the stored lines do not belong to this turn.
         """
         begun, count = self.recalled, len(turn.numbers)
         lines = self._kept[begun : begun + count]
@@ -278,36 +287,40 @@ class Journal:
                     raise ValueError
                 samples.append(Sample(number, turn.method, read_record(line), turn.repeat))
             except (ValueError, KeyError, TypeError):
-                raise _other_line(self.folder, at + 1) from None
+                raise _wrong_line(self.folder, at + 1) from None
         self.recalled += count
         return samples
 
     def write(self, prompts: Sequence[Prompt], samples: Sequence[Sample]) -> None:
-        """Keep what a turn gave.
+        """Append the samples of a turn.
+
+        Args:
+            prompts: all prompts of the suite.
+            samples: the samples.
 
         Raises:
-            JournalError: it cannot be written, as on a full disk.
+            JournalError: they cannot be written, for example because the disk is full.
         """
         if self._file is None or self.folder is None:
             return
         lines = [json.dumps(prompt_line(prompts[one.prompt], one)) + "\n" for one in samples]
         left = "".join(lines).encode()
         try:
-            while left:  # an unbuffered file may take a part
+            while left:  # an unbuffered file may write only a part
                 left = left[self._file.write(left) :]
         except OSError as error:
             raise _unwritable(self.folder, error) from error
 
     def _drop(self, count: int) -> None:
-        """All behind so many lines."""
-        assert self.folder is not None, "without a folder nothing is kept"
+        """Delete all stored lines after the first `count`."""
+        assert self.folder is not None, "nothing is stored without a folder"
         os.truncate(self.folder / PROMPTS, self._ends[count - 1] if count else 0)
         del self._kept[count:], self._ends[count:]
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from the folder."""
+    """Lock the folder against other processes."""
     from filelock import FileLock, Timeout
 
     try:
@@ -316,29 +329,29 @@ def _locked(folder: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise JournalError(
-            f"--out {folder} is being written by another process: let it end, or name another "
-            "folder"
+            f"--out {folder} is being written by another process: wait until it ends, or give "
+            "another folder"
         ) from None
     except OSError as error:
         raise _unwritable(folder, error) from error
     try:
         yield
     finally:
-        with suppress(OSError):  # Windows removes no file that is open
+        with suppress(OSError):  # Windows cannot remove an open file
             (folder / _LOCK).unlink()
         lock.release()
 
 
 def _unwritable(folder: Path, error: OSError) -> JournalError:
     return JournalError(
-        f"cannot write to --out {folder}: {error.strerror}; mend that, then go on with --resume if "
-        f"{RUN} is there"
+        f"cannot write to --out {folder}: {error.strerror}; fix that, then continue with --resume "
+        f"if the folder contains {RUN}"
     )
 
 
-def _other_line(folder: Path | None, number: int) -> JournalError:
+def _wrong_line(folder: Path | None, number: int) -> JournalError:
     path = folder and folder / PROMPTS
     return JournalError(
-        f"{path}, line {number}: not what this run has there; remove it and what is behind it, or "
+        f"{path}, line {number}: does not belong to this run; delete it and all lines after it, or "
         "use --overwrite"
     )

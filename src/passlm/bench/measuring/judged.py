@@ -1,9 +1,10 @@
-"""Judged tokens against the model's own probabilities: what few samples show of a judge.
+"""Test a judge by comparing judged tokens with the target's probabilities.
 
-Given the text before it, a settled token should have the target's distribution, whatever was
-drafted. So the count of those that fall into a set chosen before differs from the sum of the set's
-probabilities by chance alone. That takes `p` as the pass gave it; whether that is plain decoding's
-is left to `distribution.py`.
+Given the tokens before it, a settled token should have the target's distribution, whatever was
+drafted. If a set of tokens is chosen beforehand for each position, the number of settled tokens in
+their sets differs from the sum of the sets' probabilities only by chance. This needs few samples.
+It takes the distribution `p` as the pass returned it; `distribution.py` tests whether the results
+agree with plain decoding.
 """
 
 from __future__ import annotations
@@ -21,19 +22,22 @@ from passlm.decoding.text import Row
 
 @dataclass
 class JudgedTokens:
-    """Counts judged tokens that fall where the draft is likelier than the target.
+    """Counts judged tokens to which the draft gives a higher probability than the target.
 
-    There a judge that favours drafts puts too many, and by no other set is the excess larger: for
-    one that accepts too often its mean is the total variation of the two distributions. Under the
-    coupled judge drafts share the noise of their place, and `q` is not kept: the set is then the
-    target's likeliest token. Where a draft head knows that noise and plans go by what it is sure
-    of, which places are judged follows from what they settle: such texts are not counted. Looks on
-    as a `Decoder`'s observer.
+    An observer of a `Decoder`. The set of a position consists of the tokens with `q > p`. A judge
+    that favours drafts settles too many tokens of this set, and no other set has a larger excess:
+    for a judge that always accepts, the mean excess is the total variation distance of the two
+    distributions.
+
+    With the coupled judge, drafts share the noise of their position and `q` is not kept, so the set
+    is the target's most likely token. If a draft head knows the noise and plans depend on its
+    confidence, the choice of the judged positions depends on the tokens that they settle. Such
+    sequences are not counted.
 
     Attributes:
-        count: of judged tokens.
-        excess: how many more fell into their sets than was to be expected.
-        variance: of that number, if the judge is right.
+        count: number of judged tokens.
+        excess: number of tokens in their sets minus the expected number.
+        variance: variance of `excess` if the judge is correct.
     """
 
     count: int = 0
@@ -41,7 +45,7 @@ class JudgedTokens:
     variance: float = 0.0
 
     def __call__(self, row: Row, logits: Tensor, settled: Sequence[int]) -> None:
-        """See `decode.Observer`."""
+        """Count the judged tokens of one pass; see `passlm.decoding.decoder.Observer`."""
         judged = min(len(settled), len(row.candidates))
         if not judged or row.follows_noise:
             return
@@ -54,24 +58,24 @@ class JudgedTokens:
             self.variance += chance * (1 - chance)
 
     def add(self, other: JudgedTokens) -> None:
-        """Count those of another run as well."""
+        """Add the counts of another run."""
         self.count += other.count
         self.excess += other.excess
         self.variance += other.variance
 
     @property
     def p_value(self) -> float:
-        """The chance of an excess or want as large; by the normal distribution, for many tokens."""
+        """Two-sided p-value of the excess; by the normal approximation, which needs many tokens."""
         if self.variance <= 0:
             return 1.0
         return math.erfc(abs(self.excess) / math.sqrt(2 * self.variance))
 
     def least_shift(self, level: float, chance: float) -> float | None:
-        """The mean excess of a token that would be noticed; None where none was judged.
+        """Return the smallest detectable mean excess per token; None if no token was judged.
 
         Args:
-            level: at which it is refused.
-            chance: of being refused.
+            level: significance level of the two-sided test.
+            chance: power, the probability of detection.
         """
         if not self.count:
             return None
@@ -81,16 +85,16 @@ class JudgedTokens:
 
 
 def _favoured(row: Row, p: Tensor, at: int) -> Tensor:
-    """The tokens that are likelier in the draft than in `p`, as far as may be known, `[V]` bool.
+    """Return the tokens that are more likely under the draft than under `p`, `[V]` bool.
 
-    It may depend on nothing that the noise of this place has made.
+    The set must not depend on anything that was made from the noise of this position.
     """
     chain, request = row.choice.chain, row.request
-    assert chain is not None, "judged are candidates"
+    assert chain is not None, "only candidates are judged"
     drawn = chain.source != "lookup" and request.draft == "sampled"
     if drawn and chain.q is not None:
         return chain.q[at].to(p) > p
-    # What is no draw was copied, or is the likeliest: its `q` is one-hot.
+    # A candidate that was not drawn was copied or is the most likely one, so its `q` is one-hot.
     single = int(p.argmax()) if drawn else row.candidates[at]
     favoured = torch.zeros_like(p, dtype=torch.bool)
     favoured[single] = True

@@ -1,11 +1,12 @@
-"""Methods side by side: which runs when, and the figures that are made of it.
+"""Run methods side by side in an interleaved order, and compute statistics of their runs.
 
-Methods are interleaved prompt by prompt, so that whatever slows the machine for a while slows all
-of them. How a method decodes is left to `bench/engines/methods.py`, keeping what it gave to
-`journal.py`, tables to `bench/reports/markdown.py`.
+Methods are interleaved prompt by prompt, so that a temporary slowdown of the machine affects all of
+them. `bench/engines/methods.py` provides the methods, `journal.py` stores their results, and
+`bench/reports/markdown.py` makes tables of them.
 
-No run is dropped, however slow. Speeds are sums of tokens over sums of seconds, and a first token's
-time is a median; runs at less than half of a method's median speed are counted, as `slow_runs`.
+No run is dropped, however slow. Throughput is the sum of tokens divided by the sum of seconds, and
+the time to first token is a median. Runs slower than half of a method's median throughput are
+counted as `slow_runs`.
 """
 
 from __future__ import annotations
@@ -29,24 +30,24 @@ from passlm.outputs import Stats
 from passlm.plan import Plan
 
 WARM_UP_TOKENS = 8
-SLOW = 2  # a run is slow where the method's median is more than so many times as fast
+SLOW = 2  # a run is slow if the method's median throughput is more than this many times its own
 
 
 Further = Callable[[Sequence[Sequence[int]]], tuple[int, ...] | None]
-"""Given the answers so far, the ids that ask the next turn of a chat; None when it is over."""
+"""Returns the prompt ids of a chat's next turn, given the answers so far; None if it is over."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt as every method meets it.
+    """One encoded prompt, the same for every method.
 
     Attributes:
-        suite: where it comes from.
-        name: what tells it apart there.
-        ids: what is decoded first.
-        further: turns of a chat behind it; None without.
-        category: the kind of question, where its source says one.
-        cut: to how many tokens its text was cut; None where it is whole.
+        suite: name of its suite.
+        name: a name that is unique within the suite.
+        ids: its token ids; of a chat, those of the first turn.
+        further: returns the later turns of a chat; None if there are none.
+        category: the kind of question, or None if the source names none.
+        cut: number of tokens that the prompt was cut to; None if it is whole.
     """
 
     suite: str
@@ -59,7 +60,14 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Sample:
-    """What one method did with the prompt of that number, the first time or again."""
+    """The record of one method on one prompt.
+
+    Attributes:
+        prompt: index of the prompt in its suite.
+        method: the method.
+        record: the result.
+        repeat: index of the repeat, from 0.
+    """
 
     prompt: int
     method: Method
@@ -69,11 +77,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class FirstRun:
-    """What a method's first run took, all that only a first one has to do included.
+    """Times of a method's first run, including all one-time work.
 
     Attributes:
-        seconds: until its last token.
-        first_token_seconds: until its first one; None where that cannot be told.
+        seconds: time to the last token.
+        first_token_seconds: time to first token; None if unknown.
     """
 
     seconds: float
@@ -86,15 +94,20 @@ def warm_up(
     max_new_tokens: int,
     all_prompts: Sequence[Prompt] | None = None,
 ) -> list[FirstRun]:
-    """Run every method once, not counted: first passes pay for things later ones find done.
+    """Run every method once before the timed runs, so that these do not include one-time work.
 
-    What one method had compiled or measured, those behind it find done.
+    One-time work, such as compiling passes or measuring costs, is shared: it counts for the first
+    method that needs it, and not for later ones.
 
     Args:
-        prompts: the first of them are run.
-        methods: all of them.
-        max_new_tokens: of the runs to come.
-        all_prompts: of the runs to come, where there are more.
+        prompts: the prompts, of which as many are run as each method's batch needs.
+        methods: all methods.
+        max_new_tokens: maximum number of new tokens per sequence in the timed runs.
+        all_prompts: all prompts of the timed runs, if `prompts` are only some of them; their
+            lengths are those that costs are measured for.
+
+    Returns:
+        The times of each method, in order.
     """
     longest = min(WARM_UP_TOKENS, max_new_tokens)
     lengths = {len(prompt.ids) for prompt in all_prompts or prompts}
@@ -113,13 +126,13 @@ def warm_up(
 
 @dataclass(frozen=True)
 class Turn:
-    """What a method does in one go: as many prompts of a suite, by number, as it decodes at once.
+    """One batch of prompts for one method.
 
     Attributes:
-        numbers: of the prompts.
-        method: whose turn it is.
-        repeat: which run of these prompts it is.
-        seeds: of each prompt's draws.
+        numbers: indices of the prompts in their suite; as many as the method's batch size.
+        method: the method.
+        repeat: index of the repeat, from 0.
+        seeds: the seed of each prompt.
     """
 
     numbers: tuple[int, ...]
@@ -128,7 +141,15 @@ class Turn:
     seeds: tuple[int, ...]
 
     def run(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Sample]:
-        """Decode the prompts of that number; chats of several turns by themselves."""
+        """Decode the prompts of this batch.
+
+        A prompt on its own is run with all the turns of its chat. In a larger batch, only first
+        turns are run.
+
+        Args:
+            prompts: all prompts of the suite.
+            max_new_tokens: maximum number of new tokens per sequence and turn.
+        """
         own = [prompts[number] for number in self.numbers]
         if len(own) == 1:
             records = [converse(own[0], self.method, self.seeds[0], max_new_tokens)]
@@ -141,17 +162,19 @@ class Turn:
 def interleave(
     prompts: Sequence[Prompt], methods: Sequence[Method], seed: int, repeats: int = 1
 ) -> Iterator[Turn]:
-    """Every method on the first prompt, in random order, that again, then on the next.
+    """Yield the turns of all methods on all prompts, interleaved.
 
-    Methods that decode several prompts at once take their turn at the last of them. Prompts that
-    are cut alike make batches in their order; what is left behind the last whole one is left out.
+    All methods run on the first prompt, in random order, once for each repeat; then on the next
+    prompt. A method with a larger batch size runs when the last prompt of its batch is reached.
+    Batches are made of consecutive prompts that are cut to the same length. Prompts that do not
+    fill the last batch are left out.
 
     Args:
-        prompts: of one suite.
-        methods: what to run on each.
-        seed: of the order; of the draws as well, with the prompt's number added, so that methods
-            share the noise of a prompt and prompts do not.
-        repeats: how often each prompt is run; sampled texts differ then.
+        prompts: the prompts of one suite.
+        methods: the methods to run on each prompt.
+        seed: seed of the order. The seed of a prompt is this seed plus the prompt's index, so all
+            methods share the noise of a prompt, and different prompts have different noise.
+        repeats: number of times that each prompt is run; each repeat has a seed of its own.
     """
     order = random.Random(seed)
     met: dict[int | None, list[int]] = {}
@@ -167,7 +190,7 @@ def interleave(
 
 
 def converse(prompt: Prompt, method: Method, seed: int, max_new_tokens: int) -> Record:
-    """What a method makes of a prompt, of each turn where it is a chat of several."""
+    """Decode a prompt with a method, including all later turns if it is a chat."""
     record = method(prompt.ids, seed, max_new_tokens)
     while prompt.further is not None and (asked := prompt.further(record.answers)) is not None:
         record = record.then(asked, method(asked, seed, max_new_tokens))
@@ -181,18 +204,19 @@ def summarize(
     target: Target,
     seed: int,
 ) -> list[dict[str, Any]]:
-    """The entries of `results.json` for one suite, one for each method, in order.
+    """Return the entries of `results.json` for one suite, one for each method, in order.
 
-    Runs the target again at first differences from plain decoding, so nothing may be timed beside.
+    This runs the target again wherever a method's tokens first differ from plain decoding's, so
+    nothing may be timed at the same time.
 
     Args:
-        prompts: of one suite, cut alike; run by every method, equally often, but for those that
-            fill no batch.
-        samples: what the turns of `interleave` gave.
-        methods: among them plain decoding at every temperature and batch size. One that no batch
-            could be made for has no entry.
-        target: the model.
-        seed: of the bootstrap.
+        prompts: prompts of one suite that are cut to the same length. Every method has run each of
+            them equally often, except those that do not fill a batch.
+        samples: the results of the turns of `interleave`.
+        methods: the methods, including plain decoding at every temperature and batch size. A
+            method for which there are too few prompts to make a batch has no entry.
+        target: the target model.
+        seed: seed of the bootstrap.
     """
     records: dict[int, list[Record]] = {id(method): [] for method in methods}
     for sample in sorted(samples, key=lambda sample: (sample.prompt, sample.repeat)):
@@ -224,12 +248,12 @@ def summarize(
 
 
 def _conditions(method: Method) -> tuple[float, int]:
-    """What a method and the plain decoding that it is held against have in common."""
+    """Return the temperature and batch size, which a method shares with its baseline."""
     return method.sampling.temperature, method.batch_size
 
 
 def identity(method: Method) -> dict[str, Any]:
-    """What tells a method's entries from those of others."""
+    """Return the fields of `results.json` that identify a method and its settings."""
     ours = method.plan is not None
     return {
         "method": method.name,
@@ -244,7 +268,7 @@ def identity(method: Method) -> dict[str, Any]:
 
 
 def _counts(records: Sequence[Record], repeats: int) -> dict[str, Any]:
-    """Sums over the prompts; what only our methods count is null for others."""
+    """Return sums over the prompts; counts that only passlm's own methods have may be None."""
     seconds = sum(record.seconds for record in records)
     tokens = sum(len(record.tokens) for record in records)
     parts = [record.stats for record in records if record.stats is not None]
@@ -268,22 +292,22 @@ def _counts(records: Sequence[Record], repeats: int) -> dict[str, Any]:
 
 
 Grid = tuple[int, int, int]
-"""How a method's runs lie: batches, prompts of each, repeats; the first is left open, as -1."""
+"""Shape of a method's runs: batches (-1, to be inferred), prompts per batch, repeats."""
 
 
 def _totals(
     records: Sequence[Record], grid: Grid
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """New tokens and seconds of each batch and repeat, `[batches, repeats]`."""
+    """Return new tokens and seconds of each batch and repeat, `[batches, repeats]` each."""
     tokens = np.array([len(record.tokens) for record in records]).reshape(grid).sum(1)
     return tokens, np.array([record.seconds for record in records]).reshape(grid).sum(1)
 
 
 def _spread(records: Sequence[Record], grid: Grid) -> dict[str, Any]:
-    """How the speeds of single runs lie, each of one batch.
+    """Return the spread of throughput over single runs, each of which is one batch.
 
-    `speed_spread`: their coefficients of variation between prompts or batches of them, and between
-    repeats of one (mean). `slow_runs`: how many are far below their median.
+    `speed_spread` holds the coefficient of variation between batches, and the mean of that between
+    the repeats of a batch. `slow_runs` is the number of runs far below the median; see `SLOW`.
     """
     tokens, seconds = _totals(records, grid)
     rates = tokens / seconds
@@ -304,14 +328,18 @@ def _median(seconds: Sequence[float | None]) -> float | None:
 
 
 def _rows_per_token(records: Sequence[Record]) -> float | None:
-    """What speed is paid with: rows computed for each new token."""
+    """Return the number of rows computed per new token, the computational price of the speed."""
     rows = [record.rows for record in records if record.rows is not None]
     tokens = sum(len(record.tokens) for record in records)
     return sum(rows) / tokens if tokens and len(rows) == len(records) else None
 
 
 def _by_position(stats: Stats | None) -> dict[str, Any]:
-    """Acceptance by position: of all passes with candidates, and of those that got so far."""
+    """Return acceptance rates by position.
+
+    `accepted_by_position` is relative to all passes with candidates. The other two give the number
+    of passes that judged a candidate at the position, and the rate relative to these.
+    """
     if stats is None:
         names = ("accepted_by_position", "judged_by_position", "accepted_of_judged_by_position")
         return dict.fromkeys(names)
@@ -326,7 +354,7 @@ def _by_position(stats: Stats | None) -> dict[str, Any]:
 
 
 def _outside_forward(records: Sequence[Record], stats: Stats | None) -> float | None:
-    """Share of the decoding time, prefill not counted, spent outside the target's forward."""
+    """Return the share of decoding time, without prefill, spent outside the target's forward."""
     forward = [record.forward_seconds for record in records if record.forward_seconds is not None]
     if stats is None or len(forward) < len(records) or not stats.decode_seconds:
         return None
@@ -337,7 +365,7 @@ def _speed(
     records: Sequence[Record], baseline: Sequence[Record], grid: Grid, seed: int
 ) -> dict[str, Any]:
     pairs = zip(_totals(records, grid), _totals(baseline, grid), strict=True)
-    # What the repeats of a batch have in common is no evidence twice.
+    # Repeats of a batch are not independent observations, so they are summed before resampling.
     tokens, seconds = (np.stack(pair).sum(2) for pair in pairs)
     return {
         "speedup_vs_ar": float(_ratio(tokens.sum(1), seconds.sum(1))),
@@ -351,13 +379,16 @@ def _categories(
     baseline: Sequence[Record],
     grid: Grid,
 ) -> list[dict[str, Any]] | None:
-    """The figures by kind of question; none without kinds, None where batches mix them.
+    """Return statistics by kind of question.
+
+    The list is empty if no prompt has a category. It is None if the batch size is above 1, because
+    batches mix categories.
 
     Args:
-        prompts: of each record, so one that is run again comes again.
-        records: of the method.
-        baseline: of plain decoding, on the same prompts.
-        grid: how they lie.
+        prompts: the prompt of each record; a prompt appears once for each repeat.
+        records: the records of the method.
+        baseline: the records of plain decoding on the same prompts.
+        grid: the shape of the runs.
     """
     if all(prompt.category is None for prompt in prompts):
         return []
@@ -366,8 +397,8 @@ def _categories(
         return None
     found = []
     for category in dict.fromkeys(prompt.category for prompt in prompts):
-        of_it = [at for at, prompt in enumerate(prompts) if prompt.category == category]
-        own, plain = ([run[at] for at in of_it] for run in (records, baseline))
+        members = [at for at, prompt in enumerate(prompts) if prompt.category == category]
+        own, plain = ([run[at] for at in members] for run in (records, baseline))
         rate, base = (
             sum(len(record.tokens) for record in run) / sum(record.seconds for record in run)
             for run in (own, plain)
@@ -376,7 +407,7 @@ def _categories(
         found.append(
             {
                 "category": category,
-                "prompts": len(of_it) // repeats,
+                "prompts": len(members) // repeats,
                 "tokens_per_second": rate,
                 "speedup_vs_ar": rate / base,
                 "accepted_length": Stats.total(parts).accepted_length if parts else None,
@@ -394,18 +425,19 @@ def _ratio(tokens: np.ndarray[Any, Any], seconds: np.ndarray[Any, Any]) -> np.nd
 def speedup_interval(
     tokens: np.ndarray[Any, Any], seconds: np.ndarray[Any, Any], seed: int
 ) -> list[float] | None:
-    """Where the speed-up lies with 95 % confidence: paired bootstrap over prompts (`intervals.py`).
+    """Return a 95 % confidence interval of the speed-up: paired bootstrap over prompts.
 
-    A method and the baseline are always drawn on the same prompts.
+    Each resample has the same prompts for the method and for the baseline. See `intervals.py`.
 
     Args:
-        tokens: new tokens of the method and of the baseline on each prompt, or batch of them,
+        tokens: new tokens of the method and of the baseline on each prompt or batch,
             `[2, prompts]`.
-        seconds: the time they took, `[2, prompts]`.
-        seed: of the draws.
+        seconds: the time that these took, `[2, prompts]`.
+        seed: seed of the bootstrap.
 
     Returns:
-        Low and high end; None with fewer than two prompts, which say nothing of the spread.
+        Lower and upper end; None with fewer than two prompts, from which no spread can be
+        estimated.
     """
 
     def speedups(drawn: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -418,11 +450,12 @@ def speedup_interval(
 def _agreement(
     compared: Iterable[tuple[Prompt, Record, Record]] | None, target: Target
 ) -> dict[str, Any]:
-    """How many texts equal plain decoding's; null where another text is no fault.
+    """Return the share of prompts with the same tokens as plain decoding, and the differences.
 
     Args:
-        compared: each prompt, what the method made of it, and what plain decoding did.
-        target: the model.
+        compared: prompt, record of the method and record of plain decoding; None if the method is
+            allowed to differ. Then both results are None.
+        target: the target model.
     """
     if compared is None:
         return {"identical_to_ar": None, "differences": None}
@@ -436,7 +469,10 @@ def _agreement(
 
 
 def _difference(prompt: Prompt, record: Record, plain: Record, target: Target) -> dict[str, Any]:
-    """The first token that differs, in the first turn that does: up to there all is one text."""
+    """Return the first difference, which is in the first turn that differs.
+
+    Up to there, the conversation is the same for both methods.
+    """
     asked = [prompt.ids, *(ids for ids, _ in plain.turns)]
     answers = zip(asked, record.answers, plain.answers, strict=False)
     turn, (ids, tokens, expected) = next(
@@ -456,10 +492,15 @@ def _difference(prompt: Prompt, record: Record, plain: Record, target: Target) -
 
 @torch.inference_mode()
 def margin(target: Target, text: Sequence[int]) -> float:
-    """How far the best logit of the next token lies above the second.
+    """Return the difference between the two largest logits of the next token.
 
-    Measured with a pass of a single row in the target's own type, before any processor: a margin
-    near 0 is a tie that rounding decides, a large one is a fault.
+    Measured with a pass of a single row in the target's data type, before any processor. If two
+    methods differ at a margin near 0, rounding has decided a tie; at a large margin, one of them is
+    wrong.
+
+    Args:
+        target: the target model.
+        text: token ids before the next token.
     """
     cache = target.prefill(text[:-1])
     logits = target.run(cache, [PassRow([text[-1]], Plan(0, (0,)))], None).logits

@@ -1,13 +1,14 @@
-"""How predictable the tokens were that drafting hit, missed, or left to the target.
+"""Measure how predictable accepted, refused and drawn tokens were for the target.
 
-The claim this checks: drafting finds the easy tokens. What was accepted should be likelier under
-the target, at places of lower entropy, than what the target drew itself, and than candidates it
-refused; rows that were trained should be accepted at harder places than `fixed-token`'s.
+This tests the claim that drafting finds the easy tokens. If it holds, accepted tokens have a higher
+probability under the target, and a lower entropy at their position, than refused candidates and
+than tokens that the target drew itself. Trained look-ahead rows should also be accepted at harder
+positions than those of `fixed-token`.
 
-The distribution is the target's after all that was asked for, temperature and processors, so the
-one that judged. At temperature 0 that is one-hot and says nothing: there it is the one whose best
-token is taken, at temperature 1, which without penalties is the model's own. It is looked at in
-runs of their own, which are not timed.
+The distribution is the target's after temperature and all processors, which is the one that judged
+the candidates. At temperature 0 that distribution is one-hot and carries no information. There the
+distribution at temperature 1 is used, whose most likely token is taken; without penalties it is the
+model's own. The measurement runs separately from the timed runs.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ from passlm.decoding.stopping import cut_block
 from passlm.decoding.text import Row
 from passlm.plan import SOURCES
 
-PROMPTS = 16  # of a suite that each method is watched on
+PROMPTS = 16  # maximum number of prompts of a suite
 KINDS = ("accepted", "refused", "drawn")
 
 
 @dataclass
 class _Tally:
-    """Sums over tokens of one kind."""
+    """Sums over the tokens of one kind."""
 
     count: int = 0
     excluded: int = 0
@@ -62,14 +63,17 @@ class _Tally:
 
 
 class Watch:
-    """An observer of a `Decoder`, which adds up what it sees."""
+    """An observer of a `Decoder` that sums log-probability and entropy by kind of token."""
 
     def __init__(self) -> None:
         self._kinds = {kind: _Tally() for kind in KINDS}
         self._sources = {pair: _Tally() for pair in product(SOURCES, KINDS[:2])}
 
     def __call__(self, row: Row, logits: Tensor, settled: Sequence[int]) -> None:
-        """See `Observer`; what lies behind the end of the text is not looked at."""
+        """Count the tokens of one pass; tokens after the end of the sequence are ignored.
+
+        See `Observer`.
+        """
         candidates, accepted = row.candidates, len(settled) - 1
         kept, _ = cut_block(settled, row.request.eos, row.room, row.full)
         distribution = TokenDistribution(row.request.distribution.processors, greedy=False)
@@ -87,7 +91,7 @@ class Watch:
                 self._sources[row.choice.chain.source, kind].add(*found)
 
     def means(self) -> dict[str, Any]:
-        """For each kind and, for candidates, each source: tokens, log-probability, entropy."""
+        """Return count, mean log-probability and mean entropy by kind, and by candidate source."""
         sources = {
             source: {kind: self._sources[source, kind].means() for kind in KINDS[:2]}
             for source in SOURCES
@@ -99,26 +103,31 @@ class Watch:
 def predictability(
     method: Method, prompts: Sequence[Sequence[int]], seeds: Sequence[int], max_new_tokens: int
 ) -> dict[str, Any] | None:
-    """Run a method once more and look on; means in nats, by the target's own distribution.
+    """Run a method again and measure the predictability of its tokens under the target.
 
     Args:
-        method: what to watch.
-        prompts: of one suite, the first turn of each; at most `PROMPTS` are run.
-        seeds: of each, those of the timed run, so that the texts are the same.
-        max_new_tokens: of each text.
+        method: the method.
+        prompts: the prompts of one suite, with only the first turn of chats; at most `PROMPTS` are
+            run.
+        seeds: the seed of each prompt in the timed run, so that the tokens are the same.
+        max_new_tokens: maximum number of new tokens per sequence.
 
     Returns:
-        `prompts`, how many were run; for tokens `accepted`, `refused` (the first of a pass) and
-        `drawn` their `count`, mean `logprob` and `entropy`, and how many were `excluded`: those
-        have no chance at all after top-k and the like, no logarithm, and are not in that mean;
-        `by_source` the same for candidates of each origin. None for methods that are not ours.
+        None for methods other than passlm's own. Otherwise a dictionary of:
+
+        - `prompts`: the number of prompts that were run.
+        - `accepted`, `refused` (only the first of each pass) and `drawn`: for the tokens of that
+          kind, their `count`, mean `logprob` and mean `entropy` in nats, and the number `excluded`.
+          Excluded tokens have probability 0 after top-k and similar processors; they have no
+          logarithm and are not part of the mean `logprob`.
+        - `by_source`: the same for accepted and refused candidates, by the candidates' source.
     """
     decode = method.decode
     if not isinstance(decode, PlanDecoding):
         return None
-    watch, taken = Watch(), prompts[:PROMPTS]
-    for start in range(0, len(taken), method.batch_size):
-        together = taken[start : start + method.batch_size]
+    watch, chosen = Watch(), prompts[:PROMPTS]
+    for start in range(0, len(chosen), method.batch_size):
+        together = chosen[start : start + method.batch_size]
         plans = decode.plans(len(together), max(map(len, together)) + max_new_tokens // 2)
         decoder = Decoder(decode.target, decode.look_ahead, watch)
         for prompt, seed in zip(together, seeds[start:], strict=False):
@@ -128,4 +137,4 @@ def predictability(
             )
         while decoder.rows:
             decoder.step()
-    return {"prompts": len(taken), **watch.means()}
+    return {"prompts": len(chosen), **watch.means()}

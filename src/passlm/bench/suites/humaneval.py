@@ -100,7 +100,7 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Whether the check ran to its end."""
+        """True if the check ran to its end."""
         return self.kind == "passed"
 
 
