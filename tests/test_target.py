@@ -316,7 +316,7 @@ def test_a_model_without_a_head_is_refused() -> None:
     """Catches hidden states that are taken for logits."""
     with torch.device("meta"):
         model = AutoModel.from_config(ARCHITECTURES["llama"].config())
-    with pytest.raises(UnsupportedModelError, match=r"LlamaModel.*no causal language model"):
+    with pytest.raises(UnsupportedModelError, match=r"LlamaModel.*not a causal language model"):
         Target(model)
 
 

@@ -1,11 +1,11 @@
-"""A key-value cache in which every row of the batch has its own length.
+"""A KV cache in which every batch row has its own length.
 
-A pass writes its rows after each batch row's length. Settling rows adds to the length; slots after
-it are overwritten by the next pass. Capacity grows in blocks. Masks, which hide the slots that a
-row may not see, are left to `pass_inputs.py`.
+A pass writes its rows after the settled ones of each batch row. Settling rows adds to the length;
+the next pass overwrites the rest. Capacity grows in blocks of slots. Masks, which hide the slots
+that a row may not see, are left to `pass_inputs.py`.
 
-All layers share one block of memory. Many smaller blocks of sequences that come and go would
-fragment it. Batch rows that leave make room for those that join.
+All layers and batch rows share one block of memory: with a block for each, sequences that come and
+go would fragment it. Memory of batch rows that leave is used again for those that join.
 """
 
 from __future__ import annotations
@@ -22,23 +22,31 @@ BLOCK = 128  # slots by which capacity grows: one copy every 128 tokens, little 
 
 
 class RowLayer(StaticLayer):  # type: ignore[no-untyped-call]  # its base's hook
-    """Keys and values of one layer, `[B, heads, capacity, d_head]`."""
+    """Keys and values of one layer, `[B, heads, capacity, d_head]`.
+
+    Args:
+        cache: the cache that the layer belongs to.
+
+    Attributes:
+        stored: keys and values with memory for further batch rows,
+            `[held, heads, capacity, d_head]`; None before the first pass.
+    """
 
     def __init__(self, cache: RowCache) -> None:
         super().__init__(max_cache_len=0)
         # A weak reference, so that memory is freed as soon as the cache is dropped.
         self._cache = weakref.ref(cache)
-        self.stored: tuple[Tensor, Tensor] | None = None  # of all `held` rows
+        self.stored: tuple[Tensor, Tensor] | None = None
 
     @property
     def cache(self) -> RowCache:
         """The cache that the layer belongs to."""
         cache = self._cache()
-        assert cache is not None, "a layer is used as a part of its cache"
+        assert cache is not None, "the layer's cache was freed"
         return cache
 
     def hold(self, keys: Tensor, values: Tensor) -> None:
-        """Store keys and values in these tensors, `[held, heads, capacity, d_head]`."""
+        """Use these tensors as memory for keys and values, `[held, heads, capacity, d_head]`."""
         self.stored = keys, values
         self.show()
 
@@ -52,11 +60,15 @@ class RowLayer(StaticLayer):  # type: ignore[no-untyped-call]  # its base's hook
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Write a pass's keys and values `[B, heads, Q, d_head]`; return all filled slots."""
+        """Write a pass's keys and values, `[B, heads, Q, d_head]`, and return those to attend to.
+
+        Returns:
+            Keys and values of all slots in use, `[B, heads, filled, d_head]`.
+        """
         if self.stored is None:
             self.hold(self._empty(key_states), self._empty(value_states))
-        assert self.keys is not None, "just made"
-        assert self.values is not None, "just made"
+        assert self.keys is not None, "allocated above"
+        assert self.values is not None, "allocated above"
         self._write(self.keys, key_states)
         self._write(self.values, value_states)
         filled = self.cache.filled
@@ -64,7 +76,7 @@ class RowLayer(StaticLayer):  # type: ignore[no-untyped-call]  # its base's hook
 
     def _empty(self, states: Tensor) -> Tensor:
         _, heads, _, d_head = states.shape
-        # Zeros, not garbage: a masked slot has weight 0, and 0 times a NaN would be a NaN.
+        # Zeros, not uninitialized memory: a masked slot has weight 0, but 0 times NaN is NaN.
         return states.new_zeros(self.cache.held, heads, self.cache.capacity, d_head)
 
     def _write(self, stored: Tensor, states: Tensor) -> None:
@@ -84,13 +96,19 @@ class RowLayer(StaticLayer):  # type: ignore[no-untyped-call]  # its base's hook
         return self.cache.capacity
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the number of keys that a pass reads, and the first one's slot."""
+        """Return the number of slots that a pass reads, and the first of them."""
         return self.cache.filled, 0
 
 
 @dataclass(frozen=True)
 class _Shape:
-    """Sizes of a layer, and a tensor of its type and device."""
+    """Sizes of a layer.
+
+    Attributes:
+        heads: number of key and value heads.
+        d_head: size of a head.
+        like: a tensor of the layer's type and device.
+    """
 
     heads: int
     d_head: int
@@ -99,14 +117,20 @@ class _Shape:
 
 @dataclass(frozen=True)
 class _Part:
-    """Some batch rows of a cache, up to a number of slots."""
+    """Some batch rows of a cache, to be copied.
+
+    Attributes:
+        cache: the cache.
+        rows: indices of the batch rows.
+        slots: number of slots of each, from the first on.
+    """
 
     cache: RowCache
     rows: Sequence[int]
     slots: int
 
     def runs(self) -> Iterator[tuple[int, slice]]:
-        """Yield consecutive rows: the place of the first in `rows`, and a slice of the cache."""
+        """Yield runs of consecutive batch rows: index of the first in `rows`, and their slice."""
         start = 0
         for at in range(1, 1 + len(self.rows)):
             if at == len(self.rows) or self.rows[at] != self.rows[at - 1] + 1:
@@ -117,13 +141,18 @@ class _Part:
 class RowCache(Cache):
     """KV cache of a batch whose rows advance independently.
 
+    Args:
+        layers: number of layers.
+        batch: number of batch rows.
+
     Attributes:
-        lengths: settled tokens of each batch row; slots from there on are free.
+        lengths: number of settled tokens of each batch row; slots from there on are free.
         held: number of batch rows that memory is allocated for.
         capacity: number of slots allocated for each batch row.
-        filled: number of slots in use by the current pass.
-        write_slots: first slot that the current pass writes and None, or 0 and the slots of each
-            batch row, `[B, Q]`.
+        filled: number of slots in use in the current pass, its own rows included.
+        write_slots: where the current pass writes: the first slot and None if it is the same for
+            all batch rows; 0 and the slots of each batch row, `[B, Q]`, otherwise.
+        row_layers: the layers.
     """
 
     def __init__(self, layers: int, batch: int = 1) -> None:
@@ -149,7 +178,7 @@ class RowCache(Cache):
 
     @property
     def written(self) -> bool:
-        """Whether any layer holds keys and values."""
+        """Whether memory for keys and values was allocated in any layer."""
         return any(layer.stored is not None for layer in self.row_layers)
 
     @property
@@ -165,7 +194,9 @@ class RowCache(Cache):
     def slots(
         self, sizes: Sequence[tuple[int, int]], dtype: torch.dtype
     ) -> list[tuple[Tensor, Tensor]]:
-        """Return keys and values of every layer, `[B, heads, capacity, d_head]`, to be written to.
+        """Return the keys and values of every layer, `[B, heads, capacity, d_head]`.
+
+        These are the cache's own memory, which compiled passes write to.
 
         Args:
             sizes: heads and `d_head` of each layer.
@@ -175,15 +206,15 @@ class RowCache(Cache):
             none = torch.empty(0, dtype=dtype)
             shapes = [_Shape(heads, d_head, none) for heads, d_head in sizes]
             self._reallocate(self.capacity, [self._all()], shapes=shapes)
-        shown = []
+        layers = []
         for layer in self.row_layers:
-            assert layer.keys is not None, "just made"
-            assert layer.values is not None, "just made"
-            shown.append((layer.keys, layer.values))
-        return shown
+            assert layer.keys is not None, "allocated above"
+            assert layer.values is not None, "allocated above"
+            layers.append((layer.keys, layer.values))
+        return layers
 
     def settle(self, row: int, count: int) -> None:
-        """Keep the first `count` rows that the last pass wrote for a batch row."""
+        """Keep the first `count` slots that the last pass wrote for a batch row."""
         self.lengths[row] += count
 
     def append(self, other: RowCache) -> None:
@@ -191,8 +222,8 @@ class RowCache(Cache):
         before, count = len(self.lengths), len(self.lengths) + len(other.lengths)
         joining = other._all()
         capacity = max(self.capacity, _blocks(joining.slots))
-        if count > self.held or capacity > self.capacity or not self._alike(other):
-            held = max(count, self.held, 2 * before)  # few copies while a batch grows
+        if count > self.held or capacity > self.capacity or not self._has_layers_of(other):
+            held = max(count, self.held, 2 * before)  # doubled: few copies while a batch grows
             parts = [self._all(), joining]
             self._reallocate(capacity, parts, held, [*self.lengths, *other.lengths])
             return
@@ -204,36 +235,39 @@ class RowCache(Cache):
             mine.show()
 
     def copied(self, row: int, count: int) -> RowCache:
-        """Return the first `count` settled slots of one batch row as a new cache.
+        """Return a new cache with a copy of the first `count` settled slots of a batch row.
 
-        The new cache has no free slots, so that keeping a short prefix takes little memory.
+        It has no free slots, so that keeping a short prefix takes little memory.
         """
         copy = RowCache(len(self.row_layers))
         copy._reallocate(count, [_Part(self, [row], count)], lengths=[count])
         return copy
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Keep only these batch rows, in this order, and free the blocks that none fills."""
-        kept = [self.lengths[row] for row in rows]
-        part = _Part(self, list(rows), max(kept, default=0))
-        moves_down = all(place <= row for place, row in enumerate(rows))
-        if not moves_down or 2 * _blocks(part.slots) <= self.capacity:
-            self._reallocate(_blocks(part.slots), [part], len(rows), kept)
+        """Keep only these batch rows, in this order; free memory if half of it is no longer needed.
+
+        Args:
+            rows: indices of the batch rows to keep.
+        """
+        lengths = [self.lengths[row] for row in rows]
+        part = _Part(self, list(rows), max(lengths, default=0))
+        in_place = all(place <= row for place, row in enumerate(rows))
+        if not in_place or 2 * _blocks(part.slots) <= self.capacity:
+            self._reallocate(_blocks(part.slots), [part], len(rows), lengths)
             return
-        self.lengths = kept
+        self.lengths = lengths
         for layer in self.row_layers:
             if layer.stored is not None:
                 with torch.inference_mode(layer.stored[0].is_inference()):
-                    _copy(
-                        part, layer.stored, layer.stored, 0
-                    )  # to lower rows: no row is overwritten before it is moved
+                    # Rows move to lower indices only: none is overwritten before it is moved.
+                    _copy(part, layer.stored, layer.stored, 0)
             layer.show()
 
     def _all(self) -> _Part:
         return _Part(self, range(len(self.lengths)), max(self.lengths, default=0))
 
-    def _alike(self, other: RowCache) -> bool:
-        """Return whether the same layers were written in both caches."""
+    def _has_layers_of(self, other: RowCache) -> bool:
+        """Return whether the same layers have memory in both caches."""
         pairs = zip(self.row_layers, other.row_layers, strict=True)
         return all((mine.stored is None) == (theirs.stored is None) for mine, theirs in pairs)
 
@@ -245,14 +279,14 @@ class RowCache(Cache):
         lengths: Sequence[int] | None = None,
         shapes: Sequence[_Shape] | None = None,
     ) -> None:
-        """Allocate new memory for the layers and copy these parts into it, one after another.
+        """Allocate new memory for all layers and copy these parts into it, one after another.
 
-        If there is not enough memory, nothing is changed.
+        If there is not enough memory, the cache is left unchanged.
 
         Args:
-            capacity: number of slots of each row.
+            capacity: number of slots of each batch row.
             parts: the batch rows to keep.
-            held: number of rows to allocate; None for the present number.
+            held: number of batch rows to allocate memory for; None for the present number.
             lengths: lengths of the kept batch rows; None for the present ones.
             shapes: shapes of the layers, where some were never written.
         """
@@ -261,8 +295,8 @@ class RowCache(Cache):
         sizes = [0 if s is None else held * s.heads * capacity * s.d_head for s in known]
         like = next((shape.like for shape in known if shape is not None), torch.empty(0))
         with torch.inference_mode(like.is_inference() or torch.is_inference_mode_enabled()):
-            # Zeros: see `RowLayer._empty`.
-            whole = torch.split(
+            # Zeros: see `RowLayer._empty`. One block: see the module's docstring.
+            memory = torch.split(
                 like.new_zeros(2 * sum(sizes)), [n for n in sizes for _ in range(2)]
             )
             self.capacity, self.held = capacity, held
@@ -271,7 +305,7 @@ class RowCache(Cache):
                 if shape is None:
                     continue
                 size = held, shape.heads, capacity, shape.d_head
-                stored = whole[2 * at].view(size), whole[2 * at + 1].view(size)
+                stored = memory[2 * at].view(size), memory[2 * at + 1].view(size)
                 first = 0
                 for part in parts:
                     theirs = part.cache.row_layers[at].stored
@@ -291,7 +325,12 @@ class RowCache(Cache):
 
 
 class PrefixLayer(StaticLayer):  # type: ignore[no-untyped-call]  # its base's hook
-    """Keys and values of a known sequence, for look-ahead rows in training; not written to."""
+    """Read-only keys and values of a known sequence, for look-ahead rows in training.
+
+    Args:
+        keys: `[B, heads, S, d_head]`.
+        values: like `keys`.
+    """
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__(max_cache_len=keys.shape[2])
@@ -310,40 +349,43 @@ class PrefixLayer(StaticLayer):  # type: ignore[no-untyped-call]  # its base's h
         return int(self.prefix[0].shape[2])
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the number of keys that a pass reads, and the first one's slot."""
+        """Return the number of slots that a pass reads, and the first of them."""
         return self.get_seq_length() + query_length, 0
 
 
 def as_prefix(cache: RowCache) -> Cache:
-    """Return the settled rows of a batch of equal lengths, for look-ahead rows with gradients."""
+    """Return the settled rows as a read-only prefix, for look-ahead rows with gradients.
+
+    All batch rows must have the same length.
+    """
     length = cache.lengths[0]
     layers = []
     for layer in cache.row_layers:
-        assert layer.keys is not None, "the sequences were not run"
-        assert layer.values is not None, "the sequences were not run"
+        assert layer.keys is not None, "no pass has written the cache"
+        assert layer.values is not None, "no pass has written the cache"
         layers.append(PrefixLayer(layer.keys[:, :, :length], layer.values[:, :, :length]))
     return Cache(layers=list(layers))
 
 
 def _blocks(slots: int) -> int:
-    """Return the least capacity with at least this number of slots."""
+    """Return the smallest capacity in whole blocks with at least this number of slots."""
     return -(-slots // BLOCK) * BLOCK
 
 
 def _copy(
-    part: _Part, given: tuple[Tensor, Tensor], into: tuple[Tensor, Tensor], first: int
+    part: _Part, source: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor], first: int
 ) -> None:
-    """Copy the slots of a part's rows to the rows from `first` on."""
+    """Copy a part's keys and values from `source` to the batch rows of `target` from `first` on."""
     for at, rows in part.runs():
-        for mine, theirs in zip(into, given, strict=True):
+        for mine, theirs in zip(target, source, strict=True):
             to = slice(first + at, first + at + rows.stop - rows.start)
             if mine is not theirs or to != rows:
                 _copy_rows(mine, theirs, to, rows, part.slots)
 
 
-def _copy_rows(mine: Tensor, theirs: Tensor, to: slice, rows: slice, slots: int) -> None:
-    if mine is theirs and to.stop > rows.start:  # source and destination overlap: copy in order
+def _copy_rows(target: Tensor, source: Tensor, to: slice, rows: slice, slots: int) -> None:
+    if target is source and to.stop > rows.start:  # the slices overlap: copy row by row, in order
         for row in range(rows.stop - rows.start):
-            mine[to.start + row, :, :slots] = theirs[rows.start + row, :, :slots]
+            target[to.start + row, :, :slots] = source[rows.start + row, :, :slots]
     else:
-        mine[to, :, :slots] = theirs[rows, :, :slots]
+        target[to, :, :slots] = source[rows, :, :slots]

@@ -1,15 +1,15 @@
-"""Passes compiled once by torch's inductor and kept on disk, for a CPU.
+"""Run passes that torch's inductor compiled once and that are kept on disk, for CPUs.
 
-A package holds the body of the model; a later start only loads it (AOTInductor). The output layer
-is left out, since only `decoding/decoder.py` knows which rows need logits. Tracing and compiling
-are in `traced.py`.
+A package contains the compiled body of the model; later starts only load it (AOTInductor). The
+output layer is left out, since only `decoding/decoder.py` knows which rows need logits. Tracing and
+compiling are in `traced.py`.
 
 Where look-ahead rows are expected, the package computes their LoRA as well, multiplied by 0 for
 real rows, which adds an exact zero. Our own products skip it in passes without such rows. With
 other products, those passes have a package of their own.
 
-Where our own attention is available, the rows of all sequences are packed into one line, so that a
-sequence costs its own rows. Elsewhere every sequence costs as many rows as the longest has.
+Where our own attention is available, the rows of all sequences are packed into one line, and a
+sequence costs its own rows only. Elsewhere every sequence is padded to as many rows as the longest.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _PARTS = (
     *(passlm.layers.attention, passlm.layers.fused, passlm.layers.lora),
     *(passlm.layers.packed, passlm.kernels.linear, passlm.layers.int8, traced),
 )
-_SOURCES = (__file__, *(str(part.__file__) for part in _PARTS))  # what a package depends on
+_SOURCES = (__file__, *(str(part.__file__) for part in _PARTS))  # code that a package depends on
 
 __all__ = ["CompileError", "CompiledPasses", "Given", "Shapes"]
 
@@ -57,10 +57,11 @@ class Given(NamedTuple):
 
     Attributes:
         inputs: input embeddings, `[B, Q, d_model]`.
-        positions: `[B, Q]`.
-        mask: `[B, 1, Q, S]`, or one for each kind of layer.
+        positions: position of each row, `[B, Q]`.
+        mask: mask over the cache's slots, `[B, 1, Q, S]`; a dictionary by kind of layer where
+            layers differ.
         slots: cache slot that each row writes, `[B, Q]`.
-        texts: batch row of each row, `[B, Q]`.
+        batch_rows: index of the batch row that each row belongs to, `[B, Q]`.
         gate: 1 for a look-ahead row and 0 for a real one, `[B, Q]`; None without look-ahead rows.
     """
 
@@ -68,11 +69,13 @@ class Given(NamedTuple):
     positions: Tensor
     mask: Any
     slots: Tensor
-    texts: Tensor
+    batch_rows: Tensor
     gate: Tensor | None
 
     def in_line(self, numbers: Sequence[int], longest: int) -> Given:
-        """Return the rows of all sequences packed into one line, without padding.
+        """Return the inputs with the rows of all sequences packed into one line, without padding.
+
+        In the result, `B` is 1 and `Q` is the total number of rows, `N`.
 
         Args:
             numbers: number of rows of each sequence.
@@ -80,27 +83,32 @@ class Given(NamedTuple):
         """
         starts = range(0, len(numbers) * longest, longest)
         pairs = zip(starts, numbers, strict=True)
-        kept = torch.cat([torch.arange(start, start + number) for start, number in pairs])
+        kept = torch.cat([torch.arange(start, start + number) for start, number in pairs])  # [N]
 
-        def line(rows: Tensor) -> Tensor:
+        def packed(rows: Tensor) -> Tensor:
             return rows.flatten(0, 1)[kept][None]
 
-        def seen(mask: Tensor) -> Tensor:
+        def packed_mask(mask: Tensor) -> Tensor:
             return mask.flatten(0, 2)[kept][None, None]
 
-        masks = self.mask
+        if isinstance(self.mask, dict):
+            mask: Any = {kind: packed_mask(one) for kind, one in self.mask.items()}
+        else:
+            mask = packed_mask(self.mask)
         return Given(
-            line(self.inputs),
-            line(self.positions),
-            {k: seen(m) for k, m in masks.items()} if isinstance(masks, dict) else seen(masks),
-            line(self.slots),
-            line(self.texts),
-            None if self.gate is None else line(self.gate),
+            packed(self.inputs),
+            packed(self.positions),
+            mask,
+            packed(self.slots),
+            packed(self.batch_rows),
+            None if self.gate is None else packed(self.gate),
         )
 
 
 class CompiledPasses:
-    """The compiled passes of one model: loaded from a folder, or made there when first needed.
+    """The compiled passes of one model: loaded from a folder, or compiled when first needed.
+
+    A lock guards compiling and loading.
 
     Args:
         model: the model; its weights are copied into the package, so later changes have no effect.
@@ -110,8 +118,7 @@ class CompiledPasses:
 
     Attributes:
         shapes: the same.
-        in_line: whether the rows of all sequences are packed into one line, with `B = 1` and
-            `Q = N`.
+        in_line: whether the rows of all sequences are packed into one line; see `Given.in_line`.
     """
 
     def __init__(
@@ -138,15 +145,16 @@ class CompiledPasses:
         lora: AppliedLora | None,
         layers: Sequence[tuple[Tensor, Tensor]],
     ) -> Tensor:
-        """Return the inputs of the output layer, `[B, Q, d_model]`.
+        """Run a pass and return the inputs of the output layer, `[B, Q, d_model]`.
 
         Args:
             given: the inputs of the pass, packed into one line where `in_line` is true.
-            lora: updates of look-ahead rows.
-            layers: keys and values, `[B, heads, S, d_head]`; written to.
+            lora: updates of look-ahead rows; None without such rows.
+            layers: keys and values of each layer, `[B, heads, S, d_head]`; written to.
 
         Raises:
-            CompileError: it has to be compiled and cannot be.
+            CompileError: the pass has to be compiled and cannot be, or its package cannot be
+                loaded.
         """
         gate = given.gate
         if gate is None or lora is None:
@@ -155,7 +163,7 @@ class CompiledPasses:
         keys, values = ([layer[at] for layer in layers] for at in (0, 1))
         by_kind, kinds = given.mask, self.shapes.mask_kinds  # traced in this order
         masks = [by_kind[kind] for kind in kinds] if isinstance(by_kind, dict) else [by_kind]
-        before, after = (given.inputs, given.positions), (given.slots, given.texts)
+        before, after = (given.inputs, given.positions), (given.slots, given.batch_rows)
         return run([*before, *masks, *after, gate.to(given.inputs.dtype), *keys, *values])
 
     def run(
@@ -166,17 +174,18 @@ class CompiledPasses:
         lora: AppliedLora | None,
         call: Callable[..., Any],
     ) -> list[Tensor]:
-        """Run a pass and return each sequence's hidden states, `[Q_b, d_model]`.
+        """Run a pass and return each sequence's inputs of the output layer, `[Q_b, d_model]`.
 
         Args:
             cache: a cache with one batch row for each of `rows`; written to.
             rows: tokens and plan of each batch row.
-            inputs: built for the whole cache.
+            inputs: inputs of the pass, built for the whole cache.
             lora: updates of look-ahead rows; None without such rows.
-            call: calls the compiled pass.
+            call: called as `call(self, given, lora, layers)` to run the pass, so that it can be
+                timed.
 
         Raises:
-            CompileError: it has to be compiled and cannot be.
+            CompileError: see `__call__`.
         """
         longest, numbers = inputs.longest, [row.plan.rows for row in rows]
         gate = None
@@ -199,36 +208,38 @@ class CompiledPasses:
         return [own[:number] for own, number in zip(hidden, numbers, strict=True)]
 
     def expect(self, lora: AppliedLora | None) -> None:
-        """Set the updates of look-ahead rows to come, so that one package serves all passes."""
-        skipped = lora is not None and all(map(joinable, lora.of_layers()))
-        self._expected = lora if skipped else None
+        """Set the updates of later look-ahead rows, so that one package serves all passes.
+
+        Has no effect where products are not our own, which cannot skip the LoRA.
+        """
+        can_skip = lora is not None and all(map(joinable, lora.of_layers()))
+        self._expected = lora if can_skip else None
 
     def _package(self, lora: AppliedLora | None) -> aot_package.Run:
         with self._lock:
-            known = self._loaded.get(id(lora))
-            if known is None:
+            loaded = self._loaded.get(id(lora))
+            if loaded is None:
                 key = self._key(lora)
                 if key not in self._packages:
-                    self._packages[key] = self._made(lora, self._folder / f"{key}.pt2")
-                known = self._loaded[id(lora)] = (
-                    lora,
-                    self._packages[key],
-                )  # holding it keeps its id unique
-            return known[1]
+                    self._packages[key] = self._load_or_compile(lora, self._folder / f"{key}.pt2")
+                # The reference to `lora` keeps its id unique.
+                loaded = self._loaded[id(lora)] = (lora, self._packages[key])
+            return loaded[1]
 
-    def _made(self, lora: AppliedLora | None, path: Path) -> aot_package.Run:
+    def _load_or_compile(self, lora: AppliedLora | None, path: Path) -> aot_package.Run:
         if not path.is_file():
-            compile_to(self._example(lora), path)
+            compile_to(self._trace(lora), path)
         try:
             return aot_package.opened(path)
         except Exception as error:  # of torch's loader: a truncated file, or no disk space
-            what = ""
+            note = ""
             if not zipfile.is_zipfile(path):
                 path.unlink(missing_ok=True)
-                what = ", deleted"
-            raise CompileError(f"cannot load {path}{what}: {first_line(error)}") from error
+                note = ", deleted"
+            raise CompileError(f"cannot load {path}{note}: {first_line(error)}") from error
 
     def _key(self, lora: AppliedLora | None) -> str:
+        """Return a digest of everything that a package depends on."""
         if self._digest is None:
             self._digest = _digest(self._model.state_dict().values())
         parts = {
@@ -243,12 +254,12 @@ class CompiledPasses:
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
-    def _example(self, lora: AppliedLora | None) -> Trace:
+    def _trace(self, lora: AppliedLora | None) -> Trace:
         return Trace(self._model, self.shapes, lora, self._probe, self.in_line)
 
 
 def _digest(tensors: Any) -> str:
-    """Return a digest of all bytes of some tensors."""
+    """Return a digest of the bytes of all tensors, in order."""
     digest = hashlib.blake2b(digest_size=16)
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())

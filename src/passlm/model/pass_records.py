@@ -1,6 +1,6 @@
 """The inputs and outputs of a pass.
 
-Running a pass is left to `target.py`, the use of logits to `decoding/decoder.py`.
+Running a pass is left to `target.py`, using its logits to `decoding/decoder.py`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,21 @@ from passlm.drafts.sampler_head import SamplerHead
 from passlm.layers.lora import AppliedLora
 from passlm.plan import Plan
 
-_MORE_ROWS = 6  # that the output layer computes in the time of reading its weights again
+# Rows that the output layer computes in the time that reading its weights a second time would take.
+_MORE_ROWS = 6
 
 
 @dataclass(frozen=True)
 class PassRow:
-    """One batch row of a pass: its real tokens, root first, and its plan."""
+    """One batch row of a pass.
+
+    Attributes:
+        tokens: ids of the root and of each candidate, `1 + M`.
+        plan: plan of the batch row.
+
+    Raises:
+        ValueError: the number of tokens is not that of the plan's real rows.
+    """
 
     tokens: Sequence[int]
     plan: Plan
@@ -30,7 +39,7 @@ class PassRow:
         if len(self.tokens) != 1 + self.plan.candidates:
             raise ValueError(
                 f"{len(self.tokens)} tokens for a plan of {self.plan.candidates} candidates: "
-                "expected the root and each candidate"
+                "expected one for the root and one for each candidate"
             )
 
 
@@ -40,9 +49,9 @@ class LookAheadRows:
 
     Attributes:
         inputs: input embeddings `LA_1..LA_L`, `[L, d_model]`.
-        lora: updates of the target's layers for look-ahead rows.
-        sampler: the sampler head, which corrects the logits of look-ahead rows.
-        head: the draft head, which drafts without look-ahead rows.
+        lora: LoRA updates of the target's layers for look-ahead rows; None without.
+        sampler: the sampler head, which corrects the logits of look-ahead rows; None without.
+        head: the draft head, which drafts without look-ahead rows; None without.
     """
 
     inputs: Tensor
@@ -58,66 +67,72 @@ class LookAheadRows:
 
 @dataclass
 class PassOutput:
-    """Output of a pass. Batch row `b` is valid up to its own plan's length, real rows first.
+    """Output of a pass.
+
+    The rows of batch row `b` are the `Q_b` rows of its plan, real rows first. Where tensors have
+    more rows, the rest is padding.
 
     Attributes:
-        whole: logits of all rows, `[B, Q, V]`, where `Q` is the longest plan; None where they are
-            computed on demand.
+        whole: logits of all rows, `[B, Q, V]`, where `Q` is the longest plan's number of rows; None
+            where they are computed on demand.
         hidden: inputs of the output layer for each batch row, `[Q_b, d_model]`, or `[Q, d_model]`
             where `whole` is given; None where nothing reads them.
-        head: the output layer.
+        head: the output layer; None where `whole` is given.
     """
 
     whole: Tensor | None
     hidden: Sequence[Tensor] | None = None
     head: Callable[[Tensor], Tensor] | None = None
-    _made: list[Tensor] = field(default_factory=list, init=False, repr=False)  # of all rows
+    _computed: list[Tensor] = field(default_factory=list, init=False, repr=False)  # of all rows
 
     @property
     def logits(self) -> Tensor:
-        """Logits of all rows, `[B, Q, V]`; the plans must have one length."""
+        """Logits of all rows, `[B, Q, V]`; all plans must have the same number of rows."""
         if self.whole is None:
-            self._make_all()
-            return torch.stack(self._made)
+            self._compute_all()
+            return torch.stack(self._computed)
         return self.whole
 
     def of(self, places: Sequence[tuple[int, slice]]) -> list[Tensor]:
         """Return the logits of some rows of some batch rows, `[rows, V]` each.
 
-        All are computed in one call.
+        Logits that are computed on demand are computed in one call of the output layer: for these
+        rows alone or, if the others are few, for all rows of the pass.
 
         Args:
-            places: index of a batch row, and a slice of its rows.
+            places: pairs of the index of a batch row and a slice of its rows.
         """
         if not places:
             return []
         if self.whole is not None:
-            return [self.whole[text, rows] for text, rows in places]
+            return [self.whole[batch_row, rows] for batch_row, rows in places]
         assert self.hidden is not None, "there are neither logits nor hidden states"
-        asked = [self.hidden[text][rows] for text, rows in places]
-        if not self._made and sum(map(len, self.hidden)) - sum(map(len, asked)) > _MORE_ROWS:
-            return self._logits_of(asked)
-        self._make_all()
-        return [self._made[text][rows] for text, rows in places]
+        hidden = [self.hidden[batch_row][rows] for batch_row, rows in places]
+        if not self._computed and sum(map(len, self.hidden)) - sum(map(len, hidden)) > _MORE_ROWS:
+            return self._logits_of(hidden)
+        self._compute_all()
+        return [self._computed[batch_row][rows] for batch_row, rows in places]
 
-    def _make_all(self) -> None:
-        if not self._made:
+    def _compute_all(self) -> None:
+        if not self._computed:
             assert self.hidden is not None, "there are neither logits nor hidden states"
-            self._made = self._logits_of(self.hidden)
+            self._computed = self._logits_of(self.hidden)
 
-    def _logits_of(self, parts: Sequence[Tensor]) -> list[Tensor]:
+    def _logits_of(self, hidden: Sequence[Tensor]) -> list[Tensor]:
         assert self.head is not None, "there are neither logits nor an output layer"
-        made = self.head(torch.cat(list(parts)))
-        return list(torch.split(made, [len(part) for part in parts]))
+        logits = self.head(torch.cat(list(hidden)))
+        return list(torch.split(logits, [len(part) for part in hidden]))
 
 
 @dataclass(frozen=True)
 class Hung:
-    """Hidden states of look-ahead rows on known sequences, before the target's output layer.
+    """Output of a training pass: hidden states of look-ahead rows on known sequences.
+
+    Hidden states are inputs of the target's output layer.
 
     Attributes:
-        hidden: those of the look-ahead rows, `[B, R, d_model]`, with gradients.
-        text_hidden: those of the sequences' own rows, `[T, S, d_model]`, without gradients.
+        hidden: hidden states of the look-ahead rows, `[B, R, d_model]`, with gradients.
+        text_hidden: hidden states of the sequences' own rows, `[T, S, d_model]`, without gradients.
         depth: `j` of each look-ahead row, `[B, R]`.
         position: position of each look-ahead row, `[B, R]`; it predicts the token at
             `position + 1`.

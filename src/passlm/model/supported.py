@@ -1,6 +1,6 @@
-"""Decide which models are supported, and read what their configurations say about attention.
+"""Check whether a model is supported, and read its kinds of attention from its configuration.
 
-Reads a model and changes nothing. Using it is left to `target.py`.
+Does not change the model. Using it is left to `target.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class UnsupportedModelError(InputError):
 
 
 def check_supported(model: PreTrainedModel) -> None:
-    """Raise an error that names the reason if plans cannot decode a model.
+    """Raise an error that names the reason if a model cannot be decoded by plans.
 
     Raises:
         UnsupportedModelError: the model is not a decoder, has state that cannot be rolled back,
@@ -53,21 +53,21 @@ def _reason_by_class(model: PreTrainedModel) -> str | None:
         return "its recurrent state cannot be rolled back when a candidate is refused"
     if not model.can_generate():
         return "it is not a causal language model"
-    # Only encoders that can be used as decoders have the option cross-attention; gpt_neox has
-    # is_decoder as well.
+    # add_cross_attention marks encoders that can also be used as decoders. is_decoder alone does
+    # not: gpt_neox has it as well.
     is_decoder = getattr(model.config, "is_decoder", True)
     if hasattr(model.config, "add_cross_attention") and not is_decoder:
-        return "it is an encoder, whose tokens see those behind them (its is_decoder is False)"
+        return "it is an encoder, whose tokens attend to later ones (its is_decoder is False)"
     return None
 
 
 def _reason_by_layers(config: Any) -> str | None:
     kinds = set(getattr(config, "layer_types", None) or ())
-    strange = sorted(kinds - set(_LAYER_KINDS))
-    if strange:
+    unknown = sorted(kinds - set(_LAYER_KINDS))
+    if unknown:
         return (
-            f"its {', '.join(strange)} layers keep a state that cannot be rolled back, or see the "
-            "text in a way that cannot be told to look-ahead rows"
+            f"its {', '.join(unknown)} layers keep a state that cannot be rolled back, or attend "
+            "to the text in a way that a mask for look-ahead rows cannot express"
         )
     return None
 
@@ -80,15 +80,15 @@ def _reason_by_forward(model: PreTrainedModel) -> str | None:
     if missing:
         return f"its forward takes no {', '.join(missing)}{newer_than_tested()}"
     if getattr(model.config.get_text_config(), "hidden_size_per_layer_input", 0):
-        return "its layers look up token ids, which look-ahead rows do not have"
+        return "its layers read token ids, which look-ahead rows do not have"
     return None
 
 
 def _reason_by_positions(config: Any) -> str | None:
     if getattr(config, "alibi", False):
-        return "its ALiBi positions cannot be told to look-ahead rows (rotary ones can)"
+        return "its ALiBi positions cannot be set for look-ahead rows (rotary positions can)"
     if "local" in (getattr(config, "attention_layers", None) or ()):
-        return "its local attention keeps a mask of its own"
+        return "its local attention uses a mask of its own"
     if config.model_type == "moshi":
         return "its attention ignores the sliding window that its configuration states"
     return None
@@ -100,7 +100,10 @@ def attention(model: PreTrainedModel) -> str:
 
 
 def window_of(config: Any) -> int | None:
-    """Return the positions that a row of a sliding layer sees, including its own; None for none."""
+    """Return the size of the sliding window in positions; None without sliding layers.
+
+    A row of a sliding layer sees this many positions, its own included.
+    """
     kinds = getattr(config, "layer_types", None)
     if kinds is not None and "sliding_attention" not in kinds:
         return None
@@ -109,19 +112,27 @@ def window_of(config: Any) -> int | None:
 
 
 def longrope_switch(config: Any) -> int | None:
-    """Return the number of positions up to which longrope uses its short frequencies."""
+    """Return the number of positions up to which longrope uses its short frequencies.
+
+    None for models without longrope.
+    """
     ropes = getattr(config, "rope_parameters", None) or {}
-    every = [ropes] if "rope_type" in ropes else [r for r in ropes.values() if isinstance(r, dict)]
+    by_kind = [r for r in ropes.values() if isinstance(r, dict)]  # one for each kind of layer
     switches = [
         int(rope["original_max_position_embeddings"])
-        for rope in every
+        for rope in ([ropes] if "rope_type" in ropes else by_kind)
         if rope.get("rope_type") == "longrope"
     ]
     return min(switches, default=None)
 
 
 def layer_kinds(config: Any, window: int | None) -> tuple[str, ...]:
-    """Return the kinds of attention of a model's layers, each once."""
+    """Return the kinds of attention of a model's layers, each once.
+
+    Args:
+        config: the text part of the model's configuration.
+        window: its sliding window; see `window_of`.
+    """
     kinds = getattr(config, "layer_types", None)
     if kinds:
         return tuple(dict.fromkeys(kinds))
