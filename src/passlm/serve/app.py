@@ -80,7 +80,7 @@ def create_app(lm: Generator, worker: DecodingWorker, settings: ServeSettings) -
     app.mount("/static", _PageFiles(directory=STATIC), "static")
     for kind in (ApiError, InputError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, handle)
-    app.add_middleware(BodyMiddleware, most=settings.max_body, seconds=settings.read_seconds)
+    app.add_middleware(BodyMiddleware, max_bytes=settings.max_body, seconds=settings.read_seconds)
     if settings.api_keys:
         app.add_middleware(ApiKeyMiddleware, keys=settings.api_keys, protected=needs_key)
     if settings.cors_origin:
@@ -122,17 +122,17 @@ class Api:
         self._worker = worker
         self._settings = settings
         self._model = Model(id=name, created=int(time.time()))
-        self._intake = RequestReader(lm, settings, worker.max_context)
-        self._spelling = TokenBytes(lm.tokenizer)
-        self._terms = ResponseContext(worker, self.metrics, settings.write_seconds)
+        self._request_reader = RequestReader(lm, settings, worker.max_context)
+        self._token_bytes = TokenBytes(lm.tokenizer)
+        self._context = ResponseContext(worker, self.metrics, settings.write_seconds)
         # Prompts can be long, and a tokenizer is for one thread at a time.
-        self._reader = ThreadPoolExecutor(1, "passlm-tokenizer")
+        self._tokenizer_thread = ThreadPoolExecutor(1, "passlm-tokenizer")
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         """What is closed with the application."""
         yield
-        self._reader.shutdown(wait=False, cancel_futures=True)
+        self._tokenizer_thread.shutdown(wait=False, cancel_futures=True)
 
     async def page(self) -> Response:
         """The page for people."""
@@ -179,29 +179,33 @@ class Api:
             )
         return self._model
 
-    async def completions(self, wanted: CompletionRequest, request: Request) -> Response:
+    async def completions(self, body: CompletionRequest, request: Request) -> Response:
         """Continue a text, or several."""
-        return await self._answer(wanted, request, self._intake.completion, CompletionBuilder)
+        return await self._answer(body, request, self._request_reader.completion, CompletionBuilder)
 
-    async def chat(self, wanted: ChatRequest, request: Request) -> Response:
+    async def chat(self, body: ChatRequest, request: Request) -> Response:
         """Answer in a chat."""
-        return await self._answer(wanted, request, self._intake.chat, ChatBuilder)
+        return await self._answer(body, request, self._request_reader.chat, ChatBuilder)
 
     async def _answer(
         self,
-        given: R,
+        body: R,
         request: Request,
         read: Callable[[R], GenerationRequest],
-        composer: type[ResponseBuilder],
+        builder: type[ResponseBuilder],
     ) -> GenerationResponse:
         self._check_ready()
         if self._settings.log_prompts:
-            named = given.model_dump(include={"prompt", "messages"}, exclude_unset=True)
-            record_of(request.scope).facts |= named
-        wanted = await asyncio.get_running_loop().run_in_executor(self._reader, read, given)
-        told = given.stream_options is not None and bool(given.stream_options.include_usage)
-        replies = composer(wanted, self._model.id, self._spelling, told)
-        return GenerationResponse(self._terms, wanted, replies, bool(given.stream), told)
+            prompts = body.model_dump(include={"prompt", "messages"}, exclude_unset=True)
+            record_of(request.scope).facts |= prompts
+        generation = await asyncio.get_running_loop().run_in_executor(
+            self._tokenizer_thread, read, body
+        )
+        include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+        replies = builder(generation, self._model.id, self._token_bytes, include_usage)
+        return GenerationResponse(
+            self._context, generation, replies, bool(body.stream), include_usage
+        )
 
 
 async def _json_only(request: Request) -> None:

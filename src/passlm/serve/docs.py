@@ -15,13 +15,13 @@ def docs_page(schema: Schema) -> str:
     Args:
         schema: of OpenAPI.
     """
-    info, parts = schema["info"], schema["components"]["schemas"]
+    info, schemas = schema["info"], schema["components"]["schemas"]
     operations = [
         _operation(method, path, operation)
         for path, methods in schema["paths"].items()
         for method, operation in methods.items()
     ]
-    described = [_part(name, part) for name, part in parts.items()]
+    sections = [_schema_section(name, part) for name, part in schemas.items()]
     return "\n".join(
         [
             "<!doctype html>",
@@ -38,7 +38,7 @@ def docs_page(schema: Schema) -> str:
             "<h2>Paths</h2>",
             *operations,
             "<h2>What is sent and answered</h2>",
-            *described,
+            *sections,
             "</html>",
         ]
     )
@@ -71,11 +71,11 @@ def _content(content: Schema) -> str:
     """What is told as one media type; of a stream, in each of its events."""
     if "itemSchema" not in content:
         return _kind(content.get("schema", {}))
-    [_, told] = content["itemSchema"]["properties"]["data"]["anyOf"]
-    return f"with <code>stream</code> events of {_kind(told['contentSchema'])}"
+    [_, chunk] = content["itemSchema"]["properties"]["data"]["anyOf"]
+    return f"with <code>stream</code> events of {_kind(chunk['contentSchema'])}"
 
 
-def _part(name: str, part: Schema) -> str:
+def _schema_section(name: str, part: Schema) -> str:
     rows = "".join(_field(field, of, part) for field, of in part.get("properties", {}).items())
     return (
         f'<section id="{escape(name)}"><h3>{escape(name)}</h3>'
@@ -85,10 +85,10 @@ def _part(name: str, part: Schema) -> str:
 
 
 def _field(name: str, field: Schema, part: Schema) -> str:
-    needed = " (needed)" if name in part.get("required", ()) else ""
+    required = " (needed)" if name in part.get("required", ()) else ""
     limits = ", ".join(_limits(field))
     return (
-        f"<tr><th><code>{escape(name)}</code>{needed}</th><td>{_kind(field)}"
+        f"<tr><th><code>{escape(name)}</code>{required}</th><td>{_kind(field)}"
         f"{f', {escape(limits)}' if limits else ''}</td>"
         f"<td>{_text(field.get('description', ''))}</td></tr>"
     )

@@ -58,8 +58,8 @@ class ApiError(Exception):
         super().__init__(message)
         self.status = status
         self.param = param
-        blamed = status == http.HTTPStatus.BAD_REQUEST and param is not None
-        self.code = code or ("invalid_value" if blamed else _CODES.get(status, _CODES[400]))
+        field_error = status == http.HTTPStatus.BAD_REQUEST and param is not None
+        self.code = code or ("invalid_value" if field_error else _CODES.get(status, _CODES[400]))
         self.headers = dict(headers or {})
 
     @property
@@ -109,20 +109,20 @@ def from_validation(error: RequestValidationError) -> ApiError:
     Where one of several forms is allowed, the one that got furthest tells what is wrong.
     """
     errors: Sequence[dict[str, Any]] = error.errors()
-    beside = [each for each in errors if each["loc"][:2] == errors[0]["loc"][:2]]
-    first = max(beside, key=lambda each: len(each["loc"]))
+    same_field = [each for each in errors if each["loc"][:2] == errors[0]["loc"][:2]]
+    first = max(same_field, key=lambda each: len(each["loc"]))
     kind, context = str(first["type"]), first.get("ctx", {})
     if kind == "json_invalid":
         return ApiError(400, f"the body is not JSON: {context.get('error', 'mend it')}")
-    place = _place(first["loc"])
-    if not place and kind == "missing":
+    path = _location(first["loc"])
+    if not path and kind == "missing":
         return ApiError(400, "the body is missing: send a JSON object")
-    param = ".".join(filter(None, (place, context.get("field"))))
+    param = ".".join(filter(None, (path, context.get("field"))))
     message = f"{param or 'the body'}: {str(first['msg'])[:1].lower()}{str(first['msg'])[1:]}"
-    return ApiError(400, message, param or None, kind if kind in _OURS else _code(kind))
+    return ApiError(400, message, param or None, kind if kind in _OWN_CODES else _code(kind))
 
 
-_OURS = ("unknown_parameter", "unsupported_parameter", "unsupported_value")
+_OWN_CODES = ("unknown_parameter", "unsupported_parameter", "unsupported_value")
 
 
 def _code(kind: str) -> str:
@@ -131,15 +131,15 @@ def _code(kind: str) -> str:
     return "invalid_type" if kind.endswith(("_type", "_parsing")) else "invalid_value"
 
 
-def _place(location: Sequence[int | str]) -> str:
+def _location(location: Sequence[int | str]) -> str:
     """Where in the body something is wrong, as `messages[0].content`."""
-    place = ""
+    path = ""
     for part in location[1:]:
         if isinstance(part, int):
-            place += f"[{part}]"
+            path += f"[{part}]"
         elif not _UNION_ARM.fullmatch(part):
-            place += f".{part[:80]}" if place else part
-    return place
+            path += f".{part[:80]}" if path else part
+    return path
 
 
 def from_http(error: HTTPException, path: str) -> ApiError:

@@ -58,66 +58,66 @@ class EventQueue:
         meter: counts everything that comes.
     """
 
-    def __init__(self, meter: RequestMetrics) -> None:
+    def __init__(self, metrics: RequestMetrics) -> None:
         self.jobs: list[Job] = []
-        self._meter = meter
+        self._metrics = metrics
         self._loop = asyncio.get_running_loop()
-        self._arrived: asyncio.Queue[SequenceEvent | None] = asyncio.Queue()
-        self._over: set[int] = set()
+        self._queue: asyncio.Queue[SequenceEvent | None] = asyncio.Queue()
+        self._finished: set[int] = set()
 
     @property
     def unfinished(self) -> list[Job]:
         """The texts whose end has not come."""
-        return [job for job in self.jobs if job.index not in self._over]
+        return [job for job in self.jobs if job.index not in self._finished]
 
     def deliver(self, index: int, event: Event) -> None:
         """Take an event; called in the worker's thread."""
         try:
-            self._loop.call_soon_threadsafe(self._take, index, event, time.perf_counter())
+            self._loop.call_soon_threadsafe(self._put, index, event, time.perf_counter())
         except RuntimeError:
             if not self._loop.is_closed():  # else nobody is left to tell
                 raise
 
-    def _take(self, index: int, event: Event, at: float) -> None:
-        arrival = SequenceEvent(index, event)
-        if arrival.last:
-            self._over.add(index)
-        self._meter.event(self.jobs[index], event, at)
-        self._arrived.put_nowait(arrival)
+    def _put(self, index: int, event: Event, at: float) -> None:
+        item = SequenceEvent(index, event)
+        if item.last:
+            self._finished.add(index)
+        self._metrics.count_event(self.jobs[index], event, at)
+        self._queue.put_nowait(item)
 
-    async def watch(self, receive: Receive) -> None:
+    async def watch_disconnect(self, receive: Receive) -> None:
         """Notice when the client hangs up."""
         while (await receive())["type"] != "http.disconnect":
             pass
-        self._arrived.put_nowait(None)
+        self._queue.put_nowait(None)
 
-    async def batches(self, patience: float | None = None) -> AsyncIterator[list[SequenceEvent]]:
+    async def batches(self, timeout: float | None = None) -> AsyncIterator[list[SequenceEvent]]:
         """Everything that comes, to the end of all texts, together where it came together.
 
         Args:
-            patience: seconds after which an empty batch is given; None waits.
+            timeout: seconds after which an empty batch is given; None waits.
 
         Raises:
             GoneError: the client hung up.
         """
-        left = len(self.jobs)
-        while left:
-            batch = await self._next(patience)
-            left -= sum(arrival.last for arrival in batch)
+        remaining = len(self.jobs)
+        while remaining:
+            batch = await self._next_batch(timeout)
+            remaining -= sum(item.last for item in batch)
             yield batch
 
-    async def _next(self, patience: float | None) -> list[SequenceEvent]:
+    async def _next_batch(self, timeout: float | None) -> list[SequenceEvent]:
         try:
-            async with asyncio.timeout(patience):
-                found = [await self._arrived.get()]
+            async with asyncio.timeout(timeout):
+                items = [await self._queue.get()]
         except TimeoutError:
             return []
-        while not self._arrived.empty():
-            found.append(self._arrived.get_nowait())
-        arrived = [arrival for arrival in found if arrival is not None]
-        if len(arrived) < len(found):
+        while not self._queue.empty():
+            items.append(self._queue.get_nowait())
+        received = [item for item in items if item is not None]
+        if len(received) < len(items):
             raise ClientDisconnectedError("the client hung up")
-        return arrived
+        return received
 
 
 @asynccontextmanager
@@ -125,7 +125,7 @@ async def subscribe(
     worker: DecodingWorker,
     sequences: Sequence[SequenceRequest],
     receive: Receive,
-    meter: RequestMetrics,
+    metrics: RequestMetrics,
 ) -> AsyncIterator[EventQueue]:
     """Ask for texts and listen; whatever is unfinished when the listening ends is cancelled.
 
@@ -133,17 +133,17 @@ async def subscribe(
         worker: who is asked.
         sequences: the texts.
         receive: tells when the client hangs up.
-        meter: counts what comes.
+        metrics: counts what comes.
 
     Raises:
         InputError: the worker does not take them.
     """
-    feed = EventQueue(meter)
-    feed.jobs = worker.submit(sequences, feed.deliver)
-    watcher = asyncio.create_task(feed.watch(receive))
+    queue = EventQueue(metrics)
+    queue.jobs = worker.submit(sequences, queue.deliver)
+    watcher = asyncio.create_task(queue.watch_disconnect(receive))
     try:
-        yield feed
+        yield queue
     finally:
         watcher.cancel()
-        if feed.unfinished:
-            worker.cancel(feed.unfinished)
+        if queue.unfinished:
+            worker.cancel(queue.unfinished)

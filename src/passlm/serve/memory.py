@@ -17,20 +17,20 @@ _LARGE = 2**20  # bytes
 
 def keep_large_blocks_apart() -> None:
     """From now on each large block is the system's own again once it is freed; on glibc alone."""
-    mallopt = _of_glibc("mallopt")
+    mallopt = _glibc_function("mallopt")
     if mallopt is not None:
         mallopt(_MMAP_THRESHOLD, _LARGE)  # glibc raises it by itself where it is not set
 
 
 def release_free_memory() -> None:
     """Give whole free pages between the smaller blocks back; some milliseconds; on glibc alone."""
-    trim = _of_glibc("malloc_trim")
+    trim = _glibc_function("malloc_trim")
     if trim is not None:
         trim(0)
 
 
 @cache
-def _of_glibc(name: str) -> Callable[..., int] | None:
+def _glibc_function(name: str) -> Callable[..., int] | None:
     try:
         found: Callable[..., int] = getattr(ctypes.CDLL(None), name)
     except (OSError, AttributeError, TypeError):  # another system, or another C library

@@ -11,9 +11,24 @@ from prometheus_client.registry import Collector
 
 from passlm.serve.protocol import Event, Failed, Job, WorkerState
 
-_WAITS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
-_BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
-_BLOCKS = (1, 2, 3, 4, 5, 6, 8, 10, 13)
+_LATENCY_BUCKETS = (
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+    30.0,
+    60.0,
+    120.0,
+    300.0,
+)
+_INTERVAL_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+_TOKEN_BUCKETS = (1, 2, 3, 4, 5, 6, 8, 10, 13)
 
 
 class WorkerCollector(Collector):
@@ -41,10 +56,10 @@ class WorkerCollector(Collector):
             ("pass_seconds", "spent in them", state.pass_seconds),
             ("faults", "steps and texts that failed", state.faults),
         )
-        for name, text, value in gauges:
-            yield GaugeMetricFamily(f"passlm_{name}", text, value)
-        for name, text, value in counters:
-            yield CounterMetricFamily(f"passlm_{name}", text, value)
+        for name, help_text, value in gauges:
+            yield GaugeMetricFamily(f"passlm_{name}", help_text, value)
+        for name, help_text, value in counters:
+            yield CounterMetricFamily(f"passlm_{name}", help_text, value)
 
 
 class Metrics:
@@ -55,47 +70,56 @@ class Metrics:
     """
 
     def __init__(self, state: Callable[[], WorkerState]) -> None:
-        own = self.registry = CollectorRegistry()
-        own.register(WorkerCollector(state))
+        registry = self.registry = CollectorRegistry()
+        registry.register(WorkerCollector(state))
         self.requests = Counter(
-            "passlm_requests", "requests answered", ("path", "status"), registry=own
+            "passlm_requests", "requests answered", ("path", "status"), registry=registry
         )
         self.request_seconds = Histogram(
-            "passlm_request_seconds", "until the last byte", ("path",), registry=own, buckets=_WAITS
+            "passlm_request_seconds",
+            "until the last byte",
+            ("path",),
+            registry=registry,
+            buckets=_LATENCY_BUCKETS,
         )
         self.first_token = Histogram(
             "passlm_time_to_first_token_seconds",
             "from a request to its text's first token",
-            registry=own,
-            buckets=_WAITS,
+            registry=registry,
+            buckets=_LATENCY_BUCKETS,
         )
         self.between_tokens = Histogram(
             "passlm_time_between_tokens_seconds",
             "from token to token of a text; those of one pass share its time",
-            registry=own,
-            buckets=_BETWEEN,
+            registry=registry,
+            buckets=_INTERVAL_BUCKETS,
         )
         self.tokens_per_pass = Histogram(
-            "passlm_tokens_per_pass", "tokens a pass gave a text", registry=own, buckets=_BLOCKS
+            "passlm_tokens_per_pass",
+            "tokens a pass gave a text",
+            registry=registry,
+            buckets=_TOKEN_BUCKETS,
         )
-        self.texts = Counter("passlm_texts", "texts, by why they ended", ("reason",), registry=own)
-        self.prompt_tokens = Counter("passlm_prompt_tokens", "tokens of prompts", registry=own)
+        self.texts = Counter(
+            "passlm_texts", "texts, by why they ended", ("reason",), registry=registry
+        )
+        self.prompt_tokens = Counter("passlm_prompt_tokens", "tokens of prompts", registry=registry)
         self.reused_tokens = Counter(
-            "passlm_reused_prompt_tokens", "of these, found in the cache", registry=own
+            "passlm_reused_prompt_tokens", "of these, found in the cache", registry=registry
         )
-        self.tokens = Counter("passlm_tokens", "tokens written", registry=own)
+        self.tokens = Counter("passlm_tokens", "tokens written", registry=registry)
         self.judged = Counter(
-            "passlm_judged", "candidates reached, by position", ("position",), registry=own
+            "passlm_judged", "candidates reached, by position", ("position",), registry=registry
         )
         self.accepted = Counter(
-            "passlm_accepted", "candidates accepted, by position", ("position",), registry=own
+            "passlm_accepted", "candidates accepted, by position", ("position",), registry=registry
         )
 
     def exposition(self) -> tuple[bytes, str]:
         """What Prometheus reads, and its media type."""
         return generate_latest(self.registry), CONTENT_TYPE_LATEST
 
-    def answered(self, path: str, status: int, seconds: float) -> None:
+    def count_request(self, path: str, status: int, seconds: float) -> None:
         """A request is over."""
         self.requests.labels(path, str(status)).inc()
         self.request_seconds.labels(path).observe(seconds)
@@ -109,12 +133,12 @@ class RequestMetrics:
         begun: when the request came, by `time.perf_counter`.
     """
 
-    def __init__(self, metrics: Metrics, begun: float) -> None:
+    def __init__(self, metrics: Metrics, started: float) -> None:
         self._metrics = metrics
-        self._begun = begun
+        self._started = started
         self._last: dict[int, float] = {}  # when each text's latest token came
 
-    def event(self, job: Job, event: Event, at: float) -> None:
+    def count_event(self, job: Job, event: Event, at: float) -> None:
         """Something came.
 
         Args:
@@ -123,29 +147,29 @@ class RequestMetrics:
             at: when, by `time.perf_counter`.
         """
         if isinstance(event, Failed):
-            self._ended(job, "failed")
+            self._count_end(job, "failed")
             return
         if event.tokens:
-            self._tokens(job.index, len(event.tokens), at)
+            self._count_tokens(job.index, len(event.tokens), at)
         if event.finish_reason is not None:
-            self._ended(job, event.finish_reason)
+            self._count_end(job, event.finish_reason)
 
-    def _tokens(self, index: int, tokens: int, at: float) -> None:
-        own, last = self._metrics, self._last.get(index)
+    def _count_tokens(self, index: int, tokens: int, at: float) -> None:
+        metrics, last = self._metrics, self._last.get(index)
         if last is None:
-            own.first_token.observe(at - self._begun)
+            metrics.first_token.observe(at - self._started)
         else:
             for _ in range(tokens):
-                own.between_tokens.observe((at - last) / tokens)
+                metrics.between_tokens.observe((at - last) / tokens)
         self._last[index] = at
-        own.tokens.inc(tokens)
-        own.tokens_per_pass.observe(tokens)
+        metrics.tokens.inc(tokens)
+        metrics.tokens_per_pass.observe(tokens)
 
-    def _ended(self, job: Job, reason: str) -> None:
-        own, stats = self._metrics, job.stats
-        own.texts.labels(reason).inc()
-        own.prompt_tokens.inc(stats.prompt_tokens)
-        own.reused_tokens.inc(job.reused)
+    def _count_end(self, job: Job, reason: str) -> None:
+        metrics, stats = self._metrics, job.stats
+        metrics.texts.labels(reason).inc()
+        metrics.prompt_tokens.inc(stats.prompt_tokens)
+        metrics.reused_tokens.inc(job.reused)
         for position, judged in enumerate(stats.judged_by_position):
-            own.judged.labels(str(position + 1)).inc(judged)
-            own.accepted.labels(str(position + 1)).inc(stats.accepted_by_position[position])
+            metrics.judged.labels(str(position + 1)).inc(judged)
+            metrics.accepted.labels(str(position + 1)).inc(stats.accepted_by_position[position])

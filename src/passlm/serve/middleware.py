@@ -23,9 +23,9 @@ from passlm.serve.events import ClientDisconnectedError
 from passlm.serve.metrics import Metrics
 from passlm.serve.request_record import RequestRecord, record_of
 
-HUNG_UP = 499  # nginx's status of a request whose client did not wait
+CLIENT_CLOSED_REQUEST = 499  # nginx's status of a request whose client did not wait
 PROBES = frozenset({"/health", "/ready", "/metrics"})
-_SENSIBLE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_VALID_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _SECURITY = {
     "content-security-policy": "default-src 'self'; base-uri 'none'; form-action 'self'; "
     "frame-ancestors 'none'; object-src 'none'",
@@ -33,7 +33,9 @@ _SECURITY = {
     "x-frame-options": "DENY",
     "referrer-policy": "no-referrer",
 }
-_DISCARDED = 1 << 26  # bytes of a refused body that are read, so that the client reads our answer
+_MAX_DISCARDED = (
+    1 << 26
+)  # bytes of a refused body that are read, so that the client reads our answer
 
 _log = logging.getLogger(__name__)
 
@@ -59,33 +61,33 @@ class RequestMiddleware:
             return
         record = RequestRecord(_request_id(Headers(scope=scope)), time.perf_counter())
         scope.setdefault("state", {})["record"] = record
-        framed = _SendWithHeaders(send, record, private=scope["path"].startswith("/v1/"))
+        send_with_headers = _SendWithHeaders(send, record, private=scope["path"].startswith("/v1/"))
         try:
             if scope["path"].isprintable():
-                await self._app(scope, receive, framed)
+                await self._app(scope, receive, send_with_headers)
             else:  # who routes and who protects might not read it alike
-                await _refuse(
+                await _send_error(
                     ApiError(404, "there is nothing at this path: see /docs"),
                     scope,
                     receive,
-                    framed,
+                    send_with_headers,
                 )
         except ClientDisconnectedError as gone:
             record.facts["gone"] = str(gone)
-            record.status = record.status or HUNG_UP
+            record.status = record.status or CLIENT_CLOSED_REQUEST
         except Exception:
             _log.exception("a request met a fault", extra={"facts": {"id": record.id}})
             record.facts["fault"] = True
             if record.status is None:
                 fault = ApiError(500, "the server met a fault: its log knows more")
-                await fault.response()(scope, receive, framed)
+                await fault.response()(scope, receive, send_with_headers)
         finally:
-            self._tell(scope, record)
+            self._log_request(scope, record)
 
-    def _tell(self, scope: Scope, record: RequestRecord) -> None:
-        seconds = time.perf_counter() - record.begun
-        path, status = scope["path"], record.status or HUNG_UP
-        self._metrics.answered(self._path(path), status, seconds)
+    def _log_request(self, scope: Scope, record: RequestRecord) -> None:
+        seconds = time.perf_counter() - record.started
+        path, status = scope["path"], record.status or CLIENT_CLOSED_REQUEST
+        self._metrics.count_request(self._path(path), status, seconds)
         level = logging.DEBUG if path in PROBES and status < 400 else logging.INFO
         facts = {
             "id": record.id,
@@ -121,10 +123,10 @@ class _SendWithHeaders:
 
 def _request_id(headers: Headers) -> str:
     given = headers.get("x-request-id", "")
-    return given if _SENSIBLE_ID.fullmatch(given) else uuid.uuid4().hex
+    return given if _VALID_ID.fullmatch(given) else uuid.uuid4().hex
 
 
-async def _refuse(refusal: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+async def _send_error(refusal: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
     record_of(scope).facts["error"] = refusal.code
     await refusal.response()(scope, receive, send)
 
@@ -148,22 +150,22 @@ class ApiKeyMiddleware:
         if scope["type"] == "http" and self._protected(scope["path"]):
             refusal = self._refusal(Headers(scope=scope).get("authorization"))
             if refusal is not None:
-                await _refuse(refusal, scope, receive, send)
+                await _send_error(refusal, scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
     def _refusal(self, given: str | None) -> ApiError | None:
-        asked = {"WWW-Authenticate": "Bearer"}
+        headers = {"WWW-Authenticate": "Bearer"}
         if given is None:
             return ApiError(
-                401, "an API key is missing: send 'Authorization: Bearer KEY'", headers=asked
+                401, "an API key is missing: send 'Authorization: Bearer KEY'", headers=headers
             )
         scheme, _, key = given.partition(" ")
         digest = _digest(key.strip().encode())
         found = [hmac.compare_digest(digest, known) for known in self._digests]  # all of them
         if scheme.lower() == "bearer" and any(found):
             return None
-        return ApiError(401, "this API key is not known here", headers=asked)
+        return ApiError(401, "this API key is not known here", headers=headers)
 
 
 def _digest(key: bytes) -> bytes:
@@ -180,9 +182,9 @@ class BodyMiddleware:
         seconds: in which it must have come.
     """
 
-    def __init__(self, app: ASGIApp, most: int, seconds: float) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, seconds: float) -> None:
         self._app = app
-        self._most = most
+        self._max_bytes = max_bytes
         self._seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -193,7 +195,7 @@ class BodyMiddleware:
         try:
             body = await self._read(Headers(scope=scope), receive)
         except ApiError as refusal:
-            await _refuse(refusal, scope, receive, send)
+            await _send_error(refusal, scope, receive, send)
             return
         await self._app(scope, _Replay(body, receive), send)
 
@@ -201,12 +203,12 @@ class BodyMiddleware:
         if headers.get("content-encoding", "identity") != "identity":
             raise ApiError(415, "the body is compressed: send it as it is")
         length = headers.get("content-length", "")
-        announced = int(length) if length.isdecimal() else 0
-        if announced > self._most and "expect" in headers:
+        content_length = int(length) if length.isdecimal() else 0
+        if content_length > self._max_bytes and "expect" in headers:
             raise self._too_large()  # it waits for leave to send
         try:
             async with asyncio.timeout(self._seconds):
-                return await self._collected(receive, announced)
+                return await self._collect(receive, content_length)
         except TimeoutError as error:
             raise ApiError(
                 http.HTTPStatus.REQUEST_TIMEOUT,
@@ -214,7 +216,7 @@ class BodyMiddleware:
                 headers={"Connection": "close"},
             ) from error
 
-    async def _collected(self, receive: Receive, announced: int) -> bytes:
+    async def _collect(self, receive: Receive, content_length: int) -> bytes:
         body, size, more = bytearray(), 0, True
         while more:
             message = await receive()
@@ -222,18 +224,18 @@ class BodyMiddleware:
                 raise ClientDisconnectedError("the client hung up before its request was whole")
             size += len(message.get("body", b""))
             more = message.get("more_body", False)
-            if max(size, announced) <= self._most:
+            if max(size, content_length) <= self._max_bytes:
                 body += message.get("body", b"")
-            elif size > _DISCARDED:
+            elif size > _MAX_DISCARDED:
                 break
-        if max(size, announced) > self._most:
+        if max(size, content_length) > self._max_bytes:
             raise self._too_large()
         return bytes(body)
 
     def _too_large(self) -> ApiError:
         return ApiError(
             413,
-            f"the request is larger than {self._most} bytes: shorten it",
+            f"the request is larger than {self._max_bytes} bytes: shorten it",
             headers={"Connection": "close"},
         )
 

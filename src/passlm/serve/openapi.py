@@ -65,18 +65,18 @@ def complete(schema: dict[str, Any], settings: ServeSettings) -> dict[str, Any]:
     schema["paths"][MODEL_PATH + "{model}"]["get"]["parameters"][0]["schema"] = name
     for request, path in REQUESTS.items():
         parts[request]["properties"]["model"] = name
-        _tell_limits(parts[request]["properties"], settings)
+        _add_limits(parts[request]["properties"], settings)
         body = schema["paths"][path]["post"]["requestBody"]["content"]["application/json"]
         body["examples"] = {
             title: {"value": {"model": settings.model_name, **example}}
             for title, example in _EXAMPLES[request].items()
         }
     if settings.api_keys:
-        _tell_keys(schema)
+        _add_security(schema)
     return schema
 
 
-def _tell_limits(properties: dict[str, Any], settings: ServeSettings) -> None:
+def _add_limits(properties: dict[str, Any], settings: ServeSettings) -> None:
     limits = (
         ("n", "integer", "maximum", settings.max_texts),
         ("max_tokens", "integer", "maximum", settings.max_tokens),
@@ -90,7 +90,7 @@ def _tell_limits(properties: dict[str, Any], settings: ServeSettings) -> None:
                 arm[limit] = value
 
 
-def _tell_keys(schema: dict[str, Any]) -> None:
+def _add_security(schema: dict[str, Any]) -> None:
     schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     for path in filter(needs_key, schema["paths"]):
         for operation in schema["paths"][path].values():

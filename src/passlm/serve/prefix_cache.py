@@ -34,26 +34,26 @@ class PrefixCache:
         """
         if len(tokens) < MIN_PREFIX_TOKENS or self.find(tokens)[0] == len(tokens):
             return
-        text = tuple(tokens)
-        for known in [known for known in self._kept if text[: len(known)] == known]:
-            del self._kept[known]
-        self._kept[text] = cache
+        new = tuple(tokens)
+        for prefix in [kept for kept in self._kept if new[: len(kept)] == kept]:
+            del self._kept[prefix]
+        self._kept[new] = cache
 
     def find(self, prompt: Sequence[int]) -> tuple[int, RowCache | None]:
         """How many tokens the best remembered text shares with a prompt, and its cache."""
         best, found = 0, None
-        for known in self._kept:
-            count = shared_prefix_length(known, prompt)
+        for kept in self._kept:
+            count = shared_prefix_length(kept, prompt)
             if count > best:
-                best, found = count, known
+                best, found = count, kept
         if found is None:
             return 0, None
         self._kept.move_to_end(found)
         return best, self._kept[found]
 
-    def evict_to(self, most: int) -> None:
+    def evict_to(self, limit: int) -> None:
         """Forget texts until no more than so many tokens are held."""
-        while self._kept and self.tokens > most:
+        while self._kept and self.tokens > limit:
             self._kept.popitem(last=False)
 
 

@@ -72,13 +72,16 @@ class WorkerSettings:
 
     def __post_init__(self) -> None:
         for limit in fields(self):
-            value, may_be_0 = getattr(self, limit.name), limit.name in ("max_cache", "max_waiting")
-            if value < 0 or (value == 0 and not may_be_0):
-                flag, least = (
+            value, zero_allowed = (
+                getattr(self, limit.name),
+                limit.name in ("max_cache", "max_waiting"),
+            )
+            if value < 0 or (value == 0 and not zero_allowed):
+                flag, minimum = (
                     limit.name.replace("_", "-"),
-                    "0 or more" if may_be_0 else "more than 0",
+                    "0 or more" if zero_allowed else "more than 0",
                 )
-                raise SettingsError(f"--{flag} is {value}: it must be {least}")
+                raise SettingsError(f"--{flag} is {value}: it must be {minimum}")
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,7 @@ class Job:
     reused: int = 0
     """Tokens of the prompt whose keys and values were still at hand."""
 
-    def tell(self, event: Event) -> None:
+    def notify(self, event: Event) -> None:
         """Hand an event to whoever asked; their faults are theirs."""
         try:
             self.deliver(self.index, event)

@@ -20,7 +20,7 @@ class RequestRecord:
     """
 
     id: str
-    begun: float
+    started: float
     status: int | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import (
     AfterValidator,
@@ -24,7 +24,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 
-def _whole(value: object) -> object:
+def _integer(value: object) -> object:
     """JSON has one kind of number: 16.0 is whole."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
@@ -43,7 +43,7 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def _of_form(expected: str) -> WrapValidator:
+def _described_as(expected: str) -> WrapValidator:
     """One plain sentence in place of what each form that is allowed finds wrong."""
 
     def check(value: object, handler: ValidatorFunctionWrapHandler) -> object:
@@ -93,11 +93,11 @@ def _text_format(value: object) -> object:
     return value
 
 
-_WHOLE = BeforeValidator(_whole)
+_INTEGER = BeforeValidator(_integer)
 Text: TypeAlias = Annotated[str, AfterValidator(_unicode)]
-SomeText: TypeAlias = Annotated[Text, Field(min_length=1)]
-Positive: TypeAlias = Annotated[int, Field(ge=1), _WHOLE]
-NotNegative: TypeAlias = Annotated[int, Field(ge=0), _WHOLE]
+NonEmptyText: TypeAlias = Annotated[Text, Field(min_length=1)]
+Positive: TypeAlias = Annotated[int, Field(ge=1), _INTEGER]
+NotNegative: TypeAlias = Annotated[int, Field(ge=0), _INTEGER]
 Penalty: TypeAlias = Annotated[float, Field(ge=-2, le=2)]
 Unsupported: TypeAlias = Annotated[None, BeforeValidator(_unsupported)]
 OnlyFalse: TypeAlias = Annotated[
@@ -110,17 +110,16 @@ LogitBias: TypeAlias = Annotated[
 # Lists may be long, and the first thing wrong is enough to know.
 Ids: TypeAlias = Annotated[list[NotNegative], Field(min_length=1, fail_fast=True)]
 Prompt: TypeAlias = Annotated[
-    SomeText
-    | Annotated[list[SomeText], Field(min_length=1, fail_fast=True)]
+    NonEmptyText
+    | Annotated[list[NonEmptyText], Field(min_length=1, fail_fast=True)]
     | Ids
     | Annotated[list[Ids], Field(min_length=1, fail_fast=True)],
-    _of_form("a text, a list of texts, token ids or a list of lists of token ids, none empty"),
+    _described_as("a text, a list of texts, token ids or a list of lists of token ids, none empty"),
 ]
 Stop: TypeAlias = Annotated[
-    SomeText | Annotated[list[SomeText], Field(fail_fast=True)] | None,
-    _of_form("a text or a list of texts, none empty"),
+    NonEmptyText | Annotated[list[NonEmptyText], Field(fail_fast=True)] | None,
+    _described_as("a text or a list of texts, none empty"),
 ]
-NO_LONGER = "An older name of it is taken as well."
 
 
 class Body(BaseModel):
@@ -130,12 +129,12 @@ class Body(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _know_all_names(cls, given: object) -> object:
+    def _reject_unknown_names(cls, given: object) -> object:
         names = given if isinstance(given, Mapping) else {}
         for name in names:
             if name not in cls.model_fields:
-                near = difflib.get_close_matches(str(name), cls.model_fields, 1)
-                hint = f"did you mean {near[0]!r}?" if near else "leave it out"
+                closest = difflib.get_close_matches(str(name), cls.model_fields, 1)
+                hint = f"did you mean {closest[0]!r}?" if closest else "leave it out"
                 raise PydanticCustomError(
                     "unknown_parameter",
                     "unknown parameter: {hint}",
@@ -186,7 +185,7 @@ class CommonRequest(Body):
         default=None, description="Texts for each prompt; with a seed, seeds go on from it."
     )
     presence_penalty: Penalty | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**64), _WHOLE] | None = Field(
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64), _INTEGER] | None = Field(
         default=None, description="The same seed gives the same text."
     )
     stop: Stop = Field(default=None, description="The text ends before any of these.")
@@ -215,7 +214,7 @@ class CompletionRequest(CommonRequest):
     prompt: Prompt
     best_of: Positive | None = Field(default=None, description="Must be equal to `n`.")
     echo: bool | None = Field(default=None, description="Give the prompt before its continuation.")
-    logprobs: Annotated[int, Field(ge=0, le=5), _WHOLE] | None = Field(
+    logprobs: Annotated[int, Field(ge=0, le=5), _INTEGER] | None = Field(
         default=None, description="How many of the likeliest tokens to tell with each one."
     )
     max_tokens: Positive | None = Field(default=None, description="Default 16.")
@@ -253,7 +252,7 @@ class ChatRequest(CommonRequest):
 
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20), _WHOLE] | None = Field(
+    top_logprobs: Annotated[int, Field(ge=0, le=20), _INTEGER] | None = Field(
         default=None, description="How many of the likeliest tokens to tell with each one."
     )
     max_completion_tokens: Positive | None = None
@@ -284,8 +283,3 @@ class ChatRequest(CommonRequest):
     moderation: Unsupported = None
     prompt_cache_options: Unsupported = None
     prompt_cache_retention: Unsupported = None
-
-
-def described(model: BaseModel) -> dict[str, Any]:
-    """What a request gave, for a log."""
-    return model.model_dump(exclude_unset=True)

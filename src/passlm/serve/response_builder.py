@@ -42,7 +42,7 @@ from passlm.serve.response_schema import (
 from passlm.serve.token_bytes import TokenBytes
 
 FINGERPRINT = f"passlm-{__version__}"
-_UNTHINKABLE = -9999.0  # OpenAI's logarithm of 0
+_MIN_LOGPROB = -9999.0  # OpenAI's logarithm of 0
 _REASONS: dict[str, FinishReason] = {
     "eos": "stop",
     "stop": "stop",
@@ -53,7 +53,7 @@ _REASONS: dict[str, FinishReason] = {
 
 
 @dataclass
-class _Text:
+class _Choice:
     """One text as it grows.
 
     Attributes:
@@ -62,32 +62,32 @@ class _Text:
         finish_reason: why it ended; None before.
     """
 
-    shown: str = ""
+    text: str = ""
     tokens: list[Token] = field(default_factory=list)
     finish_reason: FinishReason | None = None
-    begun: bool = False
+    started: bool = False
     held: list[Token] = field(default_factory=list)
 
-    def push(self, piece: SequenceOutput) -> tuple[str, list[Token]]:
+    def push(self, output: SequenceOutput) -> tuple[str, list[Token]]:
         """What a piece lets show, and the tokens it was made of.
 
         Tokens that show nothing wait for one that does: they may belong to a stop string, or to an
         unfinished character. What waits at the end of a text that was stopped is no part of it.
         """
-        text = "".join(token.text for token in piece.tokens)
-        tokens = [*self.held, *piece.tokens]
-        if piece.finish_reason == "eos" and piece.tokens:  # the end is no part of the text either
+        text = "".join(token.text for token in output.tokens)
+        tokens = [*self.held, *output.tokens]
+        if output.finish_reason == "eos" and output.tokens:  # the end is no part of the text either
             end = tokens.pop()
             if tokens and not tokens[-1].text:
                 tokens[-1] = replace(tokens[-1], text=end.text)  # what was held back until then
-        whole = max((at for at, token in enumerate(tokens, start=1) if token.text), default=0)
-        told, self.held = tokens[:whole], tokens[whole:]
-        if piece.finish_reason is not None:
-            self.finish_reason = _REASONS[piece.finish_reason]
+        response = max((at for at, token in enumerate(tokens, start=1) if token.text), default=0)
+        told, self.held = tokens[:response], tokens[response:]
+        if output.finish_reason is not None:
+            self.finish_reason = _REASONS[output.finish_reason]
             if self.finish_reason == "length":
                 told += self.held
             self.held = []
-        self.shown += text
+        self.text += text
         self.tokens += told
         return text, told
 
@@ -106,10 +106,10 @@ class ResponseBuilder(ABC):
     prefix: str
 
     def __init__(
-        self, wanted: GenerationRequest, model: str, spelling: TokenBytes, usage: bool
+        self, request: GenerationRequest, model: str, token_bytes: TokenBytes, usage: bool
     ) -> None:
-        self.wanted = wanted
-        self.spelling = spelling
+        self.request = request
+        self.token_bytes = token_bytes
         self.head: dict[str, Any] = {
             "id": f"{self.prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -117,61 +117,61 @@ class ResponseBuilder(ABC):
             "system_fingerprint": FINGERPRINT,
         }
         self._open: dict[str, Any] = {"usage": None} if usage else {}
-        self.texts = [_Text() for _ in wanted.sequences]
+        self.choices = [_Choice() for _ in request.sequences]
 
-    def take(self, index: int, piece: SequenceOutput) -> None:
+    def add(self, index: int, output: SequenceOutput) -> None:
         """A piece of a reply that is told whole."""
-        self.texts[index].push(piece)
+        self.choices[index].push(output)
 
-    def chunks(self, index: int, piece: SequenceOutput) -> list[str]:
+    def chunks(self, index: int, output: SequenceOutput) -> list[str]:
         """What a piece comes to in a stream, as JSON."""
-        text = self.texts[index]
-        shown, tokens = text.push(piece)
-        parts: list[Reply] = []
-        if not text.begun:
-            text.begun = True
-            parts += self._opening(index)
-        if shown or tokens or (self.wanted.show and piece.tokens):
-            part = self._part(index, shown, tokens)
-            parts.append(self._with_show(part, piece) if self.wanted.show else part)
+        text = self.choices[index]
+        shown, tokens = text.push(output)
+        choices: list[Reply] = []
+        if not text.started:
+            text.started = True
+            choices += self._first_choices(index)
+        if shown or tokens or (self.request.show and output.tokens):
+            choice = self._choice(index, shown, tokens)
+            choices.append(self._with_show(choice, output) if self.request.show else choice)
         if text.finish_reason is not None:
-            parts.append(self._closing(index, text.finish_reason))
-        return [self._chunk([part], self._open) for part in parts]
+            choices.append(self._last_choice(index, text.finish_reason))
+        return [self._chunk([choice], self._open) for choice in choices]
 
     def usage_chunk(self, usage: Usage) -> str:
         """The last chunk of a stream that tells its usage."""
         return self._chunk([], {"usage": usage})
 
-    def _chunk(self, parts: Sequence[Reply], usage: dict[str, Any]) -> str:
-        chunk = self._event(object=self.kind, choices=parts, **self.head, **usage)
+    def _chunk(self, choices: Sequence[Reply], usage: dict[str, Any]) -> str:
+        chunk = self._new_chunk(object=self.kind, choices=choices, **self.head, **usage)
         return chunk.model_dump_json(exclude_unset=True)
 
     @staticmethod
-    def _with_show(part: Reply, piece: SequenceOutput) -> Reply:
+    def _with_show(choice: Reply, output: SequenceOutput) -> Reply:
         shown = Shown(
-            positions=[token.position for token in piece.tokens],
-            texts=[token.text for token in piece.tokens],
+            positions=[token.position for token in output.tokens],
+            texts=[token.text for token in output.tokens],
         )
-        return part.model_copy(update={"passlm": shown})
+        return choice.model_copy(update={"passlm": shown})
 
     @abstractmethod
-    def whole(self, usage: Usage) -> Reply:
+    def response(self, usage: Usage) -> Reply:
         """The reply of a request that is not streamed, all of it taken."""
 
     @abstractmethod
-    def _event(self, **content: Any) -> Reply:
+    def _new_chunk(self, **content: Any) -> Reply:
         """One event of a stream."""
 
     @abstractmethod
-    def _opening(self, index: int) -> list[Reply]:
+    def _first_choices(self, index: int) -> list[Reply]:
         """What a text begins with in a stream."""
 
     @abstractmethod
-    def _part(self, index: int, text: str, tokens: Sequence[Token]) -> Reply:
+    def _choice(self, index: int, text: str, tokens: Sequence[Token]) -> Reply:
         """What a text gained."""
 
     @abstractmethod
-    def _closing(self, index: int, reason: FinishReason) -> Reply:
+    def _last_choice(self, index: int, reason: FinishReason) -> Reply:
         """That a text is over."""
 
 
@@ -181,56 +181,61 @@ class CompletionBuilder(ResponseBuilder):
     kind, prefix = "text_completion", "cmpl"
 
     def __init__(
-        self, wanted: GenerationRequest, model: str, spelling: TokenBytes, usage: bool
+        self, request: GenerationRequest, model: str, token_bytes: TokenBytes, usage: bool
     ) -> None:
-        super().__init__(wanted, model, spelling, usage)
-        self._told = [0] * len(self.texts)  # characters of each text whose tokens were told
+        super().__init__(request, model, token_bytes, usage)
+        self._text_offsets = [0] * len(
+            self.choices
+        )  # characters of each text whose tokens were told
 
-    def whole(self, usage: Usage) -> Completion:
+    def response(self, usage: Usage) -> Completion:
         """See `Composer`."""
         choices = [
             CompletionChoice(
-                finish_reason=_ended(text),
+                finish_reason=_finish_reason(text),
                 index=index,
                 logprobs=self._logprobs(index, text.tokens),
-                text=self._echo(index) + text.shown,
+                text=self._echo(index) + text.text,
             )
-            for index, text in enumerate(self.texts)
+            for index, text in enumerate(self.choices)
         ]
         return Completion(choices=choices, usage=usage, **self.head)
 
-    def _event(self, **content: Any) -> CompletionChunk:
+    def _new_chunk(self, **content: Any) -> CompletionChunk:
         return CompletionChunk(**content)
 
     def _echo(self, index: int) -> str:
-        return self.wanted.echoes[index // self.wanted.texts]
+        return self.request.echoes[index // self.request.n]
 
-    def _opening(self, index: int) -> list[Reply]:
+    def _first_choices(self, index: int) -> list[Reply]:
         echo = self._echo(index)
-        return [self._part(index, echo, ())] if echo else []
+        return [self._choice(index, echo, ())] if echo else []
 
-    def _part(self, index: int, text: str, tokens: Sequence[Token]) -> CompletionPiece:
+    def _choice(self, index: int, text: str, tokens: Sequence[Token]) -> CompletionPiece:
         return CompletionPiece(
             finish_reason=None, index=index, logprobs=self._logprobs(index, tokens), text=text
         )
 
-    def _closing(self, index: int, reason: FinishReason) -> CompletionPiece:
+    def _last_choice(self, index: int, reason: FinishReason) -> CompletionPiece:
         return CompletionPiece(finish_reason=reason, index=index, logprobs=None, text="")
 
     def _logprobs(self, index: int, tokens: Sequence[Token]) -> CompletionLogprobs | None:
-        count = self.wanted.sequences[index].logprobs
+        count = self.request.sequences[index].logprobs
         if count is None:
             return None
-        ends = accumulate(self._lengths(tokens), initial=self._told[index])
-        *offsets, self._told[index] = ends
+        ends = accumulate(self._lengths(tokens), initial=self._text_offsets[index])
+        *offsets, self._text_offsets[index] = ends
         tops = [
-            {self._name(other): _told(logprob) for other, logprob in (*token.top, _itself(token))}
+            {
+                self._token_name(other): _finite(logprob)
+                for other, logprob in (*token.top, _own_logprob(token))
+            }
             for token in tokens
         ]
         return CompletionLogprobs(
             text_offset=offsets,
-            token_logprobs=[_told(token.logprob) for token in tokens],
-            tokens=[self._name(token.id) for token in tokens],
+            token_logprobs=[_finite(token.logprob) for token in tokens],
+            tokens=[self._token_name(token.id) for token in tokens],
             top_logprobs=tops if count else None,
         )
 
@@ -240,25 +245,25 @@ class CompletionBuilder(ResponseBuilder):
         for token in tokens:
             waiting.append(token)
             if token.text:
-                texts = [self.spelling(each.id)[0] for each in waiting]
+                texts = [self.token_bytes(each.id)[0] for each in waiting]
                 if "".join(texts) != token.text:  # a torn character, or cut where a stop begins
                     texts = [*("" for _ in waiting[1:]), token.text]
                 yield from map(len, texts)
                 waiting.clear()
         yield from (0 for _ in waiting)
 
-    def _name(self, token: int) -> str:
-        text, spelt = self.spelling(token)
-        return text if text.encode() == spelt else f"bytes:{text}"
+    def _token_name(self, token: int) -> str:
+        text, raw = self.token_bytes(token)
+        return text if text.encode() == raw else f"bytes:{text}"
 
 
-def _itself(token: Token) -> tuple[int, float | None]:
+def _own_logprob(token: Token) -> tuple[int, float | None]:
     return token.id, token.logprob
 
 
-def _told(logprob: float | None) -> float:
+def _finite(logprob: float | None) -> float:
     """JSON has no infinity."""
-    return _UNTHINKABLE if logprob is None else max(logprob, _UNTHINKABLE)
+    return _MIN_LOGPROB if logprob is None else max(logprob, _MIN_LOGPROB)
 
 
 class ChatBuilder(ResponseBuilder):
@@ -266,29 +271,29 @@ class ChatBuilder(ResponseBuilder):
 
     kind, prefix = "chat.completion.chunk", "chatcmpl"
 
-    def whole(self, usage: Usage) -> ChatCompletion:
+    def response(self, usage: Usage) -> ChatCompletion:
         """See `Composer`."""
         choices = [
             ChatChoice(
-                finish_reason=_ended(text),
+                finish_reason=_finish_reason(text),
                 index=index,
                 logprobs=self._logprobs(index, text.tokens),
-                message=AnswerMessage(content=text.shown),
+                message=AnswerMessage(content=text.text),
             )
-            for index, text in enumerate(self.texts)
+            for index, text in enumerate(self.choices)
         ]
         return ChatCompletion(choices=choices, usage=usage, **self.head)
 
-    def _event(self, **content: Any) -> ChatChunk:
+    def _new_chunk(self, **content: Any) -> ChatChunk:
         return ChatChunk(**content)
 
-    def _opening(self, index: int) -> list[Reply]:
+    def _first_choices(self, index: int) -> list[Reply]:
         return [self._delta(index, Delta(role="assistant", content=""), None)]
 
-    def _part(self, index: int, text: str, tokens: Sequence[Token]) -> ChatPiece:
+    def _choice(self, index: int, text: str, tokens: Sequence[Token]) -> ChatPiece:
         return self._delta(index, Delta(content=text), self._logprobs(index, tokens))
 
-    def _closing(self, index: int, reason: FinishReason) -> ChatPiece:
+    def _last_choice(self, index: int, reason: FinishReason) -> ChatPiece:
         return self._delta(index, Delta(), None, reason)
 
     @staticmethod
@@ -298,37 +303,37 @@ class ChatBuilder(ResponseBuilder):
         return ChatPiece(delta=delta, finish_reason=reason, index=index, logprobs=logprobs)
 
     def _logprobs(self, index: int, tokens: Sequence[Token]) -> ChatLogprobs | None:
-        if self.wanted.sequences[index].logprobs is None:
+        if self.request.sequences[index].logprobs is None:
             return None
         return ChatLogprobs(content=[self._entry(token) for token in tokens], refusal=None)
 
     def _entry(self, token: Token) -> TokenLogprob:
-        text, spelt = self.spelling(token.id)
+        text, raw = self.token_bytes(token.id)
         top = [self._top(*other) for other in token.top]
         return TokenLogprob(
-            token=text, bytes=list(spelt), logprob=_told(token.logprob), top_logprobs=top
+            token=text, bytes=list(raw), logprob=_finite(token.logprob), top_logprobs=top
         )
 
     def _top(self, token: int, logprob: float) -> TopLogprob:
-        text, spelt = self.spelling(token)
-        return TopLogprob(token=text, bytes=list(spelt), logprob=_told(logprob))
+        text, raw = self.token_bytes(token)
+        return TopLogprob(token=text, bytes=list(raw), logprob=_finite(logprob))
 
 
-def _ended(text: _Text) -> FinishReason:
+def _finish_reason(text: _Choice) -> FinishReason:
     assert text.finish_reason is not None, "a text is told before it is over"
     return text.finish_reason
 
 
-def usage(wanted: GenerationRequest, jobs: Sequence[Job]) -> Usage:
+def usage(request: GenerationRequest, jobs: Sequence[Job]) -> Usage:
     """What a request took, once all its texts are over."""
     stats = Stats.total([job.stats for job in jobs])
-    prompt = wanted.prompt_tokens
+    prompt = request.prompt_tokens
     return Usage(
         prompt_tokens=prompt,
         completion_tokens=stats.tokens,
         total_tokens=prompt + stats.tokens,
         prompt_tokens_details=PromptDetails(
-            cached_tokens=sum(job.reused for job in jobs[:: wanted.texts])
+            cached_tokens=sum(job.reused for job in jobs[:: request.n])
         ),
         passlm=Drafting(
             passes=stats.passes,

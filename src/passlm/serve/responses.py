@@ -23,8 +23,10 @@ from passlm.serve.request_record import RequestRecord, record_of
 from passlm.serve.requests import GenerationRequest
 from passlm.serve.response_builder import ResponseBuilder, usage
 
-QUIET_SECONDS = 15.0  # after which a stream says that it is still there: proxies close idle ones
-_STILL_HERE = ": waiting\n\n"  # a comment, which clients pass over
+KEEP_ALIVE_SECONDS = (
+    15.0  # after which a stream says that it is still there: proxies close idle ones
+)
+_KEEP_ALIVE = ": waiting\n\n"  # a comment, which clients pass over
 _START = {
     "type": "http.response.start",
     "status": 200,
@@ -63,75 +65,75 @@ class GenerationResponse(Response):
 
     def __init__(
         self,
-        terms: ResponseContext,
-        wanted: GenerationRequest,
-        composer: ResponseBuilder,
+        context: ResponseContext,
+        request: GenerationRequest,
+        builder: ResponseBuilder,
         stream: bool,
-        tell_usage: bool,
+        include_usage: bool,
     ) -> None:
         super().__init__()
-        self._terms = terms
-        self._wanted = wanted
-        self._composer = composer
+        self._context = context
+        self._request = request
+        self._builder = builder
         self._stream = stream
-        self._tell_usage = tell_usage
+        self._include_usage = include_usage
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Ask, listen, send; as ASGI calls it."""
-        terms, record = self._terms, record_of(scope)
-        record.facts |= {"texts": len(self._wanted.sequences), "stream": self._stream}
-        meter = RequestMetrics(terms.metrics, record.begun)
-        async with subscribe(terms.worker, self._wanted.sequences, receive, meter) as feed:
+        context, record = self._context, record_of(scope)
+        record.facts |= {"texts": len(self._request.sequences), "stream": self._stream}
+        metrics = RequestMetrics(context.metrics, record.started)
+        async with subscribe(context.worker, self._request.sequences, receive, metrics) as queue:
             try:
                 if self._stream:
-                    await self._send_stream(feed, send, record)
+                    await self._send_stream(queue, send, record)
                 else:
-                    await self._send_whole(feed, scope, receive, send)
+                    await self._send_whole(queue, scope, receive, send)
             finally:
-                record.facts |= self._facts(feed)
+                record.facts |= self._facts(queue)
 
     async def _send_whole(
-        self, feed: EventQueue, scope: Scope, receive: Receive, send: Send
+        self, queue: EventQueue, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        async for batch in feed.batches():
-            for arrival in batch:
-                self._composer.take(arrival.index, _piece(arrival))
-        reply = self._composer.whole(usage(self._wanted, feed.jobs)).model_dump_json()
+        async for batch in queue.batches():
+            for item in batch:
+                self._builder.add(item.index, _output(item))
+        reply = self._builder.response(usage(self._request, queue.jobs)).model_dump_json()
         await Response(reply, media_type="application/json")(scope, receive, send)
 
-    async def _send_stream(self, feed: EventQueue, send: Send, record: RequestRecord) -> None:
+    async def _send_stream(self, queue: EventQueue, send: Send, record: RequestRecord) -> None:
         """Send events as they come; what fails before the first one has a status of its own."""
-        begun = False
-        async for batch in feed.batches(QUIET_SECONDS):
+        started = False
+        async for batch in queue.batches(KEEP_ALIVE_SECONDS):
             events, error = self._events(batch)
-            if error is not None and not begun and not events:
+            if error is not None and not started and not events:
                 raise error
-            if not begun:
+            if not started:
                 await send(_START)
-                begun = True
+                started = True
             if error is not None:
                 record.facts["error"] = error.code
                 await self._write(send, [*events, error.reply.model_dump_json()], last=True)
                 return
             if events or not batch:
                 await self._write(send, events)
-        used = usage(self._wanted, feed.jobs)
-        closing = [self._composer.usage_chunk(used)] if self._tell_usage else []
+        total = usage(self._request, queue.jobs)
+        closing = [self._builder.usage_chunk(total)] if self._include_usage else []
         await self._write(send, [*closing, "[DONE]"], last=True)
 
     def _events(self, batch: Sequence[SequenceEvent]) -> tuple[list[str], ApiError | None]:
         """What some arrivals come to, up to the first that is a fault."""
         events: list[str] = []
-        for arrival in batch:
+        for item in batch:
             try:
-                events += self._composer.chunks(arrival.index, _piece(arrival))
+                events += self._builder.chunks(item.index, _output(item))
             except ApiError as error:
                 return events, error
         return events, None
 
     async def _write(self, send: Send, events: Sequence[str], last: bool = False) -> None:
-        body = "".join(f"data: {event}\n\n" for event in events) or _STILL_HERE
-        seconds = self._terms.write_seconds
+        body = "".join(f"data: {event}\n\n" for event in events) or _KEEP_ALIVE
+        seconds = self._context.write_seconds
         try:
             async with asyncio.timeout(seconds):  # it waits while the client's buffers are full
                 await send(
@@ -140,23 +142,23 @@ class GenerationResponse(Response):
         except TimeoutError as error:
             raise ClientDisconnectedError(f"the client read nothing for {seconds} s") from error
 
-    def _facts(self, feed: EventQueue) -> dict[str, int]:
-        used = usage(self._wanted, feed.jobs)
+    def _facts(self, queue: EventQueue) -> dict[str, int]:
+        total = usage(self._request, queue.jobs)
         return {
-            "prompt_tokens": used.prompt_tokens,
-            "tokens": used.completion_tokens,
-            "passes": used.passlm.passes,
-            "unfinished": len(feed.unfinished),
+            "prompt_tokens": total.prompt_tokens,
+            "tokens": total.completion_tokens,
+            "passes": total.passlm.passes,
+            "unfinished": len(queue.unfinished),
         }
 
 
-def _piece(arrival: SequenceEvent) -> SequenceOutput:
+def _output(item: SequenceEvent) -> SequenceOutput:
     """What came of a text, unless that is its failure.
 
     Raises:
         ApiError: it failed, or the server is going down.
     """
-    event = arrival.event
+    event = item.event
     if isinstance(event, Failed):
         raise ApiError(500, event.message)
     if event.finish_reason == "waited":

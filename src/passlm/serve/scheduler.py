@@ -24,9 +24,9 @@ from passlm.serve.prefix_cache import MIN_PREFIX_TOKENS, PrefixCache, shared_pre
 from passlm.serve.protocol import INTERNAL_ERROR, EndReason, Failed, Job, WorkerSettings
 from passlm.serve.sequence import ServedSequence
 
-CONTEXT = 128  # tokens behind which the costs of plans are measured
-_SECONDS_A_TEXT = 5.0  # believed before any text is over
-_MEMORY = 0.9  # what the mean keeps of its weight when one more text is over
+COST_CONTEXT = 128  # tokens behind which the costs of plans are measured
+_INITIAL_SEQUENCE_SECONDS = 5.0  # believed before any text is over
+_DECAY = 0.9  # what the mean keeps of its weight when one more text is over
 
 _log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class Scheduler:
         self.passes = 0
         self.pass_seconds = 0.0
         self.faults = 0
-        self.seconds_a_text = _SECONDS_A_TEXT
+        self.mean_sequence_seconds = _INITIAL_SEQUENCE_SECONDS
         self._waiting: deque[ServedSequence] = deque()
         self._reading: tuple[ServedSequence, Reading] | None = None
         self._running: dict[Row, ServedSequence] = {}
@@ -111,93 +111,93 @@ class Scheduler:
         """Do once what the first requests would wait for: compile, measure what passes cost."""
         method = "ar" if self.lm.rows is None else "two-pass"
         self.lm.generate([[0]], method=method, max_new_tokens=4, ignore_eos=True)
-        for texts in range(1, 1 + self.settings.max_batch):
-            self.lm.costs.curve(texts, self._context)
+        for batch in range(1, 1 + self.settings.max_batch):
+            self.lm.costs.curve(batch, self._context)
 
     def add(self, job: Job) -> None:
         """Let a text wait for its turn."""
         seconds = self.settings.max_seconds
         try:
-            text = ServedSequence(job, self.lm, self._plans, self.max_context, seconds)
+            sequence = ServedSequence(job, self.lm, self._plans, self.max_context, seconds)
         except Exception:
             self.faults += 1
             _log.exception("a request cannot be taken on")
-            job.tell(Failed(INTERNAL_ERROR))
+            job.notify(Failed(INTERNAL_ERROR))
             return
-        self._waiting.append(text)
+        self._waiting.append(sequence)
 
     def cancel(self, job: Job) -> None:
         """End a text wherever it is; one that is over already stays as it is."""
-        self._end([text for text in self._texts() if text.job is job], "cancelled")
+        self._end([sequence for sequence in self._sequences() if sequence.job is job], "cancelled")
 
     def cancel_all(self) -> None:
         """End all texts."""
-        self._end(self._texts(), "cancelled")
+        self._end(self._sequences(), "cancelled")
 
     def tick(self) -> None:
         """Let the next text begin, read a bit of its prompt, and run a step for all others."""
-        idle = [text for text in self._texts() if text.row is None]
-        self._end([text for text in idle if text.late], "waited")
-        self._begin_next()
-        self._read()
+        idle = [sequence for sequence in self._sequences() if sequence.row is None]
+        self._end([sequence for sequence in idle if sequence.expired], "waited")
+        self._admit_next()
+        self._prefill()
         self._step()
 
     def fail_all(self) -> None:
         """After a fault that nobody can be blamed for: end all texts and begin anew."""
-        texts = self._texts()
+        sequences = self._sequences()
         self._waiting.clear()
         self._reading = None
         self._running.clear()
         self._prefix_cache = PrefixCache()
         self._decoder = self._new_decoder()
-        for text in texts:
-            text.fail()
+        for sequence in sequences:
+            sequence.fail()
 
-    def _texts(self) -> list[ServedSequence]:
+    def _sequences(self) -> list[ServedSequence]:
         reading = [] if self._reading is None else [self._reading[0]]
         return [*self._running.values(), *reading, *self._waiting]
 
-    def _end(self, texts: Sequence[ServedSequence], reason: EndReason) -> None:
-        for text in texts:
-            if text.row is not None:
-                self._leave(text.row)
-            elif self._reading is not None and self._reading[0] is text:
+    def _end(self, sequences: Sequence[ServedSequence], reason: EndReason) -> None:
+        for sequence in sequences:
+            if sequence.row is not None:
+                self._leave(sequence.row)
+            elif self._reading is not None and self._reading[0] is sequence:
                 self._reading = None
             else:
-                self._waiting.remove(text)
-            text.end(reason)
+                self._waiting.remove(sequence)
+            sequence.end(reason)
 
-    def _begin_next(self) -> None:
+    def _admit_next(self) -> None:
         """The first of the queue, where there is a place and room for it; nobody overtakes it."""
         if self._reading is not None or not self._waiting:
             return
-        text = self._waiting[0]
+        sequence = self._waiting[0]
         if self.running >= self.settings.max_batch:
             return
-        if self._reserved + text.reserved > self.max_cache:
+        if self._reserved + sequence.reserved > self.max_cache:
             return
         self._waiting.popleft()
-        self._make_room(text.reserved)
+        self._make_room(sequence.reserved)
         try:
-            known = self._known(text)
-            text.job.reused = 0 if known is None else known.lengths[0]
-            self._reading = text, self._decoder.begin(text.request, known)
+            prefix = self._reusable_prefix(sequence)
+            sequence.job.reused = 0 if prefix is None else prefix.lengths[0]
+            self._reading = sequence, self._decoder.begin(sequence.request, prefix)
         except Exception:
-            self._fault(text)
+            self._fail(sequence)
 
     @property
     def _reserved(self) -> int:
         """Tokens that the texts of the batch may come to."""
-        return sum(text.reserved for text in self._running.values())
+        return sum(sequence.reserved for sequence in self._running.values())
 
     def _make_room(self, more: int = 0) -> None:
         """Forget remembered texts whose room the batch has, or may need with `more` tokens."""
         taken = max(self._decoder.slots, self._reserved + more)
         self._prefix_cache.evict_to(self.max_cache - taken)
 
-    def _known(self, text: ServedSequence) -> RowCache | None:
+    def _reusable_prefix(self, sequence: ServedSequence) -> RowCache | None:
         """Keys and values of the prompt's first tokens, from the batch or from what is over."""
-        prompt = text.prompt[:-1]
+        prompt = sequence.prompt[:-1]
         count, remembered = self._prefix_cache.find(prompt)
         counts = {
             row: min(shared_prefix_length(row.tokens, prompt), len(row.tokens) - 1)
@@ -210,65 +210,65 @@ class Scheduler:
             return None
         return remembered.copied(0, count)
 
-    def _read(self) -> None:
+    def _prefill(self) -> None:
         if self._reading is None:
             return
-        text, reading = self._reading
-        begun = time.perf_counter()
+        sequence, reading = self._reading
+        started = time.perf_counter()
         try:
             self._decoder.read(reading, self.settings.prefill_chunk)
-            text.job.stats.prefill_seconds += time.perf_counter() - begun
+            sequence.job.stats.prefill_seconds += time.perf_counter() - started
             if reading.left:
                 return
             self._reading = None
-            text.row = self._decoder.admit(reading)
-            self._running[text.row] = text
-            text.begun = time.monotonic()
+            sequence.row = self._decoder.admit(reading)
+            self._running[sequence.row] = sequence
+            sequence.started = time.monotonic()
         except Exception:
             self._reading = None
-            self._fault(text)
+            self._fail(sequence)
 
     def _step(self) -> None:
         if not self._running:
             return
-        begun = time.perf_counter()
+        started = time.perf_counter()
         try:
             settled = self._decoder.step()
         except Exception:
             self.faults += 1
             _log.exception("a step failed: the texts of the batch are taken apart")
-            settled = self._after_fault()
-        seconds = time.perf_counter() - begun
+            settled = self._retry_separately()
+        seconds = time.perf_counter() - started
         self.passes += 1
         self.pass_seconds += seconds
         for row, step in settled:
-            self._tell(row, step, seconds)
+            self._deliver(row, step, seconds)
         self._make_room()
 
-    def _tell(self, row: Row, step: Step, seconds: float) -> None:
-        text = self._running[row]
+    def _deliver(self, row: Row, step: Step, seconds: float) -> None:
+        sequence = self._running[row]
         try:
-            piece = text.push(step, seconds)
+            output = sequence.push(step, seconds)
         except Exception:
             self._leave(row)
-            self._fault(text)
+            self._fail(sequence)
             return
-        if piece.finish_reason is not None:
+        if output.finish_reason is not None:
             self._leave(row)
-        text.job.tell(piece)
+        sequence.job.notify(output)
 
     def _leave(self, row: Row) -> None:
         """Take a text out of the batch; it may have left the decoder on its own."""
-        took = time.monotonic() - self._running.pop(row).begun
-        self.seconds_a_text = _MEMORY * self.seconds_a_text + (1 - _MEMORY) * took
+        seconds = time.monotonic() - self._running.pop(row).started
+        self.mean_sequence_seconds = _DECAY * self.mean_sequence_seconds + (1 - _DECAY) * seconds
         self._decoder.leave([row] if row in self._decoder.rows else [])
 
-    def _fault(self, text: ServedSequence) -> None:
+    def _fail(self, sequence: ServedSequence) -> None:
         self.faults += 1
         _log.exception("a text failed; the others go on")
-        text.fail()
+        sequence.fail()
 
-    def _after_fault(self) -> list[tuple[Row, Step]]:
+    def _retry_separately(self) -> list[tuple[Row, Step]]:
         """Where a step failed: what it settled all the same, or what each text settles alone.
 
         A text that fails alone as well is ended, and the others go on without it.
@@ -279,15 +279,15 @@ class Scheduler:
         settled = []
         for row in list(ahead) or broken.rows:
             try:
-                step, cache = self._taken_apart(broken, row, ahead.get(row))
+                step, cache = self._step_alone(broken, row, ahead.get(row))
                 if cache is not None:
                     self._decoder.admit(Reading(row, cache))
                 settled.append((row, step))
             except Exception:
-                self._fault(self._running.pop(row))
+                self._fail(self._running.pop(row))
         return settled
 
-    def _taken_apart(
+    def _step_alone(
         self, broken: Decoder, row: Row, step: Step | None
     ) -> tuple[Step, RowCache | None]:
         """What a text of a failed step settled, or settles alone, and its cache if it goes on."""
@@ -314,4 +314,4 @@ class Scheduler:
 
     @property
     def _context(self) -> int:
-        return min(CONTEXT, self.max_context)
+        return min(COST_CONTEXT, self.max_context)

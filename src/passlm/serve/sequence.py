@@ -46,16 +46,16 @@ class ServedSequence:
         job: Job,
         lm: Generator,
         plans: Callable[[int], AutoPlan],
-        room: int,
+        max_length: int,
         seconds: float,
     ) -> None:
         self.job = job
         self.prompt = job.request.prompt
-        self.begun = time.monotonic()
-        self.deadline = self.begun + seconds
+        self.started = time.monotonic()
+        self.deadline = self.started + seconds
         asked = job.request.options.stopping.max_new_tokens
-        self.new_tokens = min(asked, room - len(self.prompt))
-        self._cut = self.new_tokens < asked
+        self.new_tokens = min(asked, max_length - len(self.prompt))
+        self._limited_by_context = self.new_tokens < asked
         self.request = self._request(lm, plans)
         self.row: Row | None = None
         self._stream = StreamedText(
@@ -72,7 +72,7 @@ class ServedSequence:
         return len(self.prompt) + self.new_tokens
 
     @property
-    def late(self) -> bool:
+    def expired(self) -> bool:
         """Whether its time is over."""
         return time.monotonic() > self.deadline
 
@@ -115,10 +115,10 @@ class ServedSequence:
             step: what it settled.
             seconds: that it took.
         """
-        if step.finish_reason is None and self.late:
+        if step.finish_reason is None and self.expired:
             step = replace(step, finish_reason="length")
             reason: EndReason | None = "time"
-        elif step.finish_reason == "length" and self._cut:
+        elif step.finish_reason == "length" and self._limited_by_context:
             reason = "context"
         else:
             reason = cast("EndReason | None", step.finish_reason)
@@ -133,16 +133,16 @@ class ServedSequence:
 
     def _tokens(self, texts: Sequence[str], ids: Sequence[int], accepted: int) -> list[Token]:
         tokens = []
-        for place, (token, text) in enumerate(zip(ids, texts, strict=True)):
-            position = place + 1 if place < accepted else 0
-            logprob, top = self._logprobs[place] if self._logprobs else (None, ())
+        for index, (token, text) in enumerate(zip(ids, texts, strict=True)):
+            position = index + 1 if index < accepted else 0
+            logprob, top = self._logprobs[index] if self._logprobs else (None, ())
             tokens.append(Token(token, text, position, logprob, top))
         return tokens
 
     def end(self, reason: EndReason) -> None:
         """Say that the text is over without another token."""
-        self.job.tell(SequenceOutput((), reason))
+        self.job.notify(SequenceOutput((), reason))
 
     def fail(self) -> None:
         """Say that a fault of ours ended it."""
-        self.job.tell(Failed(INTERNAL_ERROR))
+        self.job.notify(Failed(INTERNAL_ERROR))

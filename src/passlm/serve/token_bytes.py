@@ -23,15 +23,15 @@ class TokenBytes:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._added = {token: str(text) for token, text in tokenizer.added_tokens_decoder.items()}
-        self._letters = _byte_letters() if _is_byte_level(tokenizer) else None
-        self._known: dict[int, tuple[str, bytes]] = {}
+        self._byte_of_char = _byte_of_chars() if _is_byte_level(tokenizer) else None
+        self._cache: dict[int, tuple[str, bytes]] = {}
 
     def __call__(self, token: int) -> tuple[str, bytes]:
         """Text and bytes of a token."""
-        if token not in self._known:
-            spelt = self._bytes(token)
-            self._known[token] = _text(spelt), spelt
-        return self._known[token]
+        if token not in self._cache:
+            raw = self._bytes(token)
+            self._cache[token] = _readable(raw), raw
+        return self._cache[token]
 
     def _bytes(self, token: int) -> bytes:
         if token in self._added:
@@ -39,19 +39,19 @@ class TokenBytes:
         piece = self._tokenizer.convert_ids_to_tokens([token])[0]
         if piece is None:  # a row of the output layer that no token has
             return b""
-        if self._letters is not None and all(letter in self._letters for letter in piece):
-            return bytes(self._letters[letter] for letter in piece)
+        if self._byte_of_char is not None and all(char in self._byte_of_char for char in piece):
+            return bytes(self._byte_of_char[char] for char in piece)
         byte = _BYTE.fullmatch(piece)
         if byte is not None:
             return bytes([int(byte[1], 16)])
         return str(piece).replace(_SPACE, " ").encode()
 
 
-def _text(spelt: bytes) -> str:
+def _readable(raw: bytes) -> str:
     try:
-        return spelt.decode()
+        return raw.decode()
     except UnicodeDecodeError:
-        return "".join(f"\\x{byte:02x}" for byte in spelt)
+        return "".join(f"\\x{byte:02x}" for byte in raw)
 
 
 def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -61,9 +61,9 @@ def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
     return decoder is not None and b'"ByteLevel"' in decoder.__getstate__()
 
 
-def _byte_letters() -> dict[str, int]:
+def _byte_of_chars() -> dict[str, int]:
     """GPT-2's letter for each byte: printable ones stand for themselves, others for 256 and on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    letters = {chr(byte): byte for byte in printable}
-    return letters | {chr(256 + place): byte for place, byte in enumerate(others)}
+    chars = {chr(byte): byte for byte in printable}
+    return chars | {chr(256 + index): byte for index, byte in enumerate(others)}

@@ -28,7 +28,7 @@ from passlm.serve.protocol import (
 )
 from passlm.serve.scheduler import Scheduler
 
-_TIDY_SECONDS = 2.0  # between two times that freed memory is given back under load
+_RELEASE_SECONDS = 2.0  # between two times that freed memory is given back under load
 
 _log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Worker:
         self.lm = lm
         self.settings = settings
         self._scheduler = Scheduler(lm, settings)
-        self._changed = threading.Condition()
+        self._condition = threading.Condition()
         self._inbox: list[Job] = []
         self._cancelled: list[Job] = []
         self._ready = False
@@ -64,7 +64,7 @@ class Worker:
         self._finished = True
         self._thread = model_thread() if thread is None else thread
         self._running: Future[None] | None = None
-        self._tidied = time.monotonic()
+        self._memory_released = time.monotonic()
 
     @property
     def max_context(self) -> int:
@@ -87,37 +87,37 @@ class Worker:
             QueueFullError: too many wait already.
             ClosedError: the worker is going down, or down.
         """
-        jobs = [Job(ask, index, deliver) for index, ask in enumerate(sequences)]
-        for ask in sequences:
-            self._check(ask)
-        with self._changed:
+        jobs = [Job(sequence, index, deliver) for index, sequence in enumerate(sequences)]
+        for sequence in sequences:
+            self._check(sequence)
+        with self._condition:
             if self._deadline is not None or not self._alive:
                 raise ClosedError("the server is shutting down: try another one")
             self._check_queue(len(jobs))
             self._inbox += jobs
-            self._changed.notify()
+            self._condition.notify()
         return jobs
 
     def cancel(self, jobs: Iterable[Job]) -> None:
         """End texts before their next step; those that are over stay as they are."""
-        with self._changed:
+        with self._condition:
             self._cancelled += jobs
-            self._changed.notify()
+            self._condition.notify()
 
     def state(self) -> WorkerState:
         """How busy it is."""
-        own = self._scheduler
-        with self._changed:
-            waiting = len(self._inbox) + own.waiting
+        scheduler = self._scheduler
+        with self._condition:
+            waiting = len(self._inbox) + scheduler.waiting
         return WorkerState(
             ready=self._ready and self._deadline is None and self._alive,
-            running=own.running,
+            running=scheduler.running,
             waiting=waiting,
-            cached_tokens=own.cached_tokens,
-            max_cache=own.max_cache,
-            passes=own.passes,
-            pass_seconds=own.pass_seconds,
-            faults=own.faults,
+            cached_tokens=scheduler.cached_tokens,
+            max_cache=scheduler.max_cache,
+            passes=scheduler.passes,
+            pass_seconds=scheduler.pass_seconds,
+            faults=scheduler.faults,
         )
 
     def stop(self, grace: float) -> bool:
@@ -129,10 +129,10 @@ class Worker:
         Returns:
             Whether all were finished.
         """
-        with self._changed:
+        with self._condition:
             if self._deadline is None:
                 self._deadline = time.monotonic() + grace
-            self._changed.notify()
+            self._condition.notify()
         if self._running is not None:
             self._running.result()
         self._thread.shutdown()
@@ -142,42 +142,42 @@ class Worker:
     def _alive(self) -> bool:
         return self._running is not None and not self._running.done()
 
-    def _check(self, ask: SequenceRequest) -> None:
+    def _check(self, sequence: SequenceRequest) -> None:
         """Whether a prompt can be answered at all."""
-        most, count = min(self.max_context, self._scheduler.max_cache), len(ask.prompt)
+        limit, count = min(self.max_context, self._scheduler.max_cache), len(sequence.prompt)
         if not count:
             raise PromptError("the prompt is empty: give at least one token")
-        if count >= most:
+        if count >= limit:
             raise PromptError(
-                f"the prompt has {count} tokens and a text may have {most} with its answer: "
+                f"the prompt has {count} tokens and a text may have {limit} with its answer: "
                 "shorten the prompt"
             )
         vocabulary = self.lm.target.vocabulary
-        unknown = next((t for t in ask.prompt if not 0 <= t < vocabulary), None)
+        unknown = next((t for t in sequence.prompt if not 0 <= t < vocabulary), None)
         if unknown is not None:
             raise PromptError(
                 f"the prompt holds token id {unknown}, but the model knows 0 to {vocabulary - 1}"
             )
 
-    def _check_queue(self, texts: int) -> None:
+    def _check_queue(self, count: int) -> None:
         """Whether so many more may wait; those that find a place at once do not wait."""
         places = max(0, self.settings.max_batch - self._scheduler.running)
         waiting = len(self._inbox) + self._scheduler.waiting
-        if waiting + texts > self.settings.max_waiting + places:
+        if waiting + count > self.settings.max_waiting + places:
             rounds = waiting / self.settings.max_batch
-            raise QueueFullError(max(1, math.ceil(rounds * self._scheduler.seconds_a_text)))
+            raise QueueFullError(max(1, math.ceil(rounds * self._scheduler.mean_sequence_seconds)))
 
     def _run(self) -> None:
-        self._guarded(self._scheduler.warm)
+        self._run_safely(self._scheduler.warm)
         self._ready = True
-        while self._wait():
-            inbox, cancelled = self._taken()
+        while self._wait_for_work():
+            inbox, cancelled = self._take_inbox()
             for job in inbox:
                 self._scheduler.add(job)
-            self._guarded(partial(self._round, cancelled))
+            self._run_safely(partial(self._tick, cancelled))
         self._ready = False
 
-    def _round(self, cancelled: Iterable[Job]) -> None:
+    def _tick(self, cancelled: Iterable[Job]) -> None:
         """Let those go that are not wanted any more, and take a step with the others."""
         for job in cancelled:
             self._scheduler.cancel(job)
@@ -185,31 +185,31 @@ class Worker:
             self._finished = self._finished and not self._scheduler.busy
             self._scheduler.cancel_all()
         self._scheduler.tick()
-        self._tidy()
+        self._release_memory()
 
-    def _tidy(self) -> None:
+    def _release_memory(self) -> None:
         """Give freed memory back: now and then, and when there is nothing left to do."""
         now = time.monotonic()
-        if now - self._tidied > _TIDY_SECONDS or not self._scheduler.busy:
-            self._tidied = now
+        if now - self._memory_released > _RELEASE_SECONDS or not self._scheduler.busy:
+            self._memory_released = now
             release_free_memory()
 
-    def _wait(self) -> bool:
+    def _wait_for_work(self) -> bool:
         """Wait for something to do; False once there is nothing and will be nothing."""
-        with self._changed:
+        with self._condition:
             while not (self._inbox or self._cancelled or self._scheduler.busy):
                 if self._deadline is not None:
                     return False
-                self._changed.wait()
+                self._condition.wait()
         return True
 
-    def _taken(self) -> tuple[list[Job], list[Job]]:
-        with self._changed:
+    def _take_inbox(self) -> tuple[list[Job], list[Job]]:
+        with self._condition:
             taken = self._inbox, self._cancelled
             self._inbox, self._cancelled = [], []
         return taken
 
-    def _guarded(self, work: Callable[[], None]) -> None:
+    def _run_safely(self, work: Callable[[], None]) -> None:
         """Do something; a fault that nobody can be blamed for ends all texts, not the server."""
         try:
             work()
