@@ -1,4 +1,4 @@
-"""From a request to what the worker is asked, within the limits of the server and the model."""
+"""Turn API requests into worker requests, and check the limits of the server and the model."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from passlm.serve.request_schema import (
 )
 from passlm.serve.settings import ServeSettings
 
-DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
+DEFAULT_COMPLETION_TOKENS = 16  # the default of OpenAI's API
 _SEEDS = 2**64
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What a request comes to.
+    """A request of the API, checked and tokenized.
 
     Attributes:
-        sequences: one for each text: those of the first prompt, then those of the second, ...
-        texts: how many for each prompt.
-        echoes: text to be given before the texts of each prompt.
-        show: whether to tell how tokens came.
+        sequences: the sequences to generate: `n` for the first prompt, then `n` for the second, ...
+        n: sequences per prompt.
+        echoes: text to return before the generated text, one per prompt.
+        show: also return whether each token was drawn or accepted, and at which position.
     """
 
     sequences: tuple[SequenceRequest, ...]
@@ -43,17 +43,20 @@ class GenerationRequest:
 
     @property
     def prompt_tokens(self) -> int:
-        """Of all prompts, each counted once."""
+        """Number of tokens of all prompts; each prompt counts once, whatever `n` is."""
         return sum(len(sequence.prompt) for sequence in self.sequences[:: self.n])
 
 
 class RequestReader:
-    """Reads requests; takes as long as their prompts are, and is for one thread at a time.
+    """Reads and tokenizes requests.
+
+    Not thread-safe: a tokenizer may be used by one thread at a time. The time of a call grows with
+    the length of the prompts.
 
     Args:
-        lm: the model that is served.
-        settings: limits.
-        max_context: tokens a text may have, prompt and answer.
+        lm: the served model.
+        settings: limits of a request.
+        max_context: maximum length of a sequence, prompt and answer, in tokens.
     """
 
     def __init__(self, lm: Generator, settings: ServeSettings, max_context: int) -> None:
@@ -64,11 +67,11 @@ class RequestReader:
             self._max_prompt_tokens = min(self._max_prompt_tokens, settings.max_prompt_tokens)
 
     def completion(self, request: CompletionRequest) -> GenerationRequest:
-        """What a completion request asks for.
+        """Read a completion request.
 
         Raises:
-            ApiError: the server does not take it.
-            InputError: the model does not.
+            ApiError: a limit of the server is exceeded, or fields contradict each other.
+            InputError: the model does not support the request.
         """
         self._check(request)
         n = request.n or 1
@@ -78,7 +81,10 @@ class RequestReader:
             )
         if request.echo and request.logprobs is not None:
             raise ApiError(
-                400, "the prompt's logprobs are not computed: leave echo or logprobs out", "echo"
+                400,
+                "echo and logprobs cannot be combined, because log probabilities "
+                "of the prompt are not computed: leave one of them out",
+                "echo",
             )
         prompts = _prompt_list(request.prompt)
         self._check_n(len(prompts) * n)
@@ -88,17 +94,17 @@ class RequestReader:
         return self._generation_request(request, encoded, new, request.logprobs, echoes)
 
     def chat(self, request: ChatRequest) -> GenerationRequest:
-        """What a chat request asks for.
+        """Read a chat request.
 
         Raises:
-            ApiError: the server does not take it.
-            InputError: the model does not.
+            ApiError: a limit of the server is exceeded, or fields contradict each other.
+            InputError: the model does not support the request.
         """
         self._check(request)
         self._check_n(request.n or 1)
         name, new = self._max_new_tokens(request)
         if request.top_logprobs is not None and not request.logprobs:
-            raise ApiError(400, "top_logprobs is told with logprobs: true", "top_logprobs")
+            raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
         prompt = self._encode([self._message(message) for message in request.messages], "messages")
         return self._generation_request(
@@ -113,7 +119,8 @@ class RequestReader:
         }
         if len(set(given.values())) > 1:
             raise ApiError(
-                400, "max_completion_tokens and max_tokens are two names of one: give one of them"
+                400,
+                "max_completion_tokens and max_tokens mean the same and differ: give one of them",
             )
         return next(iter(given.items()), ("max_completion_tokens", self.settings.max_tokens))
 
@@ -125,32 +132,34 @@ class RequestReader:
         return entry | {key: value for key, value in optional.items() if value is not None}
 
     def _role(self, role: str) -> str:
-        """Developer is OpenAI's newer name of system; templates that know it get it."""
+        """Return the role for the template: `developer` becomes `system` in one that lacks it."""
         template = str(self.lm.tokenizer.chat_template or "")
         return "system" if role == "developer" and role not in template else role
 
     def _check(self, request: CommonRequest) -> None:
-        """What can be told without looking at the prompt."""
+        """Check what does not depend on the prompt."""
         name, limit = self.settings.model_name, self.settings.max_stops
         if request.model != name:
             raise ApiError(
                 404,
-                f"there is no model {request.model[:80]!r}: this server has {name!r}",
+                f"there is no model {request.model[:80]!r}: this server serves {name!r}",
                 "model",
                 "model_not_found",
             )
         if request.stream_options is not None and not request.stream:
-            raise ApiError(400, "stream_options is for stream: true", "stream_options")
+            raise ApiError(400, "stream_options needs stream: true", "stream_options")
         stops = _stops(request)
         if len(stops) > limit:
-            raise ApiError(400, f"stop has {len(stops)} texts: this server takes {limit}", "stop")
+            raise ApiError(
+                400, f"stop has {len(stops)} strings: at most {limit} are allowed", "stop"
+            )
         self._check_bias(request.logit_bias or {})
 
     def _check_bias(self, bias: dict[str, float]) -> None:
         limit = self.settings.max_logit_bias
         if len(bias) > limit:
             raise ApiError(
-                400, f"logit_bias names {len(bias)} tokens: this server takes {limit}", "logit_bias"
+                400, f"logit_bias has {len(bias)} tokens: at most {limit} are allowed", "logit_bias"
             )
         self._check_ids(map(int, bias), "logit_bias")
 
@@ -158,14 +167,16 @@ class RequestReader:
         limit = self.settings.max_texts
         if n > limit:
             raise ApiError(
-                400, f"{n} texts are asked for, prompts times n: this server gives {limit}", "n"
+                400,
+                f"the request has {n} sequences, prompts times n: at most {limit} are allowed",
+                "n",
             )
 
     def _new_tokens(self, name: str, tokens: int) -> int:
         limit = self.settings.max_tokens
         if tokens > limit:
             raise ApiError(
-                400, f"{name} is {tokens}: this server gives {limit}", name, "invalid_value"
+                400, f"{name} is {tokens}: at most {limit} are allowed", name, "invalid_value"
             )
         return tokens
 
@@ -174,7 +185,7 @@ class RequestReader:
         if len(ids) > self._max_prompt_tokens:
             raise ApiError(
                 400,
-                f"the prompt has {len(ids)} tokens: this server takes {self._max_prompt_tokens}",
+                f"the prompt has {len(ids)} tokens: at most {self._max_prompt_tokens} are allowed",
                 name,
                 "context_length_exceeded",
             )
@@ -187,7 +198,7 @@ class RequestReader:
         if unknown is not None:
             raise ApiError(
                 400,
-                f"{name} names token {unknown}, but the model knows 0 to {vocabulary - 1}",
+                f"{name} contains token id {unknown}: the model has ids 0 to {vocabulary - 1}",
                 name,
             )
 
@@ -221,7 +232,7 @@ class RequestReader:
 
 
 def _prompt_list(prompt: Any) -> list[Any]:
-    """The prompts of a completion request."""
+    """Return the prompts of a completion request as a list, also if it has only one."""
     single = isinstance(prompt, str) or isinstance(prompt[0], int)
     return [prompt] if single else prompt
 
@@ -236,13 +247,18 @@ def _seed(request: CommonRequest, index: int) -> int | None:
 
 
 def _sampling(request: CommonRequest) -> dict[str, Any]:
-    """Fields of `SamplingParams` but the seed; OpenAI's default of the temperature is 1."""
+    """Return the fields of `SamplingParams` except the seed.
+
+    The default temperature is 1, as in OpenAI's API.
+    """
     names = ("top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
     given = {name: getattr(request, name) for name in names}
     chosen = {name: value for name, value in given.items() if value is not None}
     chosen["temperature"] = 1.0 if request.temperature is None else request.temperature
     if request.top_p is not None:
-        chosen["top_p"] = max(request.top_p, sys.float_info.min)  # 0 keeps the likeliest token
+        chosen["top_p"] = max(
+            request.top_p, sys.float_info.min
+        )  # 0 is allowed here and keeps only the most probable token
     if request.logit_bias:
         chosen["logit_bias"] = {int(token): bias for token, bias in request.logit_bias.items()}
     return chosen
