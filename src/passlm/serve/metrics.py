@@ -1,4 +1,4 @@
-"""What the operator can read: counts and times in Prometheus' format, in an own registry."""
+"""Counters and histograms in Prometheus' format, in a registry of their own."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ _TOKEN_BUCKETS = (1, 2, 3, 4, 5, 6, 8, 10, 13)
 
 
 class WorkerCollector(Collector):
-    """The worker's own figures, asked for when somebody looks.
+    """Collects the worker's state at each scrape.
 
     Args:
-        state: gives them.
+        state: returns the state.
     """
 
     def __init__(self, state: Callable[[], WorkerState]) -> None:
@@ -46,15 +46,19 @@ class WorkerCollector(Collector):
         state = self._state()
         gauges: tuple[tuple[str, str, float], ...] = (
             ("ready", "1 if passes can be run", state.ready),
-            ("running_texts", "texts in the batch", state.running),
-            ("waiting_texts", "texts that wait, or whose prompt is being read", state.waiting),
-            ("cached_tokens", "tokens whose keys and values are held", state.cached_tokens),
-            ("cache_capacity_tokens", "the most there may be of them", state.max_cache),
+            ("running_texts", "sequences in the batch", state.running),
+            (
+                "waiting_texts",
+                "sequences that wait or whose prompt is being prefilled",
+                state.waiting,
+            ),
+            ("cached_tokens", "tokens in the KV cache", state.cached_tokens),
+            ("cache_capacity_tokens", "maximum number of tokens in the KV cache", state.max_cache),
         )
         counters: tuple[tuple[str, str, float], ...] = (
             ("passes", "forward passes of the batch", state.passes),
-            ("pass_seconds", "spent in them", state.pass_seconds),
-            ("faults", "steps and texts that failed", state.faults),
+            ("pass_seconds", "seconds spent in forward passes", state.pass_seconds),
+            ("faults", "internal errors in steps and sequences", state.faults),
         )
         for name, help_text, value in gauges:
             yield GaugeMetricFamily(f"passlm_{name}", help_text, value)
@@ -63,10 +67,10 @@ class WorkerCollector(Collector):
 
 
 class Metrics:
-    """All figures of one server.
+    """All metrics of one server.
 
     Args:
-        state: of its worker.
+        state: returns the state of the worker.
     """
 
     def __init__(self, state: Callable[[], WorkerState]) -> None:
@@ -77,74 +81,75 @@ class Metrics:
         )
         self.request_seconds = Histogram(
             "passlm_request_seconds",
-            "until the last byte",
+            "seconds until the last byte of the response",
             ("path",),
             registry=registry,
             buckets=_LATENCY_BUCKETS,
         )
         self.first_token = Histogram(
             "passlm_time_to_first_token_seconds",
-            "from a request to its text's first token",
+            "seconds from the request to the first token of a sequence",
             registry=registry,
             buckets=_LATENCY_BUCKETS,
         )
         self.between_tokens = Histogram(
             "passlm_time_between_tokens_seconds",
-            "from token to token of a text; those of one pass share its time",
+            "seconds from token to token of a sequence; the time of a pass is divided equally "
+            "between its tokens",
             registry=registry,
             buckets=_INTERVAL_BUCKETS,
         )
         self.tokens_per_pass = Histogram(
             "passlm_tokens_per_pass",
-            "tokens a pass gave a text",
+            "tokens per pass and sequence",
             registry=registry,
             buckets=_TOKEN_BUCKETS,
         )
         self.texts = Counter(
-            "passlm_texts", "texts, by why they ended", ("reason",), registry=registry
+            "passlm_texts", "finished sequences, by reason", ("reason",), registry=registry
         )
-        self.prompt_tokens = Counter("passlm_prompt_tokens", "tokens of prompts", registry=registry)
+        self.prompt_tokens = Counter("passlm_prompt_tokens", "prompt tokens", registry=registry)
         self.reused_tokens = Counter(
-            "passlm_reused_prompt_tokens", "of these, found in the cache", registry=registry
+            "passlm_reused_prompt_tokens", "prompt tokens found in the KV cache", registry=registry
         )
-        self.tokens = Counter("passlm_tokens", "tokens written", registry=registry)
+        self.tokens = Counter("passlm_tokens", "generated tokens", registry=registry)
         self.judged = Counter(
-            "passlm_judged", "candidates reached, by position", ("position",), registry=registry
+            "passlm_judged", "candidates verified, by position", ("position",), registry=registry
         )
         self.accepted = Counter(
             "passlm_accepted", "candidates accepted, by position", ("position",), registry=registry
         )
 
     def exposition(self) -> tuple[bytes, str]:
-        """What Prometheus reads, and its media type."""
+        """Return the metrics in the text format of Prometheus, and its media type."""
         return generate_latest(self.registry), CONTENT_TYPE_LATEST
 
     def count_request(self, path: str, status: int, seconds: float) -> None:
-        """A request is over."""
+        """Count a completed request and its duration."""
         self.requests.labels(path, str(status)).inc()
         self.request_seconds.labels(path).observe(seconds)
 
 
 class RequestMetrics:
-    """Counts what comes of one request, whether or not anybody still listens.
+    """Counts the events of one request, also after its client has disconnected.
 
     Args:
-        metrics: where to.
-        begun: when the request came, by `time.perf_counter`.
+        metrics: the metrics to update.
+        started: time of arrival of the request, by `time.perf_counter`.
     """
 
     def __init__(self, metrics: Metrics, started: float) -> None:
         self._metrics = metrics
         self._started = started
-        self._last: dict[int, float] = {}  # when each text's latest token came
+        self._last: dict[int, float] = {}  # time of each sequence's latest token
 
     def count_event(self, job: Job, event: Event, at: float) -> None:
-        """Something came.
+        """Count an event.
 
         Args:
-            job: the text that it belongs to.
-            event: what.
-            at: when, by `time.perf_counter`.
+            job: the sequence that it belongs to.
+            event: the event.
+            at: its time, by `time.perf_counter`.
         """
         if isinstance(event, Failed):
             self._count_end(job, "failed")

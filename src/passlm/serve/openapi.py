@@ -1,4 +1,4 @@
-"""The application's OpenAPI schema: what FastAPI finds, and what it cannot know."""
+"""Complete FastAPI's OpenAPI schema with streams, limits, examples and API keys."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ _EXAMPLES: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def needs_key(path: str) -> bool:
-    """Whether a path is for those alone who have a key, where there are keys."""
+    """Return whether a path requires an API key if the server has any."""
     return path.startswith("/v1/") or path == "/metrics"
 
 
 def event(chunk: type[Reply]) -> dict[str, Any]:
-    """An event of a stream: a chunk, at the end `[DONE]`, or a fault on the way."""
+    """Return the schema of one event of a stream: a chunk, an error, or the final `[DONE]`."""
     contents = [{"$ref": REFERENCE.format(model=kind.__name__)} for kind in (chunk, ErrorReply)]
     json = {"contentMediaType": "application/json", "contentSchema": {"anyOf": contents}}
     data = {"type": "string", "anyOf": [{"const": "[DONE]"}, json]}
@@ -51,11 +51,14 @@ def event(chunk: type[Reply]) -> dict[str, Any]:
 
 
 def complete(schema: dict[str, Any], settings: ServeSettings) -> dict[str, Any]:
-    """Add what the schema of FastAPI lacks.
+    """Add the parts that FastAPI cannot derive: stream events, model name, limits, examples, keys.
 
     Args:
-        schema: is changed.
-        settings: name, limits and keys of the server.
+        schema: the schema of FastAPI; modified in place.
+        settings: model name, limits and keys of the server.
+
+    Returns:
+        The same schema.
     """
     parts = schema["components"]["schemas"]
     for chunk in (CompletionChunk, ChatChunk):

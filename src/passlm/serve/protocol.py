@@ -58,8 +58,7 @@ class WorkerSettings:
     max_context: int = field(
         default=2048,
         metadata={
-            "help": "maximum length of a sequence, prompt and answer, in tokens; the model's context "
-            "if that is shorter"
+            "help": "maximum tokens of a sequence, prompt and answer; the model's context if shorter"
         },
     )
     max_cache: int = field(

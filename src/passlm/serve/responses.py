@@ -1,4 +1,4 @@
-"""The answer to one request: asks the worker, listens, and sends what comes, streamed or whole."""
+"""The HTTP response of a generation request, streamed or complete."""
 
 from __future__ import annotations
 
@@ -23,28 +23,26 @@ from passlm.serve.request_record import RequestRecord, record_of
 from passlm.serve.requests import GenerationRequest
 from passlm.serve.response_builder import ResponseBuilder, usage
 
-KEEP_ALIVE_SECONDS = (
-    15.0  # after which a stream says that it is still there: proxies close idle ones
-)
-_KEEP_ALIVE = ": waiting\n\n"  # a comment, which clients pass over
+KEEP_ALIVE_SECONDS = 15.0  # a silent stream sends a comment: proxies close idle connections
+_KEEP_ALIVE = ": waiting\n\n"  # a comment of server-sent events, which clients ignore
 _START = {
     "type": "http.response.start",
     "status": 200,
     "headers": [
         (b"content-type", b"text/event-stream; charset=utf-8"),
-        (b"x-accel-buffering", b"no"),  # nginx is not to collect it
+        (b"x-accel-buffering", b"no"),  # nginx must not buffer the stream
     ],
 }
 
 
 @dataclass(frozen=True)
 class ResponseContext:
-    """What all answers of a server have in common.
+    """What all responses of a server share.
 
     Attributes:
-        worker: who writes them.
-        metrics: where they are counted.
-        write_seconds: a client that reads nothing for this long is left.
+        worker: runs the sequences.
+        metrics: counts events.
+        write_seconds: a client that reads nothing for this long is disconnected.
     """
 
     worker: DecodingWorker
@@ -53,7 +51,7 @@ class ResponseContext:
 
 
 class GenerationResponse(Response):
-    """The answer to one request, made while it is sent.
+    """Submits a request to the worker when it is sent, and sends the outputs as they arrive.
 
     Args:
         terms: see `Terms`.
@@ -79,7 +77,7 @@ class GenerationResponse(Response):
         self._include_usage = include_usage
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Ask, listen, send; as ASGI calls it."""
+        """Submit the sequences and send their outputs, as ASGI calls it."""
         context, record = self._context, record_of(scope)
         record.facts |= {"texts": len(self._request.sequences), "stream": self._stream}
         metrics = RequestMetrics(context.metrics, record.started)
@@ -102,7 +100,7 @@ class GenerationResponse(Response):
         await Response(reply, media_type="application/json")(scope, receive, send)
 
     async def _send_stream(self, queue: EventQueue, send: Send, record: RequestRecord) -> None:
-        """Send events as they come; what fails before the first one has a status of its own."""
+        """Send events as they arrive; an error before the first one gets its own HTTP status."""
         started = False
         async for batch in queue.batches(KEEP_ALIVE_SECONDS):
             events, error = self._events(batch)
@@ -122,7 +120,7 @@ class GenerationResponse(Response):
         await self._write(send, [*closing, "[DONE]"], last=True)
 
     def _events(self, batch: Sequence[SequenceEvent]) -> tuple[list[str], ApiError | None]:
-        """What some arrivals come to, up to the first that is a fault."""
+        """Return the events to send for a batch, up to the first error, and that error."""
         events: list[str] = []
         for item in batch:
             try:
@@ -135,7 +133,9 @@ class GenerationResponse(Response):
         body = "".join(f"data: {event}\n\n" for event in events) or _KEEP_ALIVE
         seconds = self._context.write_seconds
         try:
-            async with asyncio.timeout(seconds):  # it waits while the client's buffers are full
+            async with asyncio.timeout(
+                seconds
+            ):  # sending blocks while the client's buffers are full
                 await send(
                     {"type": "http.response.body", "body": body.encode(), "more_body": not last}
                 )
@@ -153,16 +153,22 @@ class GenerationResponse(Response):
 
 
 def _output(item: SequenceEvent) -> SequenceOutput:
-    """What came of a text, unless that is its failure.
+    """Return the output of an event.
 
     Raises:
-        ApiError: it failed, or the server is going down.
+        ApiError: the sequence failed, waited too long, or was ended by a shutdown.
     """
     event = item.event
     if isinstance(event, Failed):
         raise ApiError(500, event.message)
     if event.finish_reason == "waited":
-        raise unavailable("the server is too busy: the request waited for its turn in vain")
-    if event.finish_reason == "cancelled":  # not by us: we listen
-        raise unavailable("the server is shutting down and could not finish: try another one")
+        raise unavailable(
+            "the server is too busy: the request reached the time limit before it started"
+        )
+    if (
+        event.finish_reason == "cancelled"
+    ):  # by a shutdown: this response cancels only after its last event
+        raise unavailable(
+            "the server is shutting down and could not finish the request: send it again later"
+        )
     return event
