@@ -216,7 +216,7 @@ async def _json_only(request: Request) -> None:
 
 
 def _open_routes(api: Api) -> APIRouter:
-    """Return the routes that are not part of OpenAI's API; none of them but metrics needs a key."""
+    """Return the routes that are not part of OpenAI's API."""
     routes = APIRouter(responses=_errors("default"))
     pages: tuple[Callable[..., Any], ...] = (api.page, api.docs, api.docs_style)
     for path, page in zip(_PAGES, pages, strict=True):
@@ -282,7 +282,7 @@ class _App(FastAPI):
         return self.openapi_schema
 
     def path_name(self, path: str) -> str:
-        """Return the label of a path in the metrics; their number is bounded, whatever is requested."""
+        """Return the label of a path in the metrics; few labels, whatever clients request."""
         if path in _PAGES or path in self.openapi()["paths"]:
             return path
         for start in (MODEL_PATH, "/static/"):

@@ -182,9 +182,9 @@ class BodyMiddleware:
     """Reads the complete body of a request before the application runs, within limits.
 
     Args:
-        app: gets the whole body.
-        most: bytes.
-        seconds: in which it must have come.
+        app: receives the complete body.
+        max_bytes: maximum size in bytes.
+        seconds: time within which the body must arrive.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int, seconds: float) -> None:

@@ -58,7 +58,7 @@ class WorkerSettings:
     max_context: int = field(
         default=2048,
         metadata={
-            "help": "maximum tokens of a sequence, prompt and answer; the model's context if shorter"
+            "help": "tokens of a sequence, prompt and answer; at most the model's context length"
         },
     )
     max_cache: int = field(

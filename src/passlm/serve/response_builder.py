@@ -1,6 +1,7 @@
-"""From the pieces of texts to the replies of the API, streamed or whole.
+"""Build the responses of the API from the outputs of the worker, streamed or complete.
 
-Both go through the same texts, so that a stream joined is the whole reply.
+Both kinds use the same state per choice, so that the chunks of a stream, joined, equal the complete
+response.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from passlm.serve.response_schema import (
 from passlm.serve.token_bytes import TokenBytes
 
 FINGERPRINT = f"passlm-{__version__}"
-_MIN_LOGPROB = -9999.0  # OpenAI's logarithm of 0
+_MIN_LOGPROB = -9999.0  # OpenAI's API reports this value for probability 0
 _REASONS: dict[str, FinishReason] = {
     "eos": "stop",
     "stop": "stop",
@@ -54,12 +55,14 @@ _REASONS: dict[str, FinishReason] = {
 
 @dataclass
 class _Choice:
-    """One text as it grows.
+    """State of one choice of the response while it is generated.
 
     Attributes:
-        shown: its text so far.
-        tokens: those that the text was made of.
+        text: text so far.
+        tokens: tokens that make up `text`.
         finish_reason: why it ended; None before.
+        started: the first chunk of a stream was made.
+        held: tokens that are not part of `tokens` yet, because they show no text so far.
     """
 
     text: str = ""
@@ -69,37 +72,38 @@ class _Choice:
     held: list[Token] = field(default_factory=list)
 
     def push(self, output: SequenceOutput) -> tuple[str, list[Token]]:
-        """What a piece lets show, and the tokens it was made of.
+        """Add an output, and return the text and the tokens that the choice gains.
 
-        Tokens that show nothing wait for one that does: they may belong to a stop string, or to an
-        unfinished character. What waits at the end of a text that was stopped is no part of it.
+        Tokens without text are held until one with text follows: they may belong to a stop string
+        or to an incomplete character. Tokens still held when a stop string or the end of sequence
+        ends the text are dropped.
         """
         text = "".join(token.text for token in output.tokens)
         tokens = [*self.held, *output.tokens]
-        if output.finish_reason == "eos" and output.tokens:  # the end is no part of the text either
+        if output.finish_reason == "eos" and output.tokens:  # the end token is not part of the text
             end = tokens.pop()
             if tokens and not tokens[-1].text:
-                tokens[-1] = replace(tokens[-1], text=end.text)  # what was held back until then
-        response = max((at for at, token in enumerate(tokens, start=1) if token.text), default=0)
-        told, self.held = tokens[:response], tokens[response:]
+                tokens[-1] = replace(tokens[-1], text=end.text)  # text that was held back
+        complete = max((at for at, token in enumerate(tokens, start=1) if token.text), default=0)
+        gained, self.held = tokens[:complete], tokens[complete:]
         if output.finish_reason is not None:
             self.finish_reason = _REASONS[output.finish_reason]
             if self.finish_reason == "length":
-                told += self.held
+                gained += self.held
             self.held = []
         self.text += text
-        self.tokens += told
-        return text, told
+        self.tokens += gained
+        return text, gained
 
 
 class ResponseBuilder(ABC):
-    """Makes the replies to one request.
+    """Builds the response or the stream of one request.
 
     Args:
-        wanted: what it comes to.
-        model: the model's name.
-        spelling: of its tokens.
-        usage: whether each chunk of a stream tells the usage, all but the last as unknown.
+        request: the request.
+        model: name of the model in the API.
+        token_bytes: bytes and text of the model's tokens.
+        usage: the chunks of a stream have a field `usage`, which is null in all but the last.
     """
 
     kind: str
@@ -110,40 +114,40 @@ class ResponseBuilder(ABC):
     ) -> None:
         self.request = request
         self.token_bytes = token_bytes
-        self.head: dict[str, Any] = {
+        self._head: dict[str, Any] = {
             "id": f"{self.prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": model,
             "system_fingerprint": FINGERPRINT,
         }
-        self._open: dict[str, Any] = {"usage": None} if usage else {}
+        self._open_usage: dict[str, Any] = {"usage": None} if usage else {}
         self.choices = [_Choice() for _ in request.sequences]
 
     def add(self, index: int, output: SequenceOutput) -> None:
-        """A piece of a reply that is told whole."""
+        """Add an output of a request that is not streamed."""
         self.choices[index].push(output)
 
     def chunks(self, index: int, output: SequenceOutput) -> list[str]:
-        """What a piece comes to in a stream, as JSON."""
-        text = self.choices[index]
-        shown, tokens = text.push(output)
+        """Return the chunks of a stream for an output, as JSON."""
+        state = self.choices[index]
+        text, tokens = state.push(output)
         choices: list[Reply] = []
-        if not text.started:
-            text.started = True
+        if not state.started:
+            state.started = True
             choices += self._first_choices(index)
-        if shown or tokens or (self.request.show and output.tokens):
-            choice = self._choice(index, shown, tokens)
+        if text or tokens or (self.request.show and output.tokens):
+            choice = self._choice(index, text, tokens)
             choices.append(self._with_show(choice, output) if self.request.show else choice)
-        if text.finish_reason is not None:
-            choices.append(self._last_choice(index, text.finish_reason))
-        return [self._chunk([choice], self._open) for choice in choices]
+        if state.finish_reason is not None:
+            choices.append(self._last_choice(index, state.finish_reason))
+        return [self._chunk([choice], self._open_usage) for choice in choices]
 
     def usage_chunk(self, usage: Usage) -> str:
-        """The last chunk of a stream that tells its usage."""
+        """Return the last chunk of a stream, which reports the usage."""
         return self._chunk([], {"usage": usage})
 
     def _chunk(self, choices: Sequence[Reply], usage: dict[str, Any]) -> str:
-        chunk = self._new_chunk(object=self.kind, choices=choices, **self.head, **usage)
+        chunk = self._new_chunk(object=self.kind, choices=choices, **self._head, **usage)
         return chunk.model_dump_json(exclude_unset=True)
 
     @staticmethod
@@ -156,27 +160,27 @@ class ResponseBuilder(ABC):
 
     @abstractmethod
     def response(self, usage: Usage) -> Reply:
-        """The reply of a request that is not streamed, all of it taken."""
+        """Return the response of a request that is not streamed, after all outputs were added."""
 
     @abstractmethod
     def _new_chunk(self, **content: Any) -> Reply:
-        """One event of a stream."""
+        """Return one chunk of a stream."""
 
     @abstractmethod
     def _first_choices(self, index: int) -> list[Reply]:
-        """What a text begins with in a stream."""
+        """Return what a stream sends of a choice before its first output."""
 
     @abstractmethod
     def _choice(self, index: int, text: str, tokens: Sequence[Token]) -> Reply:
-        """What a text gained."""
+        """Return what a choice gained."""
 
     @abstractmethod
     def _last_choice(self, index: int, reason: FinishReason) -> Reply:
-        """That a text is over."""
+        """Return the end of a choice."""
 
 
 class CompletionBuilder(ResponseBuilder):
-    """Replies to completion requests."""
+    """Builds responses to completion requests."""
 
     kind, prefix = "text_completion", "cmpl"
 
@@ -184,22 +188,20 @@ class CompletionBuilder(ResponseBuilder):
         self, request: GenerationRequest, model: str, token_bytes: TokenBytes, usage: bool
     ) -> None:
         super().__init__(request, model, token_bytes, usage)
-        self._text_offsets = [0] * len(
-            self.choices
-        )  # characters of each text whose tokens were told
+        self._text_offsets = [0] * len(self.choices)  # where each choice's next token begins
 
     def response(self, usage: Usage) -> Completion:
-        """See `Composer`."""
+        """See `ResponseBuilder`."""
         choices = [
             CompletionChoice(
-                finish_reason=_finish_reason(text),
+                finish_reason=_finish_reason(choice),
                 index=index,
-                logprobs=self._logprobs(index, text.tokens),
-                text=self._echo(index) + text.text,
+                logprobs=self._logprobs(index, choice.tokens),
+                text=self._echo(index) + choice.text,
             )
-            for index, text in enumerate(self.choices)
+            for index, choice in enumerate(self.choices)
         ]
-        return Completion(choices=choices, usage=usage, **self.head)
+        return Completion(choices=choices, usage=usage, **self._head)
 
     def _new_chunk(self, **content: Any) -> CompletionChunk:
         return CompletionChunk(**content)
@@ -240,13 +242,13 @@ class CompletionBuilder(ResponseBuilder):
         )
 
     def _lengths(self, tokens: Sequence[Token]) -> Iterator[int]:
-        """Characters of each token, also of those whose text came with a later one's."""
+        """Yield the number of characters of each token, also if a later token shows its text."""
         waiting: list[Token] = []
         for token in tokens:
             waiting.append(token)
             if token.text:
                 texts = [self.token_bytes(each.id)[0] for each in waiting]
-                if "".join(texts) != token.text:  # a torn character, or cut where a stop begins
+                if "".join(texts) != token.text:  # a split character, or cut before a stop string
                     texts = [*("" for _ in waiting[1:]), token.text]
                 yield from map(len, texts)
                 waiting.clear()
@@ -262,27 +264,27 @@ def _own_logprob(token: Token) -> tuple[int, float | None]:
 
 
 def _finite(logprob: float | None) -> float:
-    """JSON has no infinity."""
+    """Return a log-probability that JSON can represent: it has no infinity."""
     return _MIN_LOGPROB if logprob is None else max(logprob, _MIN_LOGPROB)
 
 
 class ChatBuilder(ResponseBuilder):
-    """Replies to chat requests."""
+    """Builds responses to chat requests."""
 
     kind, prefix = "chat.completion.chunk", "chatcmpl"
 
     def response(self, usage: Usage) -> ChatCompletion:
-        """See `Composer`."""
+        """See `ResponseBuilder`."""
         choices = [
             ChatChoice(
-                finish_reason=_finish_reason(text),
+                finish_reason=_finish_reason(choice),
                 index=index,
-                logprobs=self._logprobs(index, text.tokens),
-                message=AnswerMessage(content=text.text),
+                logprobs=self._logprobs(index, choice.tokens),
+                message=AnswerMessage(content=choice.text),
             )
-            for index, text in enumerate(self.choices)
+            for index, choice in enumerate(self.choices)
         ]
-        return ChatCompletion(choices=choices, usage=usage, **self.head)
+        return ChatCompletion(choices=choices, usage=usage, **self._head)
 
     def _new_chunk(self, **content: Any) -> ChatChunk:
         return ChatChunk(**content)
@@ -319,13 +321,13 @@ class ChatBuilder(ResponseBuilder):
         return TopLogprob(token=text, bytes=list(raw), logprob=_finite(logprob))
 
 
-def _finish_reason(text: _Choice) -> FinishReason:
-    assert text.finish_reason is not None, "a text is told before it is over"
-    return text.finish_reason
+def _finish_reason(choice: _Choice) -> FinishReason:
+    assert choice.finish_reason is not None, "the response is built before all sequences ended"
+    return choice.finish_reason
 
 
 def usage(request: GenerationRequest, jobs: Sequence[Job]) -> Usage:
-    """What a request took, once all its texts are over."""
+    """Return the usage of a request, after all its sequences have ended."""
     stats = Stats.total([job.stats for job in jobs])
     prompt = request.prompt_tokens
     return Usage(

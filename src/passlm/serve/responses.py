@@ -54,11 +54,11 @@ class GenerationResponse(Response):
     """Submits a request to the worker when it is sent, and sends the outputs as they arrive.
 
     Args:
-        terms: see `Terms`.
-        wanted: what the request comes to.
-        composer: makes replies of what comes.
-        stream: as events, or whole.
-        tell_usage: at the end of a stream; whole replies always do.
+        context: see `ResponseContext`.
+        request: the request.
+        builder: turns outputs into chunks or a response.
+        stream: send server-sent events in place of one response.
+        include_usage: end a stream with the usage; a complete response always has it.
     """
 
     def __init__(
@@ -165,9 +165,7 @@ def _output(item: SequenceEvent) -> SequenceOutput:
         raise unavailable(
             "the server is too busy: the request reached the time limit before it started"
         )
-    if (
-        event.finish_reason == "cancelled"
-    ):  # by a shutdown: this response cancels only after its last event
+    if event.finish_reason == "cancelled":  # a shutdown: this response has not cancelled it
         raise unavailable(
             "the server is shutting down and could not finish the request: send it again later"
         )

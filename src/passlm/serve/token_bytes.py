@@ -14,7 +14,7 @@ class TokenBytes:
     """Maps token ids to their bytes and to readable text.
 
     A token may contain only a part of a character. Bytes that are not valid UTF-8 are written as
-    escapes (`\\xf0`), as in OpenAI's API.
+    escapes, as in OpenAI's API.
 
     Args:
         tokenizer: tokenizer of the model.
