@@ -296,7 +296,7 @@ def test_a_refusal_is_told_in_place(visit: Visit) -> None:
     """Catches a silent failure, and a message that has to be written again."""
     visit.page.check("[value=chat]")
     visit.request("b>", tokens=MOST_TOKENS + 1)
-    visit.page.locator("#problem", has_text=f"this server gives {MOST_TOKENS}").wait_for()
+    visit.page.locator("#problem", has_text=f"at most {MOST_TOKENS} are allowed").wait_for()
     assert visit.page.input_value("#input") == "b>"
     assert visit.page.locator(".turns li, .pane").count() == 0
     assert [error for error in visit.errors if "400" not in error] == []
@@ -348,7 +348,7 @@ def test_asks_for_the_key(browser: Any, lm: Generator) -> None:
         page.locator("#problem", has_text="API key").wait_for()
         page.fill("#key", "another one")
         page.keyboard.press("Enter")
-        page.locator("#problem", has_text="not known here").wait_for()
+        page.locator("#problem", has_text="is not valid").wait_for()
         page.fill("#key", "a\u200bkey")  # what no header can carry, as from a web page
         page.keyboard.press("Enter")
         page.locator("#problem", has_text="letters, digits and signs").wait_for()

@@ -171,7 +171,7 @@ class LookAhead(Body):
     )
     show: bool | None = Field(
         default=None,
-        description="Report in each streamed chunk how its tokens were obtained; one chunk per pass.",
+        description="Add to each streamed chunk how its tokens were obtained; one chunk per pass.",
     )
 
 

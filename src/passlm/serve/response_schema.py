@@ -86,7 +86,7 @@ class Shown(Reply):
     """How each token of one pass was obtained."""
 
     positions: list[int] = Field(
-        description="Position in its pass at which each token was accepted, from 1; 0 if it was drawn."
+        description="Position in its pass at which each token was accepted, from 1; 0 if drawn."
     )
     texts: list[str] = Field(description="Text that each token adds.")
 

@@ -1,4 +1,4 @@
-"""Listening on a port, and going down without losing what is under way."""
+"""Listen on a port, serve, and shut down after running requests have finished."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from passlm.serve.events import DecodingWorker
 from passlm.serve.settings import SettingsError
 
-LAST_SECONDS = 5  # for clients to take the last bytes once all texts are over
-IDLE_SECONDS = 75  # that a connection may wait for its next request; clients assume a minute
-BACKLOG = 2048  # connections not accepted yet
+LAST_SECONDS = 5  # for clients to read the last bytes after all sequences have ended
+IDLE_SECONDS = 75  # idle time of a connection; clients often reuse one for up to a minute
+BACKLOG = 2048  # connections that the system has not handed to the server yet
 _INTERRUPTED = 128 + signal.SIGINT
 _READY_POLL_SECONDS = 0.05
 _KEEPALIVE_SECONDS = 30
@@ -32,22 +32,23 @@ _log = logging.getLogger(__name__)
 
 
 class StoppableWorker(DecodingWorker, Protocol):
-    """A worker that can be brought to its end."""
+    """A worker that can be stopped."""
 
     def stop(self, grace: float) -> bool:
-        """Take nothing new and finish within so many seconds; False where texts were cut."""
+        """Stop after at most `grace` seconds; return False if sequences were cut off."""
 
 
 def bound_socket(host: str, port: int, write_seconds: float) -> socket.socket:
-    """A socket that has its address and does not listen yet.
+    """Return a socket that is bound to an address and does not listen yet.
 
     Args:
-        host: name or address.
-        port: 0 for any that is free.
-        write_seconds: the system drops a client that takes nothing for this long.
+        host: host name or IP address.
+        port: port; 0 for a free one.
+        write_seconds: the system closes a connection whose client acknowledges nothing for this
+            long.
 
     Raises:
-        SettingsError: the address cannot be had.
+        SettingsError: the address is unknown, in use or not allowed.
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -66,9 +67,9 @@ def bound_socket(host: str, port: int, write_seconds: float) -> socket.socket:
 
 
 def _detect_dead_clients(listener: socket.socket, write_seconds: float) -> None:
-    """Drop clients that are gone without a word, or take nothing; connections inherit it."""
+    """Close connections to clients that vanished or read nothing; connections inherit this."""
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (  # where the system has them
+    for name, value in (  # options that not every system has
         ("TCP_KEEPIDLE", _KEEPALIVE_SECONDS),
         ("TCP_KEEPINTVL", _KEEPALIVE_SECONDS),
         ("TCP_USER_TIMEOUT", int(1000 * write_seconds)),
@@ -80,29 +81,29 @@ def _detect_dead_clients(listener: socket.socket, write_seconds: float) -> None:
 def _address_error(error: OSError, host: str, port: int) -> SettingsError:
     if error.errno == errno.EADDRINUSE:
         return SettingsError(
-            f"port {port} of {host} is in use: stop what listens there, or give another --port "
-            "(0 takes a free one)"
+            f"port {port} of {host} is in use: stop the other server, or give another --port "
+            "(0 chooses a free one)"
         )
     return SettingsError(f"cannot listen on --host {host} --port {port}: {error.strerror}")
 
 
 def address_of(listener: socket.socket) -> str:
-    """The address as one types it."""
+    """Return the URL of a socket."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def is_loopback(listener: socket.socket) -> bool:
-    """Whether only this machine can reach it."""
+    """Return whether only this machine can reach a socket."""
     host = str(listener.getsockname()[0]).partition("%")[0]
     return ipaddress.ip_address(host).is_loopback
 
 
 class _Connection(H11Protocol):
-    """A connection that is closed where a request's head does not come in time.
+    """A connection that is closed if the headers of a request do not arrive in time.
 
-    The time runs from the first byte, of a new connection from its beginning; between requests
-    `IDLE_SECONDS` are allowed.
+    The time is measured from the first byte of a request, on a new connection from its start.
+    Between requests, `IDLE_SECONDS` are allowed.
     """
 
     read_seconds: float
@@ -136,11 +137,11 @@ class _Connection(H11Protocol):
 
 
 class WebServer(uvicorn.Server):
-    """Leaves signals to others.
+    """A uvicorn server that does not handle signals; `serve` does.
 
     Args:
-        app: of `create_app`.
-        read_seconds: in which a request's head must have come.
+        app: from `create_app`.
+        read_seconds: time within which the headers of a request must arrive.
     """
 
     def __init__(self, app: FastAPI, read_seconds: float) -> None:
@@ -163,7 +164,7 @@ class WebServer(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Capture none."""
+        """Capture no signals."""
         yield
 
 
@@ -175,23 +176,23 @@ def serve(
     read_seconds: float,
     announce: Callable[[], None],
 ) -> int | None:
-    """Serve until a signal comes, then finish what is under way; a second one ends at once.
+    """Serve until a signal arrives, then finish running requests; a second signal ends at once.
 
-    While it finishes, new requests are answered with 503.
+    New requests get status 503 during the shutdown.
 
     Args:
-        app: of `create_app`.
-        worker: started; it is stopped here.
+        app: from `create_app`.
+        worker: a started worker; it is stopped here.
         listener: from `bound_socket`.
-        grace_seconds: for the texts under way.
-        read_seconds: in which a request's head must have come.
-        announce: called once requests are taken.
+        grace_seconds: time for running requests to finish.
+        read_seconds: time within which the headers of a request must arrive.
+        announce: called as soon as requests are accepted.
 
     Returns:
-        The signal that ended it.
+        The signal that ended the server; None if it ended by itself.
 
     Raises:
-        SettingsError: somebody else began to listen on the address.
+        SettingsError: another process has started to listen on the address.
     """
     try:
         listener.listen(BACKLOG)
@@ -217,7 +218,7 @@ async def _serve(
     if received.done():
         _log.info("shutting down", extra={"facts": {"grace_seconds": grace_seconds}})
     if not await _stop_worker(worker, grace_seconds):
-        _log.warning("the worker does not end: it is left where it is")
+        _log.warning("the worker does not stop in time: the process ends without it")
         os._exit(
             _INTERRUPTED if received.done() and received.result() == signal.SIGINT else os.EX_OK
         )
@@ -227,18 +228,18 @@ async def _serve(
 
 
 async def _stop_worker(worker: StoppableWorker, grace_seconds: float) -> bool:
-    """Let the worker finish; False where it is caught in something long, as compiling is."""
+    """Stop the worker; return False if it does not stop in time, for example while compiling."""
     state = worker.state()
     timeout = LAST_SECONDS + (grace_seconds if state.running or state.waiting else 0)
     stopping = asyncio.create_task(asyncio.to_thread(worker.stop, grace_seconds))
     done, _ = await asyncio.wait({stopping}, timeout=timeout)
     if done and not stopping.result():
-        _log.warning("texts were cut: they took longer than the grace seconds")
+        _log.warning("sequences were cut off: they took longer than the grace period")
     return bool(done)
 
 
 def _first_signal() -> asyncio.Future[int]:
-    """The first signal that asks to stop; the second ends the process."""
+    """Return a future for the first stop signal; the second signal ends the process."""
     loop = asyncio.get_running_loop()
     received: asyncio.Future[int] = loop.create_future()
 
