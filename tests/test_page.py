@@ -268,7 +268,7 @@ def test_marks_where_texts_part(visit: Visit) -> None:
     visit.page.locator(VERDICT).wait_for()
     one, other = visit.texts()
     same = next(n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
-    assert f"part after {same} characters" in visit.page.inner_text(VERDICT)
+    assert f"differ after {same} characters" in visit.page.inner_text(VERDICT)
     assert visit.page.locator(".parts").all_text_contents() == [one[same], other[same]]
 
 
@@ -317,7 +317,7 @@ def test_an_answer_that_breaks_off_is_kept_and_said(visit: Visit) -> None:
         lambda route: route.fulfill(body=half, content_type="text/event-stream"),
     )
     visit.request(PROMPT)
-    visit.page.locator("#problem", has_text="The answer broke off.").wait_for()
+    visit.page.locator("#problem", has_text="The connection was lost during the response.").wait_for()
     assert visit.texts() == ["b>"]
     visit.done()
 
@@ -351,7 +351,7 @@ def test_asks_for_the_key(browser: Any, lm: Generator) -> None:
         page.locator("#problem", has_text="is not valid").wait_for()
         page.fill("#key", "a\u200bkey")  # what no header can carry, as from a web page
         page.keyboard.press("Enter")
-        page.locator("#problem", has_text="letters, digits and signs").wait_for()
+        page.locator("#problem", has_text="letters, digits and punctuation").wait_for()
         page.fill("#key", f" {KEY} ")
         page.keyboard.press("Enter")
         page.locator("#model", has_text="counting").wait_for()
