@@ -101,7 +101,7 @@ class EventQueue:
                 limit.
 
         Raises:
-            GoneError: the client disconnected.
+            ClientDisconnectedError: the client disconnected.
         """
         remaining = len(self.jobs)
         while remaining:
