@@ -183,7 +183,7 @@ def slowly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_prompt_streams_token_by_token(visit: Visit) -> None:
     """Catches text that is lost, doubled or read as markup, and wrong marks and figures."""
-    visit.request(PROMPT)
+    visit.ask(PROMPT)
     visit.done()
     (body,) = visit.bodies()
     alone = httpx.post(
@@ -215,7 +215,7 @@ def test_marks_do_without_colour(visit: Visit) -> None:
 
 def test_the_text_comes_while_it_is_written_and_stops(visit: Visit, slowly: None) -> None:
     """Catches a page that waits for the whole, and a Stop that leaves the server at work."""
-    visit.request(PROMPT, tokens=MOST_TOKENS)
+    visit.ask(PROMPT, tokens=MOST_TOKENS)
     visit.page.locator(".text .token").nth(3).wait_for()
     assert visit.page.get_attribute(".text", "aria-busy") == "true"
     assert visit.worker.state().running == 1
@@ -238,7 +238,7 @@ def test_compares_one_after_the_other(visit: Visit, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(visit.worker, "submit", noted)
     visit.page.fill("[name=temperature]", "0.8")
-    visit.request(PROMPT, keys="Control+Shift+Enter")
+    visit.ask(PROMPT, keys="Control+Shift+Enter")
     visit.page.locator(VERDICT).wait_for()
     first, second = visit.bodies()
     assert (first.pop("lookahead"), second.pop("lookahead")) == (
@@ -264,22 +264,22 @@ def test_marks_where_texts_part(visit: Visit) -> None:
         route.continue_(post_data=json.dumps(body))
 
     visit.page.route("**/v1/completions", another)
-    visit.request(PROMPT, keys="Control+Shift+Enter")
+    visit.ask(PROMPT, keys="Control+Shift+Enter")
     visit.page.locator(VERDICT).wait_for()
     one, other = visit.texts()
     same = next(n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
-    assert f"part after {same} characters" in visit.page.inner_text(VERDICT)
+    assert f"differ after {same} characters" in visit.page.inner_text(VERDICT)
     assert visit.page.locator(".parts").all_text_contents() == [one[same], other[same]]
 
 
 def test_a_chat_goes_on(visit: Visit) -> None:
     """Catches an answer that is missing from the next request, and a chat that cannot be left."""
     visit.page.check("[value=chat]")
-    visit.request("<b", tokens=5)
+    visit.ask("<b", tokens=5)
     visit.done()
     (answer,) = visit.texts()
     assert visit.page.input_value("#input") == ""
-    visit.request("&\n", tokens=5)
+    visit.ask("&\n", tokens=5)
     visit.done()
     assert visit.bodies()[-1]["messages"] == [
         {"role": "user", "content": "<b"},
@@ -295,13 +295,13 @@ def test_a_chat_goes_on(visit: Visit) -> None:
 def test_a_refusal_is_told_in_place(visit: Visit) -> None:
     """Catches a silent failure, and a message that has to be written again."""
     visit.page.check("[value=chat]")
-    visit.request("b>", tokens=MOST_TOKENS + 1)
-    visit.page.locator("#problem", has_text=f"this server gives {MOST_TOKENS}").wait_for()
+    visit.ask("b>", tokens=MOST_TOKENS + 1)
+    visit.page.locator("#problem", has_text=f"at most {MOST_TOKENS} are allowed").wait_for()
     assert visit.page.input_value("#input") == "b>"
     assert visit.page.locator(".turns li, .pane").count() == 0
     assert [error for error in visit.errors if "400" not in error] == []
     visit.errors.clear()
-    visit.request("b>", tokens=5)
+    visit.ask("b>", tokens=5)
     visit.done()
     assert visit.page.is_hidden("#problem")
     assert len(visit.texts()[0]) == 5
@@ -316,8 +316,8 @@ def test_an_answer_that_breaks_off_is_kept_and_said(visit: Visit) -> None:
         "**/v1/completions",
         lambda route: route.fulfill(body=half, content_type="text/event-stream"),
     )
-    visit.request(PROMPT)
-    visit.page.locator("#problem", has_text="The answer broke off.").wait_for()
+    visit.ask(PROMPT)
+    visit.page.locator("#problem", has_text="The connection was lost during the response.").wait_for()
     assert visit.texts() == ["b>"]
     visit.done()
 
@@ -325,7 +325,7 @@ def test_an_answer_that_breaks_off_is_kept_and_said(visit: Visit) -> None:
 def test_a_server_that_goes_away_is_said_and_found_again(visit: Visit) -> None:
     """Catches a page that has to be loaded again once the server is back."""
     visit.page.route("**/*", lambda route: route.abort())
-    visit.request(PROMPT)
+    visit.ask(PROMPT)
     visit.page.locator("#problem", has_text="The server does not answer.").wait_for()
     assert visit.page.inner_text("#model") == "not answering"
     visit.page.unroute("**/*")
@@ -333,7 +333,7 @@ def test_a_server_that_goes_away_is_said_and_found_again(visit: Visit) -> None:
     assert visit.page.is_hidden("#problem")
     assert [error for error in visit.errors if "ERR_FAILED" not in error] == []
     visit.errors.clear()
-    visit.request(PROMPT)
+    visit.ask(PROMPT)
     visit.done()
     assert len(visit.texts()[0]) == 40
 
@@ -348,10 +348,10 @@ def test_asks_for_the_key(browser: Any, lm: Generator) -> None:
         page.locator("#problem", has_text="API key").wait_for()
         page.fill("#key", "another one")
         page.keyboard.press("Enter")
-        page.locator("#problem", has_text="not known here").wait_for()
+        page.locator("#problem", has_text="is not valid").wait_for()
         page.fill("#key", "a\u200bkey")  # what no header can carry, as from a web page
         page.keyboard.press("Enter")
-        page.locator("#problem", has_text="letters, digits and signs").wait_for()
+        page.locator("#problem", has_text="letters, digits and punctuation").wait_for()
         page.fill("#key", f" {KEY} ")
         page.keyboard.press("Enter")
         page.locator("#model", has_text="counting").wait_for()
@@ -412,11 +412,11 @@ def test_screen_readers_are_told_and_not_flooded(visit: Visit) -> None:
         "document.querySelector('#status').textContent)).observe("
         "document.querySelector('#status'), {childList: true}); }"
     )
-    visit.request(PROMPT)
+    visit.ask(PROMPT)
     visit.done()
     said = visit.page.evaluate("said")
     assert len(said) == 2
-    assert said[0] == "Writing…"
+    assert said[0] == "Generating…"
     assert said[1].startswith("40 tokens in")
     live = visit.page.locator("[aria-live], [role=status], [role=alert], [role=log]")
     assert live.locator(".token").count() == 0
@@ -428,7 +428,7 @@ def test_fits_narrow_screens(visit: Visit, width: int) -> None:
     visit.page.set_viewport_size({"width": width, "height": 640})
     for keys in ("Control+Enter", "Control+Shift+Enter"):
         assert visit.page.evaluate("document.documentElement.scrollWidth") == width
-        visit.request("x" * 90, keys=keys, tokens=30)
+        visit.ask("x" * 90, keys=keys, tokens=30)
         visit.done()
     assert visit.page.evaluate("document.documentElement.scrollWidth") == width
 

@@ -33,7 +33,7 @@ from passlm.serve.protocol import (
     SequenceRequest,
     Token,
 )
-from passlm.serve.run import _stopped
+from passlm.serve.run import _stop_worker
 
 PROMPT = "def f(x):"
 LONG = {"prompt": PROMPT, "max_tokens": 64, "temperature": 0}
@@ -420,8 +420,8 @@ def test_a_worker_that_does_not_end_is_not_waited_for(monkeypatch: pytest.Monkey
             time.sleep(1)
             return True
 
-    assert not asyncio.run(_stopped(Caught(lambda index, ask: []), 30))
-    assert asyncio.run(_stopped(ScriptedWorker(lambda index, ask: []), 30))
+    assert not asyncio.run(_stop_worker(Caught(lambda index, ask: []), 30))
+    assert asyncio.run(_stop_worker(ScriptedWorker(lambda index, ask: []), 30))
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -442,7 +442,7 @@ def test_a_stream_that_waits_says_that_it_is_there(
     lm: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches proxies that close a stream whose text has not begun."""
-    monkeypatch.setattr("passlm.serve.responses.QUIET_SECONDS", 0.1)
+    monkeypatch.setattr("passlm.serve.responses.KEEP_ALIVE_SECONDS", 0.1)
     script = [0.5, *letters(1), SequenceOutput((), "eos")]
     with scripted(lm, lambda index, ask: script) as server:
         text = server.post("completions", {**LONG, "stream": True}).text

@@ -36,7 +36,7 @@ print(full - start, resident() - start)
 def test_freed_blocks_go_back(how: str) -> None:
     """Catches a process that stays as large as it ever was: small tensors between the large ones
     keep their pages."""
-    if memory._of_glibc("malloc_trim") is None:
+    if memory._glibc_function("malloc_trim") is None:
         pytest.skip("another C library")
     done = subprocess.run(
         [sys.executable, "-c", HOLES, how], capture_output=True, text=True, check=True, timeout=120

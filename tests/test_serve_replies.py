@@ -52,9 +52,9 @@ def token(letter: str, text: str | None = None, position: int = 0) -> Token:
 
 
 def streamed(
-    composer: ResponseBuilder, pieces: Sequence[tuple[int, SequenceOutput]]
+    builder: ResponseBuilder, pieces: Sequence[tuple[int, SequenceOutput]]
 ) -> list[dict[str, Any]]:
-    return [json.loads(chunk) for index, piece in pieces for chunk in composer.chunks(index, piece)]
+    return [json.loads(chunk) for index, piece in pieces for chunk in builder.chunks(index, piece)]
 
 
 def pieces() -> st.SearchStrategy[list[tuple[int, SequenceOutput]]]:
@@ -86,8 +86,8 @@ def test_a_completion_stream_joined_is_the_whole_reply(
     asked = wanted(2, 2 if logprobs else None, show, echo="echo ")
     whole = CompletionBuilder(asked, "m", SPELLING, False)
     for index, piece in parts:
-        whole.take(index, piece)
-    reply = json.loads(whole.whole(used()).model_dump_json())
+        whole.add(index, piece)
+    reply = json.loads(whole.response(used()).model_dump_json())
     chunks = streamed(CompletionBuilder(asked, "m", SPELLING, False), parts)
     for index, choice in enumerate(reply["choices"]):
         own = [c for chunk in chunks for c in chunk["choices"] if c["index"] == index]
@@ -113,8 +113,8 @@ def test_a_chat_stream_joined_is_the_whole_reply(
     asked = wanted(2, 2 if logprobs else None, show)
     whole = ChatBuilder(asked, "m", SPELLING, False)
     for index, piece in parts:
-        whole.take(index, piece)
-    reply = json.loads(whole.whole(used()).model_dump_json())
+        whole.add(index, piece)
+    reply = json.loads(whole.response(used()).model_dump_json())
     chunks = streamed(ChatBuilder(asked, "m", SPELLING, True), parts)
     for chunk in chunks:
         ChatCompletionChunk.model_validate(chunk, strict=True)
@@ -148,10 +148,10 @@ def test_each_chunk_shows_its_pass() -> None:
 
 def test_what_a_stop_string_is_made_of_is_not_told() -> None:
     """Catches log-probabilities of tokens that are no part of the text."""
-    composer = ChatBuilder(wanted(1, 0), "m", SPELLING, False)
-    composer.take(0, SequenceOutput((token("a"), token("b", "")), None))
-    composer.take(0, SequenceOutput((token("c", ""),), "stop"))
-    reply = composer.whole(used())
+    builder = ChatBuilder(wanted(1, 0), "m", SPELLING, False)
+    builder.add(0, SequenceOutput((token("a"), token("b", "")), None))
+    builder.add(0, SequenceOutput((token("c", ""),), "stop"))
+    reply = builder.response(used())
     content = json.loads(reply.model_dump_json())["choices"][0]
     assert content["message"]["content"] == "a"
     assert [entry["token"] for entry in content["logprobs"]["content"]] == ["a"]
@@ -162,10 +162,10 @@ def test_what_a_stop_string_is_made_of_is_not_told() -> None:
 def test_the_end_is_not_told(held: bool) -> None:
     """Catches an end-of-sequence token among those of the text, where text was held back, and text
     that is lost with it."""
-    composer = CompletionBuilder(wanted(1, 0), "m", SPELLING, False)
-    composer.take(0, SequenceOutput((token("a"), *([token("b", "")] if held else []))))
-    composer.take(0, SequenceOutput((token("z", "b" if held else "c"),), "eos"))
-    choice = json.loads(composer.whole(used()).model_dump_json())["choices"][0]
+    builder = CompletionBuilder(wanted(1, 0), "m", SPELLING, False)
+    builder.add(0, SequenceOutput((token("a"), *([token("b", "")] if held else []))))
+    builder.add(0, SequenceOutput((token("z", "b" if held else "c"),), "eos"))
+    choice = json.loads(builder.response(used()).model_dump_json())["choices"][0]
     assert choice["text"] == ("ab" if held else "ac")
     assert choice["logprobs"]["tokens"] == (["a", "b"] if held else ["a"])
     assert choice["logprobs"]["text_offset"] == ([0, 1] if held else [0])
@@ -174,11 +174,11 @@ def test_the_end_is_not_told(held: bool) -> None:
 
 def test_a_token_that_cannot_come_has_a_number() -> None:
     """Catches minus infinity, which JSON does not have."""
-    composer = ChatBuilder(wanted(1, 1), "m", SPELLING, False)
-    composer.take(
+    builder = ChatBuilder(wanted(1, 1), "m", SPELLING, False)
+    builder.add(
         0, SequenceOutput((Token(IDS["a"], "a", 0, -math.inf, ((1, -math.inf),)),), "length")
     )
-    text = composer.whole(used()).model_dump_json()
+    text = builder.response(used()).model_dump_json()
     entry = json.loads(text)["choices"][0]["logprobs"]["content"][0]
     assert entry["logprob"] == entry["top_logprobs"][0]["logprob"] == -9999.0
 

@@ -34,7 +34,7 @@ def lm() -> Generator:
 
 
 @pytest.fixture(scope="module")
-def intake(lm: Generator) -> RequestReader:
+def reader(lm: Generator) -> RequestReader:
     return RequestReader(lm, LIMITS, max_context=192)
 
 
@@ -46,12 +46,12 @@ def fault(kind: type[ChatRequest | CompletionRequest], body: dict[str, Any]) -> 
     return from_validation(RequestValidationError(errors))
 
 
-def completion(intake: RequestReader, **given: Any) -> GenerationRequest:
-    return intake.completion(CompletionRequest.model_validate({**TEXT, **given}))
+def completion(reader: RequestReader, **given: Any) -> GenerationRequest:
+    return reader.completion(CompletionRequest.model_validate({**TEXT, **given}))
 
 
-def chat(intake: RequestReader, **given: Any) -> GenerationRequest:
-    return intake.chat(ChatRequest.model_validate({**CHAT, **given}))
+def chat(reader: RequestReader, **given: Any) -> GenerationRequest:
+    return reader.chat(ChatRequest.model_validate({**CHAT, **given}))
 
 
 @pytest.mark.parametrize(
@@ -196,10 +196,10 @@ def test_a_wrong_part_of_a_message_is_found_where_it_is() -> None:
     assert error.param == "messages[0].content[1].text"
 
 
-def test_harmless_parameters_are_taken(intake: RequestReader) -> None:
+def test_harmless_parameters_are_taken(reader: RequestReader) -> None:
     """Catches a client that is refused for what it sends by habit."""
     chat(
-        intake,
+        reader,
         user="me",
         metadata={"a": "b"},
         store=False,
@@ -217,14 +217,14 @@ def test_harmless_parameters_are_taken(intake: RequestReader) -> None:
     )
 
 
-def test_a_whole_number_may_be_written_with_a_point(intake: RequestReader) -> None:
+def test_a_whole_number_may_be_written_with_a_point(reader: RequestReader) -> None:
     """Catches clients in languages that have one kind of number being refused."""
-    assert completion(intake, max_tokens=7.0).sequences[0].options.stopping.max_new_tokens == 7
+    assert completion(reader, max_tokens=7.0).sequences[0].options.stopping.max_new_tokens == 7
 
 
-def test_defaults_are_those_of_openai(intake: RequestReader) -> None:
+def test_defaults_are_those_of_openai(reader: RequestReader) -> None:
     """Catches greedy text for clients that said nothing, and other lengths."""
-    text, answer = completion(intake).sequences[0].options, chat(intake).sequences[0].options
+    text, answer = completion(reader).sequences[0].options, chat(reader).sequences[0].options
     assert text.sampling.temperature == answer.sampling.temperature == 1.0
     assert text.stopping.max_new_tokens == 16
     assert answer.stopping.max_new_tokens == LIMITS.max_tokens
@@ -232,7 +232,7 @@ def test_defaults_are_those_of_openai(intake: RequestReader) -> None:
     assert text.sampling.seed is None
 
 
-def test_options_arrive(intake: RequestReader) -> None:
+def test_options_arrive(reader: RequestReader) -> None:
     """Catches an option that is taken and does nothing."""
     given = {
         "temperature": 0.5,
@@ -245,7 +245,7 @@ def test_options_arrive(intake: RequestReader) -> None:
     }
     further = {"stop": ["a", "b"], "logit_bias": {"5": -100}, "max_tokens": 9}
     look_ahead = {"lookahead": {"method": "two-pass", "tokens": 3, "show": True}}
-    wanted = completion(intake, **given, **further, **look_ahead)
+    wanted = completion(reader, **given, **further, **look_ahead)
     options = wanted.sequences[0].options
     assert {name: getattr(options.sampling, name) for name in given} == given
     assert options.sampling.logit_bias == {5: -100}
@@ -255,19 +255,19 @@ def test_options_arrive(intake: RequestReader) -> None:
     assert wanted.show
 
 
-def test_seeds_of_several_texts_go_on(intake: RequestReader) -> None:
+def test_seeds_of_several_texts_go_on(reader: RequestReader) -> None:
     """Catches n texts that are all the same, or whose order depends on the prompts."""
-    wanted = completion(intake, prompt=["ab", "c"], n=3, seed=2**64 - 2)
+    wanted = completion(reader, prompt=["ab", "c"], n=3, seed=2**64 - 2)
     seeds = [ask.options.sampling.seed for ask in wanted.sequences]
     assert seeds == [2**64 - 2, 2**64 - 1, 0] * 2
     assert [len(ask.prompt) for ask in wanted.sequences] == [2, 2, 2, 1, 1, 1]
     assert wanted.prompt_tokens == 3
-    assert completion(intake, seed=-1).sequences[0].options.sampling.seed == 2**64 - 1
+    assert completion(reader, seed=-1).sequences[0].options.sampling.seed == 2**64 - 1
 
 
-def test_a_top_p_of_nothing_keeps_the_likeliest(intake: RequestReader) -> None:
+def test_a_top_p_of_nothing_keeps_the_likeliest(reader: RequestReader) -> None:
     """Catches OpenAI's lower end being refused further down."""
-    assert 0 < completion(intake, top_p=0).sequences[0].options.sampling.top_p < 1e-300
+    assert 0 < completion(reader, top_p=0).sequences[0].options.sampling.top_p < 1e-300
 
 
 @pytest.mark.parametrize(
@@ -289,11 +289,11 @@ def test_a_top_p_of_nothing_keeps_the_likeliest(intake: RequestReader) -> None:
     ],
 )
 def test_what_is_beyond_the_server_is_refused(
-    intake: RequestReader, given: dict[str, Any], status: int, param: str
+    reader: RequestReader, given: dict[str, Any], status: int, param: str
 ) -> None:
     """Catches a limit that is not kept, or cut down silently."""
     with pytest.raises(ApiError) as caught:
-        completion(intake, **given)
+        completion(reader, **given)
     assert (caught.value.status, caught.value.param) == (status, param)
 
 
@@ -307,11 +307,11 @@ def test_what_is_beyond_the_server_is_refused(
     ],
 )
 def test_chats_that_contradict_themselves_are_refused(
-    intake: RequestReader, given: dict[str, Any]
+    reader: RequestReader, given: dict[str, Any]
 ) -> None:
     """Catches one of two values being taken without a word."""
     with pytest.raises(ApiError):
-        chat(intake, **given)
+        chat(reader, **given)
 
 
 def test_what_the_model_cannot_do_is_told_in_one_line(lm: Generator) -> None:
@@ -323,11 +323,11 @@ def test_what_the_model_cannot_do_is_told_in_one_line(lm: Generator) -> None:
         assert from_input_error(caught.value).status == 400
 
 
-def test_messages_reach_the_template(intake: RequestReader, lm: Generator) -> None:
+def test_messages_reach_the_template(reader: RequestReader, lm: Generator) -> None:
     """Catches parts that are lost, and developer messages that a template does not know."""
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     wanted = chat(
-        intake,
+        reader,
         messages=[
             {"role": "developer", "content": "d"},
             {"role": "user", "content": parts},

@@ -193,7 +193,7 @@ def test_cancelled_texts_leave_at_once(lm: Generator, ticks: int) -> None:
         scheduler.tick()
     scheduler.cancel(job)
     assert told.reason() == "cancelled"
-    assert job not in [text.job for text in scheduler._texts()]
+    assert job not in [text.job for text in scheduler._sequences()]
     count = len(told.events)
     drain(scheduler)
     assert len(told.events) == count

@@ -1,7 +1,7 @@
-"""The web application: paths, and what stands behind each of them.
+"""The web application: its paths and their handlers.
 
-`create_app` puts it together around a worker that somebody else starts and stops; listening on a
-port is left to `run.py`.
+`create_app` builds it around a worker, which the caller starts and stops. Listening on a port is
+left to `run.py`.
 """
 
 from __future__ import annotations
@@ -54,25 +54,25 @@ DOCS_STYLE = Path(__file__).parent / "docs.css"
 R = TypeVar("R", bound=CommonRequest)
 
 _DESCRIPTION = (
-    "The OpenAI API, decoded by parallel speculative sampling: the model's own text, several "
-    "tokens a pass where its drafts are accepted."
+    "An OpenAI-compatible API. The model generates with parallel speculative sampling: several "
+    "tokens per pass where its drafts are accepted, with the same distribution as plain decoding."
 )
 _PAGES = ("/", "/docs", "/docs.css")
 
 
 def create_app(lm: Generator, worker: DecodingWorker, settings: ServeSettings) -> FastAPI:
-    """The application, with its limits and keys around it.
+    """Create the application with its middleware.
 
     Args:
-        lm: the model that the worker decodes, for its tokenizer.
-        worker: writes the texts; started and stopped by the caller.
+        lm: the model that the worker runs; used for its tokenizer.
+        worker: runs the requests; started and stopped by the caller.
         settings: limits, keys and the model's name.
 
     Raises:
         SettingsError: the model has no name.
     """
     if not settings.model_name:
-        raise SettingsError("the model has no name for clients: give --model-name")
+        raise SettingsError("the model has no name in the API: give --model-name")
     api = Api(lm, worker, settings, settings.model_name)
     app = _App(settings, lifespan=api.lifespan)
     app.include_router(_open_routes(api))
@@ -80,7 +80,7 @@ def create_app(lm: Generator, worker: DecodingWorker, settings: ServeSettings) -
     app.mount("/static", _PageFiles(directory=STATIC), "static")
     for kind in (ApiError, InputError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, handle)
-    app.add_middleware(BodyMiddleware, most=settings.max_body, seconds=settings.read_seconds)
+    app.add_middleware(BodyMiddleware, max_bytes=settings.max_body, seconds=settings.read_seconds)
     if settings.api_keys:
         app.add_middleware(ApiKeyMiddleware, keys=settings.api_keys, protected=needs_key)
     if settings.cors_origin:
@@ -96,7 +96,7 @@ def create_app(lm: Generator, worker: DecodingWorker, settings: ServeSettings) -
 
 
 class _PageFiles(StaticFiles):
-    """Files of the page, asked for again each time: after an upgrade none may be an older one."""
+    """Static files that browsers revalidate each time, so that an upgrade never mixes versions."""
 
     def file_response(self, *given: Any, **named: Any) -> Response:
         """See `StaticFiles`."""
@@ -106,13 +106,13 @@ class _PageFiles(StaticFiles):
 
 
 class Api:
-    """What stands behind the paths.
+    """Handlers of the paths.
 
     Args:
         lm: see `create_app`.
         worker: see `create_app`.
         settings: see `create_app`.
-        name: the model's.
+        name: name of the model in the API.
     """
 
     def __init__(
@@ -122,36 +122,36 @@ class Api:
         self._worker = worker
         self._settings = settings
         self._model = Model(id=name, created=int(time.time()))
-        self._intake = RequestReader(lm, settings, worker.max_context)
-        self._spelling = TokenBytes(lm.tokenizer)
-        self._terms = ResponseContext(worker, self.metrics, settings.write_seconds)
-        # Prompts can be long, and a tokenizer is for one thread at a time.
-        self._reader = ThreadPoolExecutor(1, "passlm-tokenizer")
+        self._request_reader = RequestReader(lm, settings, worker.max_context)
+        self._token_bytes = TokenBytes(lm.tokenizer)
+        self._context = ResponseContext(worker, self.metrics, settings.write_seconds)
+        # Long prompts would block the event loop; a tokenizer may be used by one thread at a time.
+        self._tokenizer_thread = ThreadPoolExecutor(1, "passlm-tokenizer")
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
-        """What is closed with the application."""
+        """Stop the tokenizer's thread when the application ends."""
         yield
-        self._reader.shutdown(wait=False, cancel_futures=True)
+        self._tokenizer_thread.shutdown(wait=False, cancel_futures=True)
 
     async def page(self) -> Response:
-        """The page for people."""
+        """Return the web page."""
         return FileResponse(STATIC / "index.html", headers={"cache-control": "no-cache"})
 
     async def docs(self, request: Request) -> Response:
-        """This API, for people."""
+        """Return the documentation of the API as a page."""
         return HTMLResponse(docs_page(request.app.openapi()))
 
     async def docs_style(self) -> Response:
-        """What that page looks like."""
+        """Return the style sheet of the documentation."""
         return FileResponse(DOCS_STYLE, headers={"cache-control": "no-cache"})
 
     async def health(self) -> Status:
-        """Whether the server is alive."""
+        """Return status 200 while the process runs."""
         return Status(status="ok")
 
     async def ready(self) -> Status:
-        """Whether it takes requests: 503 while it warms up and while it shuts down."""
+        """Return status 200 if requests are accepted; 503 during warm-up and shutdown."""
         self._check_ready()
         return Status(status="ready")
 
@@ -160,61 +160,63 @@ class Api:
             raise unavailable("the server is warming up or shutting down: try again later")
 
     async def prometheus(self) -> Response:
-        """Counts and times, for Prometheus."""
+        """Return the metrics for Prometheus."""
         content, kind = self.metrics.exposition()
         return Response(content, media_type=kind)
 
     async def models(self) -> ModelList:
-        """The model that is served."""
+        """List the served model."""
         return ModelList(data=[self._model])
 
     async def model(self, model: str) -> Model:
-        """What is known of a model."""
+        """Describe the served model."""
         if model != self._model.id:
             raise ApiError(
                 404,
-                f"there is no model {model[:80]!r}: this server has {self._model.id!r}",
+                f"there is no model {model[:80]!r}: this server serves {self._model.id!r}",
                 "model",
                 "model_not_found",
             )
         return self._model
 
-    async def completions(self, wanted: CompletionRequest, request: Request) -> Response:
-        """Continue a text, or several."""
-        return await self._answer(wanted, request, self._intake.completion, CompletionBuilder)
+    async def completions(self, body: CompletionRequest, request: Request) -> Response:
+        """Complete one or several prompts."""
+        return await self._answer(body, request, self._request_reader.completion, CompletionBuilder)
 
-    async def chat(self, wanted: ChatRequest, request: Request) -> Response:
-        """Answer in a chat."""
-        return await self._answer(wanted, request, self._intake.chat, ChatBuilder)
+    async def chat(self, body: ChatRequest, request: Request) -> Response:
+        """Answer a chat."""
+        return await self._answer(body, request, self._request_reader.chat, ChatBuilder)
 
     async def _answer(
         self,
-        given: R,
+        body: R,
         request: Request,
         read: Callable[[R], GenerationRequest],
-        composer: type[ResponseBuilder],
+        builder: type[ResponseBuilder],
     ) -> GenerationResponse:
         self._check_ready()
         if self._settings.log_prompts:
-            named = given.model_dump(include={"prompt", "messages"}, exclude_unset=True)
-            record_of(request.scope).facts |= named
-        wanted = await asyncio.get_running_loop().run_in_executor(self._reader, read, given)
-        told = given.stream_options is not None and bool(given.stream_options.include_usage)
-        replies = composer(wanted, self._model.id, self._spelling, told)
-        return GenerationResponse(self._terms, wanted, replies, bool(given.stream), told)
-
-
-async def _json_only(request: Request) -> None:
-    """Other kinds of bodies can be sent by pages of other sites without anybody asking."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise ApiError(
-            415, f"the body is {kind[:80] or 'of no stated type'}: send application/json"
+            prompts = body.model_dump(include={"prompt", "messages"}, exclude_unset=True)
+            record_of(request.scope).facts |= prompts
+        generation = await asyncio.get_running_loop().run_in_executor(
+            self._tokenizer_thread, read, body
+        )
+        include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+        replies = builder(generation, self._model.id, self._token_bytes, include_usage)
+        return GenerationResponse(
+            self._context, generation, replies, bool(body.stream), include_usage
         )
 
 
+async def _json_only(request: Request) -> None:
+    """Require JSON: pages of other sites can send other content types without CORS preflight."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(415, f"the content type is {kind[:80] or 'missing'}: send application/json")
+
+
 def _open_routes(api: Api) -> APIRouter:
-    """Those that are no part of OpenAI's API."""
+    """Return the routes that are not part of OpenAI's API."""
     routes = APIRouter(responses=_errors("default"))
     pages: tuple[Callable[..., Any], ...] = (api.page, api.docs, api.docs_style)
     for path, page in zip(_PAGES, pages, strict=True):
@@ -258,7 +260,7 @@ def _errors(*statuses: int | str) -> dict[int | str, dict[str, Any]]:
 
 
 class _App(FastAPI):
-    """FastAPI without what loads from other hosts, and with what its schema cannot know."""
+    """FastAPI with a completed schema, and without the pages that load from other hosts."""
 
     def __init__(self, settings: ServeSettings, lifespan: Any) -> None:
         super().__init__(
@@ -273,14 +275,14 @@ class _App(FastAPI):
         self._settings = settings
 
     def openapi(self) -> dict[str, Any]:
-        """The schema, complete."""
+        """Return the completed OpenAPI schema."""
         if self.openapi_schema is None:
             complete(super().openapi(), self._settings)
         assert self.openapi_schema is not None
         return self.openapi_schema
 
     def path_name(self, path: str) -> str:
-        """What metrics call a path: few names, whatever clients ask for."""
+        """Return the label of a path in the metrics; few labels, whatever clients request."""
         if path in _PAGES or path in self.openapi()["paths"]:
             return path
         for start in (MODEL_PATH, "/static/"):

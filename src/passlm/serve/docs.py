@@ -1,4 +1,4 @@
-"""The API's documentation as a page that needs nothing from other hosts, made from its schema."""
+"""HTML documentation of the API, made from its schema; loads nothing from other hosts."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ Schema = Mapping[str, Any]
 
 
 def docs_page(schema: Schema) -> str:
-    """The page.
+    """Return the documentation page.
 
     Args:
-        schema: of OpenAPI.
+        schema: the OpenAPI schema.
     """
-    info, parts = schema["info"], schema["components"]["schemas"]
+    info, schemas = schema["info"], schema["components"]["schemas"]
     operations = [
         _operation(method, path, operation)
         for path, methods in schema["paths"].items()
         for method, operation in methods.items()
     ]
-    described = [_part(name, part) for name, part in parts.items()]
+    sections = [_schema_section(name, part) for name, part in schemas.items()]
     return "\n".join(
         [
             "<!doctype html>",
             '<html lang="en">',
             '<meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{escape(info['title'])}: the API</title>",
+            f"<title>{escape(info['title'])}: API reference</title>",
             '<link rel="icon" href="static/icon.svg" type="image/svg+xml">',
             '<link rel="stylesheet" href="docs.css">',
             f"<h1>{escape(info['title'])} {escape(info['version'])}</h1>",
             f"<p>{_text(info['description'])}</p>",
-            '<p>The same for programs: <a href="openapi.json">openapi.json</a>. '
-            '<a href="./">The page to try it.</a></p>',
+            '<p>Machine-readable schema: <a href="openapi.json">openapi.json</a>. '
+            '<a href="./">Try it in the playground.</a></p>',
             "<h2>Paths</h2>",
             *operations,
-            "<h2>What is sent and answered</h2>",
-            *described,
+            "<h2>Requests and responses</h2>",
+            *sections,
             "</html>",
         ]
     )
@@ -47,7 +47,7 @@ def docs_page(schema: Schema) -> str:
 def _operation(method: str, path: str, operation: Schema) -> str:
     body = operation.get("requestBody", {}).get("content", {})
     takes = "".join(
-        f"<p>Takes {_kind(content['schema'])} as {escape(media)}.</p>"
+        f"<p>Request body: {_kind(content['schema'])} as {escape(media)}.</p>"
         for media, content in body.items()
     )
     rows = "".join(
@@ -68,14 +68,14 @@ def _answer(answer: Schema) -> str:
 
 
 def _content(content: Schema) -> str:
-    """What is told as one media type; of a stream, in each of its events."""
+    """Return the type of a response body; for a stream, the type of its events."""
     if "itemSchema" not in content:
         return _kind(content.get("schema", {}))
-    [_, told] = content["itemSchema"]["properties"]["data"]["anyOf"]
-    return f"with <code>stream</code> events of {_kind(told['contentSchema'])}"
+    [_, chunk] = content["itemSchema"]["properties"]["data"]["anyOf"]
+    return f"with <code>stream</code> events of {_kind(chunk['contentSchema'])}"
 
 
-def _part(name: str, part: Schema) -> str:
+def _schema_section(name: str, part: Schema) -> str:
     rows = "".join(_field(field, of, part) for field, of in part.get("properties", {}).items())
     return (
         f'<section id="{escape(name)}"><h3>{escape(name)}</h3>'
@@ -85,17 +85,17 @@ def _part(name: str, part: Schema) -> str:
 
 
 def _field(name: str, field: Schema, part: Schema) -> str:
-    needed = " (needed)" if name in part.get("required", ()) else ""
+    required = " (required)" if name in part.get("required", ()) else ""
     limits = ", ".join(_limits(field))
     return (
-        f"<tr><th><code>{escape(name)}</code>{needed}</th><td>{_kind(field)}"
+        f"<tr><th><code>{escape(name)}</code>{required}</th><td>{_kind(field)}"
         f"{f', {escape(limits)}' if limits else ''}</td>"
         f"<td>{_text(field.get('description', ''))}</td></tr>"
     )
 
 
 def _limits(field: Schema) -> Iterator[str]:
-    """What a value must keep to, also where null is allowed beside it."""
+    """Yield the limits of a value, also where null is allowed as well."""
     words = {"minimum": "at least", "maximum": "at most", "exclusiveMaximum": "below"}
     for arm in field.get("anyOf", [field]):
         for key, word in words.items():
@@ -104,7 +104,7 @@ def _limits(field: Schema) -> Iterator[str]:
 
 
 def _kind(field: Schema) -> str:
-    """The type of a value, with a link where it is described on the page."""
+    """Return the type of a value, with a link if it is described on the page."""
     if "$ref" in field:
         name = escape(field["$ref"].rsplit("/", 1)[-1])
         return f'<a href="#{name}">{name}</a>'
@@ -119,6 +119,6 @@ def _kind(field: Schema) -> str:
 
 
 def _text(text: str) -> str:
-    """Escaped, with `code` as such."""
+    """Escape a text, with `code` in backticks marked as code."""
     parts = escape(text).split("`")
     return "".join(f"<code>{part}</code>" if n % 2 else part for n, part in enumerate(parts))

@@ -1,4 +1,4 @@
-"""Errors in the form of the OpenAI API, whatever raised them."""
+"""Errors in the format of the OpenAI API, made from every exception that a request can raise."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from passlm.serve.request_record import record_of
 from passlm.serve.request_schema import printable
 from passlm.serve.response_schema import ErrorDetails, ErrorReply
 
-RETRY_SECONDS = 10  # for those who come while the server is going down or not up yet
+RETRY_SECONDS = 10  # Retry-After during warm-up and shutdown
 _UNION_ARM = re.compile(r"[a-z-]*\[.*\]|str|int|float|bool|dict|none")
 _CODES = {
     400: "invalid_request",
@@ -37,14 +37,14 @@ _CODES = {
 
 
 class ApiError(Exception):
-    """What a client is told instead of an answer.
+    """An error that is sent to the client in place of a response.
 
     Args:
-        status: of HTTP.
-        message: one line.
-        param: the parameter that is to blame.
-        code: for programs; by default it follows from the status.
-        headers: further ones of the response.
+        status: HTTP status.
+        message: one line that says what was wrong.
+        param: field of the request that caused the error.
+        code: machine-readable error code; by default it follows from the status.
+        headers: additional headers of the response.
     """
 
     def __init__(
@@ -58,20 +58,20 @@ class ApiError(Exception):
         super().__init__(message)
         self.status = status
         self.param = param
-        blamed = status == http.HTTPStatus.BAD_REQUEST and param is not None
-        self.code = code or ("invalid_value" if blamed else _CODES.get(status, _CODES[400]))
+        field_error = status == http.HTTPStatus.BAD_REQUEST and param is not None
+        self.code = code or ("invalid_value" if field_error else _CODES.get(status, _CODES[400]))
         self.headers = dict(headers or {})
 
     @property
     def kind(self) -> str:
-        """What OpenAI's API calls the type of such an error."""
+        """Value of `type` in OpenAI's API."""
         if self.status == http.HTTPStatus.TOO_MANY_REQUESTS:
             return "rate_limit_error"
         return "server_error" if self.status >= 500 else "invalid_request_error"
 
     @property
     def reply(self) -> ErrorReply:
-        """The body of the response."""
+        """Body of the response."""
         details = ErrorDetails(
             message=printable(str(self)),
             type=self.kind,
@@ -81,12 +81,12 @@ class ApiError(Exception):
         return ErrorReply(error=details)
 
     def response(self) -> Response:
-        """The response."""
+        """Return the response to send."""
         return JSONResponse(self.reply.model_dump(), self.status, self.headers)
 
 
 def from_input_error(error: InputError) -> ApiError:
-    """The answer to a request that somebody below would not take."""
+    """Return the API error of an exception about the user's input."""
     if isinstance(error, QueueFullError):
         return ApiError(429, str(error), headers={"Retry-After": str(error.retry_after)})
     if isinstance(error, ClosedError):
@@ -99,30 +99,30 @@ def from_input_error(error: InputError) -> ApiError:
 
 
 def unavailable(message: str) -> ApiError:
-    """The answer of a server that is not up yet or going down."""
+    """Return a 503 error, for a server that starts up, shuts down or is overloaded."""
     return ApiError(503, message, headers={"Retry-After": str(RETRY_SECONDS)})
 
 
 def from_validation(error: RequestValidationError) -> ApiError:
-    """The first of the things that are wrong with a request's form.
+    """Return the API error of the first problem that validation found.
 
-    Where one of several forms is allowed, the one that got furthest tells what is wrong.
+    Where a field allows several types, the error comes from the type that matched deepest.
     """
     errors: Sequence[dict[str, Any]] = error.errors()
-    beside = [each for each in errors if each["loc"][:2] == errors[0]["loc"][:2]]
-    first = max(beside, key=lambda each: len(each["loc"]))
+    same_field = [each for each in errors if each["loc"][:2] == errors[0]["loc"][:2]]
+    first = max(same_field, key=lambda each: len(each["loc"]))
     kind, context = str(first["type"]), first.get("ctx", {})
     if kind == "json_invalid":
-        return ApiError(400, f"the body is not JSON: {context.get('error', 'mend it')}")
-    place = _place(first["loc"])
-    if not place and kind == "missing":
+        return ApiError(400, f"the body is not JSON: {context.get('error', 'send a JSON object')}")
+    path = _location(first["loc"])
+    if not path and kind == "missing":
         return ApiError(400, "the body is missing: send a JSON object")
-    param = ".".join(filter(None, (place, context.get("field"))))
+    param = ".".join(filter(None, (path, context.get("field"))))
     message = f"{param or 'the body'}: {str(first['msg'])[:1].lower()}{str(first['msg'])[1:]}"
-    return ApiError(400, message, param or None, kind if kind in _OURS else _code(kind))
+    return ApiError(400, message, param or None, kind if kind in _OWN_CODES else _code(kind))
 
 
-_OURS = ("unknown_parameter", "unsupported_parameter", "unsupported_value")
+_OWN_CODES = ("unknown_parameter", "unsupported_parameter", "unsupported_value")
 
 
 def _code(kind: str) -> str:
@@ -131,32 +131,34 @@ def _code(kind: str) -> str:
     return "invalid_type" if kind.endswith(("_type", "_parsing")) else "invalid_value"
 
 
-def _place(location: Sequence[int | str]) -> str:
-    """Where in the body something is wrong, as `messages[0].content`."""
-    place = ""
+def _location(location: Sequence[int | str]) -> str:
+    """Return the path of a field in the body, such as `messages[0].content`."""
+    path = ""
     for part in location[1:]:
         if isinstance(part, int):
-            place += f"[{part}]"
+            path += f"[{part}]"
         elif not _UNION_ARM.fullmatch(part):
-            place += f".{part[:80]}" if place else part
-    return place
+            path += f".{part[:80]}" if path else part
+    return path
 
 
 def from_http(error: HTTPException, path: str) -> ApiError:
-    """What the framework refuses: unknown paths, methods and bodies that cannot be read."""
+    """Return the API error of a framework error: unknown path, wrong method, unreadable body."""
     headers = dict(error.headers or {})
     if error.status_code == http.HTTPStatus.NOT_FOUND:
-        return ApiError(404, f"there is nothing at {path[:200]}: see /docs", headers=headers)
+        return ApiError(404, f"there is no path {path[:200]}: see /docs", headers=headers)
     if error.status_code == http.HTTPStatus.METHOD_NOT_ALLOWED:
         allowed = headers.get("allow") or headers.get("Allow") or "another method"
-        return ApiError(405, f"{path[:200]} takes {allowed}", headers=headers)
+        return ApiError(
+            405, f"{path[:200]} does not support this HTTP method: use {allowed}", headers=headers
+        )
     if error.status_code == http.HTTPStatus.BAD_REQUEST:
         return ApiError(400, "the body cannot be read: send a JSON object", headers=headers)
     return ApiError(error.status_code, str(error.detail), headers=headers)
 
 
 async def handle(request: Request, error: Exception) -> Response:
-    """FastAPI's handler of all of these."""
+    """Handle an exception for FastAPI: record its code for the log and return the response."""
     answer = _as_api_error(error, request.scope["path"])
     record_of(request.scope).facts["error"] = answer.code
     return answer.response()
@@ -169,5 +171,5 @@ def _as_api_error(error: Exception, path: str) -> ApiError:
         return from_validation(error)
     if isinstance(error, InputError):
         return from_input_error(error)
-    assert isinstance(error, HTTPException), "a handler was asked for what it was not meant for"
+    assert isinstance(error, HTTPException), "the handler is registered for these exceptions only"
     return from_http(error, path)

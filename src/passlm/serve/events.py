@@ -1,4 +1,4 @@
-"""The events of one request, carried from the worker's thread into the event loop."""
+"""Pass the events of one request from the worker's thread to the event loop."""
 
 from __future__ import annotations
 
@@ -16,108 +16,111 @@ from passlm.serve.protocol import Event, EventCallback, Failed, Job, SequenceReq
 
 
 class ClientDisconnectedError(Exception):
-    """Whoever asked hung up, or reads nothing any more."""
+    """The client disconnected, or it no longer reads."""
 
 
 class DecodingWorker(Protocol):
-    """What the web side needs of the worker."""
+    """The part of the worker that the web side uses."""
 
     @property
     def max_context(self) -> int:
-        """Tokens a text may have, prompt and answer."""
+        """Maximum length of a sequence, prompt and answer, in tokens."""
 
     def submit(self, sequences: Sequence[SequenceRequest], deliver: EventCallback) -> list[Job]:
-        """Take on the texts of one request, all or none."""
+        """Accept the sequences of one request, all or none."""
 
     def cancel(self, jobs: Iterable[Job]) -> None:
-        """End texts before their next step."""
+        """End sequences before their next step."""
 
     def state(self) -> WorkerState:
-        """How busy it is."""
+        """Return the current load."""
 
 
 @dataclass(frozen=True)
 class SequenceEvent:
-    """An event, and the text it belongs to."""
+    """An event and the index of the sequence that it belongs to."""
 
     index: int
     event: Event
 
     @property
     def last(self) -> bool:
-        """Whether nothing comes of the text after it."""
+        """True if it is the last event of its sequence."""
         return isinstance(self.event, Failed) or self.event.finish_reason is not None
 
 
 class EventQueue:
-    """What comes of one request.
+    """Queue of the events of one request.
 
-    What waits here is bounded by the tokens that the request may have.
+    Unbounded, but it never holds more events than the request may have tokens.
 
     Args:
-        meter: counts everything that comes.
+        metrics: counts every event.
     """
 
-    def __init__(self, meter: RequestMetrics) -> None:
+    def __init__(self, metrics: RequestMetrics) -> None:
         self.jobs: list[Job] = []
-        self._meter = meter
+        self._metrics = metrics
         self._loop = asyncio.get_running_loop()
-        self._arrived: asyncio.Queue[SequenceEvent | None] = asyncio.Queue()
-        self._over: set[int] = set()
+        self._queue: asyncio.Queue[SequenceEvent | None] = asyncio.Queue()
+        self._finished: set[int] = set()
 
     @property
     def unfinished(self) -> list[Job]:
-        """The texts whose end has not come."""
-        return [job for job in self.jobs if job.index not in self._over]
+        """Jobs whose last event has not arrived."""
+        return [job for job in self.jobs if job.index not in self._finished]
 
     def deliver(self, index: int, event: Event) -> None:
-        """Take an event; called in the worker's thread."""
+        """Add an event; called in the worker's thread."""
         try:
-            self._loop.call_soon_threadsafe(self._take, index, event, time.perf_counter())
+            self._loop.call_soon_threadsafe(self._put, index, event, time.perf_counter())
         except RuntimeError:
-            if not self._loop.is_closed():  # else nobody is left to tell
+            if not self._loop.is_closed():  # after the loop has closed, no subscriber is left
                 raise
 
-    def _take(self, index: int, event: Event, at: float) -> None:
-        arrival = SequenceEvent(index, event)
-        if arrival.last:
-            self._over.add(index)
-        self._meter.event(self.jobs[index], event, at)
-        self._arrived.put_nowait(arrival)
+    def _put(self, index: int, event: Event, at: float) -> None:
+        item = SequenceEvent(index, event)
+        if item.last:
+            self._finished.add(index)
+        self._metrics.count_event(self.jobs[index], event, at)
+        self._queue.put_nowait(item)
 
-    async def watch(self, receive: Receive) -> None:
-        """Notice when the client hangs up."""
+    async def watch_disconnect(self, receive: Receive) -> None:
+        """Wait until the client disconnects, and put None into the queue as a mark."""
         while (await receive())["type"] != "http.disconnect":
             pass
-        self._arrived.put_nowait(None)
+        self._queue.put_nowait(None)
 
-    async def batches(self, patience: float | None = None) -> AsyncIterator[list[SequenceEvent]]:
-        """Everything that comes, to the end of all texts, together where it came together.
+    async def batches(self, timeout: float | None = None) -> AsyncIterator[list[SequenceEvent]]:
+        """Yield events in batches, until all sequences have ended.
+
+        A batch contains all events that have arrived since the previous one.
 
         Args:
-            patience: seconds after which an empty batch is given; None waits.
+            timeout: seconds without an event after which an empty batch is yielded; None for no
+                limit.
 
         Raises:
-            GoneError: the client hung up.
+            ClientDisconnectedError: the client disconnected.
         """
-        left = len(self.jobs)
-        while left:
-            batch = await self._next(patience)
-            left -= sum(arrival.last for arrival in batch)
+        remaining = len(self.jobs)
+        while remaining:
+            batch = await self._next_batch(timeout)
+            remaining -= sum(item.last for item in batch)
             yield batch
 
-    async def _next(self, patience: float | None) -> list[SequenceEvent]:
+    async def _next_batch(self, timeout: float | None) -> list[SequenceEvent]:
         try:
-            async with asyncio.timeout(patience):
-                found = [await self._arrived.get()]
+            async with asyncio.timeout(timeout):
+                items = [await self._queue.get()]
         except TimeoutError:
             return []
-        while not self._arrived.empty():
-            found.append(self._arrived.get_nowait())
-        arrived = [arrival for arrival in found if arrival is not None]
-        if len(arrived) < len(found):
-            raise ClientDisconnectedError("the client hung up")
-        return arrived
+        while not self._queue.empty():
+            items.append(self._queue.get_nowait())
+        received = [item for item in items if item is not None]
+        if len(received) < len(items):
+            raise ClientDisconnectedError("the client disconnected")
+        return received
 
 
 @asynccontextmanager
@@ -125,25 +128,25 @@ async def subscribe(
     worker: DecodingWorker,
     sequences: Sequence[SequenceRequest],
     receive: Receive,
-    meter: RequestMetrics,
+    metrics: RequestMetrics,
 ) -> AsyncIterator[EventQueue]:
-    """Ask for texts and listen; whatever is unfinished when the listening ends is cancelled.
+    """Submit sequences and yield the queue of their events; on exit, cancel unfinished ones.
 
     Args:
-        worker: who is asked.
-        sequences: the texts.
-        receive: tells when the client hangs up.
-        meter: counts what comes.
+        worker: runs the sequences.
+        sequences: the sequences of one request.
+        receive: ASGI's receive function, which reports that the client disconnected.
+        metrics: counts every event.
 
     Raises:
-        InputError: the worker does not take them.
+        InputError: the worker does not accept them.
     """
-    feed = EventQueue(meter)
-    feed.jobs = worker.submit(sequences, feed.deliver)
-    watcher = asyncio.create_task(feed.watch(receive))
+    queue = EventQueue(metrics)
+    queue.jobs = worker.submit(sequences, queue.deliver)
+    watcher = asyncio.create_task(queue.watch_disconnect(receive))
     try:
-        yield feed
+        yield queue
     finally:
         watcher.cancel()
-        if feed.unfinished:
-            worker.cancel(feed.unfinished)
+        if queue.unfinished:
+            worker.cancel(queue.unfinished)

@@ -1,4 +1,4 @@
-"""The log as lines of JSON, for whatever collects it."""
+"""Log lines in JSON."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a line: time, level, event, where it comes from, and what is told with it.
+    """Formats a log record as one line with a JSON object: time, level, event, logger.
 
-    What a call gives as `extra={"facts": {...}}` becomes fields of their own.
+    The entries of `extra={"facts": {...}}` become fields of the object.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -30,7 +30,7 @@ class JsonLines(logging.Formatter):
 
 
 def log_json_lines() -> None:
-    """From now on write the log so, to standard error."""
+    """Make the root logger write JSON lines to standard error, warnings included."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     root = logging.getLogger()

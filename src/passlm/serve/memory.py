@@ -1,8 +1,8 @@
-"""Freed memory goes back to the system.
+"""Return freed memory to the operating system.
 
-Texts of all lengths come and go, and with them tensors of a hundred kilobytes to some megabytes.
-glibc keeps what they leave in pieces that fit nothing later: a process that holds half a gigabyte
-of keys and values grows to several.
+Sequences of all lengths start and finish, and with them tensors of a hundred kilobytes to some
+megabytes. glibc keeps the freed memory in fragments that later tensors do not fit into: a process
+with half a gigabyte of keys and values grows to several gigabytes.
 """
 
 from __future__ import annotations
@@ -11,28 +11,34 @@ import ctypes
 from collections.abc import Callable
 from functools import cache
 
-_MMAP_THRESHOLD = -3  # glibc's number for `mallopt`
+_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of glibc's malloc.h
 _LARGE = 2**20  # bytes
 
 
 def keep_large_blocks_apart() -> None:
-    """From now on each large block is the system's own again once it is freed; on glibc alone."""
-    mallopt = _of_glibc("mallopt")
+    """Let glibc return every large block to the system when it is freed.
+
+    Does nothing with another C library.
+    """
+    mallopt = _glibc_function("mallopt")
     if mallopt is not None:
-        mallopt(_MMAP_THRESHOLD, _LARGE)  # glibc raises it by itself where it is not set
+        mallopt(_MMAP_THRESHOLD, _LARGE)  # a fixed threshold: glibc raises the default one
 
 
 def release_free_memory() -> None:
-    """Give whole free pages between the smaller blocks back; some milliseconds; on glibc alone."""
-    trim = _of_glibc("malloc_trim")
+    """Return free pages between small blocks to the system, which takes some milliseconds.
+
+    Does nothing with another C library.
+    """
+    trim = _glibc_function("malloc_trim")
     if trim is not None:
         trim(0)
 
 
 @cache
-def _of_glibc(name: str) -> Callable[..., int] | None:
+def _glibc_function(name: str) -> Callable[..., int] | None:
     try:
         found: Callable[..., int] = getattr(ctypes.CDLL(None), name)
-    except (OSError, AttributeError, TypeError):  # another system, or another C library
+    except (OSError, AttributeError, TypeError):  # another operating system or C library
         return None
     return found

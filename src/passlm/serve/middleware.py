@@ -1,6 +1,6 @@
-"""What stands around every request: its id, its line in the log, its headers, keys and limits.
+"""Middleware: request ids, log lines, security headers, API keys, body limits.
 
-Plain ASGI, so that nothing comes between an answer and the client's hanging up.
+Plain ASGI, so that no layer hides from a response that its client disconnected.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from passlm.serve.events import ClientDisconnectedError
 from passlm.serve.metrics import Metrics
 from passlm.serve.request_record import RequestRecord, record_of
 
-HUNG_UP = 499  # nginx's status of a request whose client did not wait
+CLIENT_CLOSED_REQUEST = (
+    499  # nginx's status of a request whose client disconnected before the response
+)
 PROBES = frozenset({"/health", "/ready", "/metrics"})
-_SENSIBLE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_VALID_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _SECURITY = {
     "content-security-policy": "default-src 'self'; base-uri 'none'; form-action 'self'; "
     "frame-ancestors 'none'; object-src 'none'",
@@ -33,18 +35,19 @@ _SECURITY = {
     "x-frame-options": "DENY",
     "referrer-policy": "no-referrer",
 }
-_DISCARDED = 1 << 26  # bytes of a refused body that are read, so that the client reads our answer
+# Bytes of a too large body that are read and discarded; many clients read the response only then.
+_MAX_DISCARDED = 1 << 26
 
 _log = logging.getLogger(__name__)
 
 
 class RequestMiddleware:
-    """The outermost layer: nothing of ours escapes it.
+    """Outermost layer: gives each request an id and a log line, and handles every exception.
 
     Args:
-        app: what is framed.
-        metrics: where requests are counted.
-        path: what a request's path is called there; few names, whatever clients ask for.
+        app: the wrapped application.
+        metrics: counts requests.
+        path: returns the label of a path in the metrics.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, path: Callable[[str], str]) -> None:
@@ -53,39 +56,41 @@ class RequestMiddleware:
         self._path = path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Frame one request; as ASGI calls it."""
+        """Handle one request, as ASGI calls it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         record = RequestRecord(_request_id(Headers(scope=scope)), time.perf_counter())
         scope.setdefault("state", {})["record"] = record
-        framed = _SendWithHeaders(send, record, private=scope["path"].startswith("/v1/"))
+        send_with_headers = _SendWithHeaders(send, record, private=scope["path"].startswith("/v1/"))
         try:
             if scope["path"].isprintable():
-                await self._app(scope, receive, framed)
-            else:  # who routes and who protects might not read it alike
-                await _refuse(
-                    ApiError(404, "there is nothing at this path: see /docs"),
+                await self._app(scope, receive, send_with_headers)
+            else:  # the router and the key check might parse such a path differently
+                await _send_error(
+                    ApiError(404, "there is no such path: see /docs"),
                     scope,
                     receive,
-                    framed,
+                    send_with_headers,
                 )
         except ClientDisconnectedError as gone:
             record.facts["gone"] = str(gone)
-            record.status = record.status or HUNG_UP
+            record.status = record.status or CLIENT_CLOSED_REQUEST
         except Exception:
-            _log.exception("a request met a fault", extra={"facts": {"id": record.id}})
+            _log.exception("internal error in a request", extra={"facts": {"id": record.id}})
             record.facts["fault"] = True
             if record.status is None:
-                fault = ApiError(500, "the server met a fault: its log knows more")
-                await fault.response()(scope, receive, framed)
+                fault = ApiError(
+                    500, "an internal error occurred: the server's log has the details"
+                )
+                await fault.response()(scope, receive, send_with_headers)
         finally:
-            self._tell(scope, record)
+            self._log_request(scope, record)
 
-    def _tell(self, scope: Scope, record: RequestRecord) -> None:
-        seconds = time.perf_counter() - record.begun
-        path, status = scope["path"], record.status or HUNG_UP
-        self._metrics.answered(self._path(path), status, seconds)
+    def _log_request(self, scope: Scope, record: RequestRecord) -> None:
+        seconds = time.perf_counter() - record.started
+        path, status = scope["path"], record.status or CLIENT_CLOSED_REQUEST
+        self._metrics.count_request(self._path(path), status, seconds)
         level = logging.DEBUG if path in PROBES and status < 400 else logging.INFO
         facts = {
             "id": record.id,
@@ -99,7 +104,7 @@ class RequestMiddleware:
 
 
 class _SendWithHeaders:
-    """Notes the status of a response and adds headers."""
+    """Records the status of a response and adds headers."""
 
     def __init__(self, send: Send, record: RequestRecord, private: bool) -> None:
         self._send = send
@@ -121,21 +126,21 @@ class _SendWithHeaders:
 
 def _request_id(headers: Headers) -> str:
     given = headers.get("x-request-id", "")
-    return given if _SENSIBLE_ID.fullmatch(given) else uuid.uuid4().hex
+    return given if _VALID_ID.fullmatch(given) else uuid.uuid4().hex
 
 
-async def _refuse(refusal: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+async def _send_error(refusal: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
     record_of(scope).facts["error"] = refusal.code
     await refusal.response()(scope, receive, send)
 
 
 class ApiKeyMiddleware:
-    """Lets requests through that bring a key; compares in a time that tells nothing.
+    """Rejects requests without a valid API key; keys are compared in constant time.
 
     Args:
-        app: what is protected.
-        keys: any of them will do.
-        protected: whether a path needs one.
+        app: the protected application.
+        keys: valid keys.
+        protected: returns whether a path requires a key.
     """
 
     def __init__(self, app: ASGIApp, keys: Sequence[str], protected: Callable[[str], bool]) -> None:
@@ -144,45 +149,47 @@ class ApiKeyMiddleware:
         self._protected = protected
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Look at the key, as ASGI calls it."""
+        """Check the key, as ASGI calls it."""
         if scope["type"] == "http" and self._protected(scope["path"]):
             refusal = self._refusal(Headers(scope=scope).get("authorization"))
             if refusal is not None:
-                await _refuse(refusal, scope, receive, send)
+                await _send_error(refusal, scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
     def _refusal(self, given: str | None) -> ApiError | None:
-        asked = {"WWW-Authenticate": "Bearer"}
+        headers = {"WWW-Authenticate": "Bearer"}
         if given is None:
             return ApiError(
-                401, "an API key is missing: send 'Authorization: Bearer KEY'", headers=asked
+                401, "an API key is missing: send 'Authorization: Bearer KEY'", headers=headers
             )
         scheme, _, key = given.partition(" ")
         digest = _digest(key.strip().encode())
-        found = [hmac.compare_digest(digest, known) for known in self._digests]  # all of them
+        found = [
+            hmac.compare_digest(digest, known) for known in self._digests
+        ]  # no early exit: constant time
         if scheme.lower() == "bearer" and any(found):
             return None
-        return ApiError(401, "this API key is not known here", headers=asked)
+        return ApiError(401, "the API key is not valid", headers=headers)
 
 
 def _digest(key: bytes) -> bytes:
-    """Of one length for all keys, so that comparing does not tell theirs."""
+    """Return a digest of fixed length, so that comparing does not reveal the length of a key."""
     return hashlib.sha256(key).digest()
 
 
 class BodyMiddleware:
-    """Reads a request's body before anything looks at it, within a size and a time.
+    """Reads the complete body of a request before the application runs, within limits.
 
     Args:
-        app: gets the whole body.
-        most: bytes.
-        seconds: in which it must have come.
+        app: receives the complete body.
+        max_bytes: maximum size in bytes.
+        seconds: time within which the body must arrive.
     """
 
-    def __init__(self, app: ASGIApp, most: int, seconds: float) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, seconds: float) -> None:
         self._app = app
-        self._most = most
+        self._max_bytes = max_bytes
         self._seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -193,20 +200,20 @@ class BodyMiddleware:
         try:
             body = await self._read(Headers(scope=scope), receive)
         except ApiError as refusal:
-            await _refuse(refusal, scope, receive, send)
+            await _send_error(refusal, scope, receive, send)
             return
         await self._app(scope, _Replay(body, receive), send)
 
     async def _read(self, headers: Headers, receive: Receive) -> bytes:
         if headers.get("content-encoding", "identity") != "identity":
-            raise ApiError(415, "the body is compressed: send it as it is")
+            raise ApiError(415, "the body is compressed: send it uncompressed")
         length = headers.get("content-length", "")
-        announced = int(length) if length.isdecimal() else 0
-        if announced > self._most and "expect" in headers:
-            raise self._too_large()  # it waits for leave to send
+        content_length = int(length) if length.isdecimal() else 0
+        if content_length > self._max_bytes and "expect" in headers:
+            raise self._too_large()  # the client waits for "100 Continue"
         try:
             async with asyncio.timeout(self._seconds):
-                return await self._collected(receive, announced)
+                return await self._collect(receive, content_length)
         except TimeoutError as error:
             raise ApiError(
                 http.HTTPStatus.REQUEST_TIMEOUT,
@@ -214,32 +221,34 @@ class BodyMiddleware:
                 headers={"Connection": "close"},
             ) from error
 
-    async def _collected(self, receive: Receive, announced: int) -> bytes:
+    async def _collect(self, receive: Receive, content_length: int) -> bytes:
         body, size, more = bytearray(), 0, True
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
-                raise ClientDisconnectedError("the client hung up before its request was whole")
+                raise ClientDisconnectedError(
+                    "the client disconnected before its request was complete"
+                )
             size += len(message.get("body", b""))
             more = message.get("more_body", False)
-            if max(size, announced) <= self._most:
+            if max(size, content_length) <= self._max_bytes:
                 body += message.get("body", b"")
-            elif size > _DISCARDED:
+            elif size > _MAX_DISCARDED:
                 break
-        if max(size, announced) > self._most:
+        if max(size, content_length) > self._max_bytes:
             raise self._too_large()
         return bytes(body)
 
     def _too_large(self) -> ApiError:
         return ApiError(
             413,
-            f"the request is larger than {self._most} bytes: shorten it",
+            f"the request is larger than {self._max_bytes} bytes: shorten it",
             headers={"Connection": "close"},
         )
 
 
 class _Replay:
-    """Gives a body that was read already, then whatever else comes."""
+    """Receives a body that was already read, then further messages."""
 
     def __init__(self, body: bytes, receive: Receive) -> None:
         self._body: bytes | None = body

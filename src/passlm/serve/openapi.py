@@ -1,4 +1,4 @@
-"""The application's OpenAPI schema: what FastAPI finds, and what it cannot know."""
+"""Complete FastAPI's OpenAPI schema with streams, limits, examples and API keys."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ _EXAMPLES: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def needs_key(path: str) -> bool:
-    """Whether a path is for those alone who have a key, where there are keys."""
+    """Return whether a path requires an API key if the server has any."""
     return path.startswith("/v1/") or path == "/metrics"
 
 
 def event(chunk: type[Reply]) -> dict[str, Any]:
-    """An event of a stream: a chunk, at the end `[DONE]`, or a fault on the way."""
+    """Return the schema of one event of a stream: a chunk, an error, or the final `[DONE]`."""
     contents = [{"$ref": REFERENCE.format(model=kind.__name__)} for kind in (chunk, ErrorReply)]
     json = {"contentMediaType": "application/json", "contentSchema": {"anyOf": contents}}
     data = {"type": "string", "anyOf": [{"const": "[DONE]"}, json]}
@@ -51,11 +51,14 @@ def event(chunk: type[Reply]) -> dict[str, Any]:
 
 
 def complete(schema: dict[str, Any], settings: ServeSettings) -> dict[str, Any]:
-    """Add what the schema of FastAPI lacks.
+    """Add the parts that FastAPI cannot derive: stream events, model name, limits, examples, keys.
 
     Args:
-        schema: is changed.
-        settings: name, limits and keys of the server.
+        schema: the schema of FastAPI; modified in place.
+        settings: model name, limits and keys of the server.
+
+    Returns:
+        The same schema.
     """
     parts = schema["components"]["schemas"]
     for chunk in (CompletionChunk, ChatChunk):
@@ -65,18 +68,18 @@ def complete(schema: dict[str, Any], settings: ServeSettings) -> dict[str, Any]:
     schema["paths"][MODEL_PATH + "{model}"]["get"]["parameters"][0]["schema"] = name
     for request, path in REQUESTS.items():
         parts[request]["properties"]["model"] = name
-        _tell_limits(parts[request]["properties"], settings)
+        _add_limits(parts[request]["properties"], settings)
         body = schema["paths"][path]["post"]["requestBody"]["content"]["application/json"]
         body["examples"] = {
             title: {"value": {"model": settings.model_name, **example}}
             for title, example in _EXAMPLES[request].items()
         }
     if settings.api_keys:
-        _tell_keys(schema)
+        _add_security(schema)
     return schema
 
 
-def _tell_limits(properties: dict[str, Any], settings: ServeSettings) -> None:
+def _add_limits(properties: dict[str, Any], settings: ServeSettings) -> None:
     limits = (
         ("n", "integer", "maximum", settings.max_texts),
         ("max_tokens", "integer", "maximum", settings.max_tokens),
@@ -90,7 +93,7 @@ def _tell_limits(properties: dict[str, Any], settings: ServeSettings) -> None:
                 arm[limit] = value
 
 
-def _tell_keys(schema: dict[str, Any]) -> None:
+def _add_security(schema: dict[str, Any]) -> None:
     schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     for path in filter(needs_key, schema["paths"]):
         for operation in schema["paths"][path].values():

@@ -1,7 +1,7 @@
-"""Keys and values of texts that are over, for prompts that begin as they did.
+"""Keys and values of finished sequences, for prompts with the same beginning.
 
-A chat that goes on sends all that was said before: its keys and values are at hand if nobody
-needed their room. The least recently used are forgotten first.
+A chat that continues sends all earlier messages again. Their keys and values are reused unless they
+were evicted to make room. The least recently used sequence is evicted first.
 """
 
 from __future__ import annotations
@@ -11,54 +11,61 @@ from collections.abc import Sequence
 
 from passlm.model.cache import RowCache
 
-MIN_PREFIX_TOKENS = 16  # tokens below which a copy saves nothing worth its trouble
+MIN_PREFIX_TOKENS = 16  # below this length, copying costs as much as it saves
 
 
 class PrefixCache:
-    """Remembered texts, least recently used first."""
+    """Cached sequences, least recently used first."""
 
     def __init__(self) -> None:
         self._kept: OrderedDict[tuple[int, ...], RowCache] = OrderedDict()
 
     @property
     def tokens(self) -> int:
-        """Tokens held in all."""
+        """Total number of cached tokens."""
         return sum(map(len, self._kept))
 
     def add(self, tokens: Sequence[int], cache: RowCache) -> None:
-        """Keep a text, in place of those that it continues.
+        """Cache a sequence, and drop cached sequences that are a prefix of it.
+
+        A sequence is not added if it is too short or already contained in the cache.
 
         Args:
-            tokens: ids.
-            cache: their keys and values, of nothing else.
+            tokens: token ids.
+            cache: the keys and values of exactly these tokens.
         """
         if len(tokens) < MIN_PREFIX_TOKENS or self.find(tokens)[0] == len(tokens):
             return
-        text = tuple(tokens)
-        for known in [known for known in self._kept if text[: len(known)] == known]:
-            del self._kept[known]
-        self._kept[text] = cache
+        new = tuple(tokens)
+        for prefix in [kept for kept in self._kept if new[: len(kept)] == kept]:
+            del self._kept[prefix]
+        self._kept[new] = cache
 
     def find(self, prompt: Sequence[int]) -> tuple[int, RowCache | None]:
-        """How many tokens the best remembered text shares with a prompt, and its cache."""
+        """Return the cached sequence with the longest prefix in common with a prompt.
+
+        Returns:
+            The length of the common prefix and the sequence's keys and values; 0 and None if no
+            sequence starts like the prompt.
+        """
         best, found = 0, None
-        for known in self._kept:
-            count = shared_prefix_length(known, prompt)
+        for kept in self._kept:
+            count = shared_prefix_length(kept, prompt)
             if count > best:
-                best, found = count, known
+                best, found = count, kept
         if found is None:
             return 0, None
         self._kept.move_to_end(found)
         return best, self._kept[found]
 
-    def evict_to(self, most: int) -> None:
-        """Forget texts until no more than so many tokens are held."""
-        while self._kept and self.tokens > most:
+    def evict_to(self, limit: int) -> None:
+        """Evict sequences until at most `limit` tokens are cached."""
+        while self._kept and self.tokens > limit:
             self._kept.popitem(last=False)
 
 
 def shared_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many first tokens two texts have in common."""
+    """Return the length of the longest common prefix of two sequences."""
     count = 0
     for one, other in zip(a, b, strict=False):
         if one != other:

@@ -1,6 +1,7 @@
-"""What the server's two sides tell each other: the web side asks, the worker answers in pieces.
+"""Records that the web side and the worker exchange: requests, outputs, state, settings.
 
-Plain records, so that neither side needs the other. Who runs what when is left to `worker.py`.
+Plain dataclasses, so that neither side imports the other. Scheduling is left to `worker.py` and
+`scheduler.py`.
 """
 
 from __future__ import annotations
@@ -17,17 +18,20 @@ from passlm.serve.settings import SettingsError
 if TYPE_CHECKING:  # a command's help lists the settings, and torch takes seconds
     from passlm.generate import Options
 
-INTERNAL_ERROR = "the server met a fault while writing this text"
+INTERNAL_ERROR = "an internal error occurred while generating this sequence"
 
 EndReason = Literal["eos", "stop", "length", "context", "time", "waited", "cancelled"]
-"""Of texts cut by the clock, `waited` are those that had not begun."""
+"""Why a sequence ended.
+
+Two reasons mean that the time limit was reached: `time` for a sequence that was being generated,
+`waited` for one that had not joined the batch."""
 
 
 class QueueFullError(InputError):
-    """The waiting line is full.
+    """The queue is full.
 
     Args:
-        retry_after: seconds after which trying again is worth it.
+        retry_after: estimated seconds until a new request can be accepted.
     """
 
     def __init__(self, retry_after: int) -> None:
@@ -36,7 +40,7 @@ class QueueFullError(InputError):
 
 
 class ClosedError(InputError):
-    """The server is going down and takes nothing any more."""
+    """The server is shutting down and accepts no further requests."""
 
 
 _log = logging.getLogger(__name__)
@@ -44,52 +48,58 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """How much the worker takes on.
+    """Limits of the worker.
 
     Raises:
-        SettingsError: a limit leaves no room for any text.
+        SettingsError: a limit leaves no room for any sequence.
     """
 
-    max_batch: int = field(default=8, metadata={"help": "texts decoded at a time"})
+    max_batch: int = field(default=8, metadata={"help": "number of sequences decoded at a time"})
     max_context: int = field(
-        default=2048, metadata={"help": "tokens of a text, prompt and answer; at most the model's"}
+        default=2048,
+        metadata={
+            "help": "tokens of a sequence, prompt and answer; at most the model's context length"
+        },
     )
     max_cache: int = field(
         default=0,
         metadata={
-            "help": "tokens kept of all texts, running and remembered; 0 is max-batch x max-context"
+            "help": "maximum number of tokens in the KV cache, of running and finished sequences; "
+            "0 is max-batch x max-context"
         },
     )
     max_waiting: int = field(
-        default=64, metadata={"help": "requests that may wait; beyond it they are refused (429)"}
+        default=64,
+        metadata={"help": "number of sequences that may wait; further requests get status 429"},
     )
     prefill_chunk: int = field(
-        default=128, metadata={"help": "prompt tokens run between two steps of the others"}
+        default=128,
+        metadata={"help": "prompt tokens prefilled between two steps of the other sequences"},
     )
     max_seconds: float = field(
-        default=600.0, metadata={"help": "a text that takes longer is ended where it is"}
+        default=600.0,
+        metadata={"help": "time limit of a sequence; one that takes longer is cut off"},
     )
 
     def __post_init__(self) -> None:
         for limit in fields(self):
-            value, may_be_0 = getattr(self, limit.name), limit.name in ("max_cache", "max_waiting")
-            if value < 0 or (value == 0 and not may_be_0):
-                flag, least = (
-                    limit.name.replace("_", "-"),
-                    "0 or more" if may_be_0 else "more than 0",
-                )
-                raise SettingsError(f"--{flag} is {value}: it must be {least}")
+            value = getattr(self, limit.name)
+            zero_allowed = limit.name in ("max_cache", "max_waiting")
+            if value < 0 or (value == 0 and not zero_allowed):
+                flag = limit.name.replace("_", "-")
+                minimum = "0 or more" if zero_allowed else "more than 0"
+                raise SettingsError(f"--{flag} is {value}: it must be {minimum}")
 
 
 @dataclass(frozen=True)
 class SequenceRequest:
-    """One text that is wanted.
+    """A request for one sequence.
 
     Attributes:
         prompt: token ids.
-        options: how it is drawn, where it ends, by which method.
-        logprobs: how many of the likeliest tokens to tell beside each token, 0 or more; None tells
-            no log-probabilities at all.
+        options: sampling parameters, stop conditions and decoding method.
+        logprobs: number of most probable tokens to return with each token, 0 or more; None
+            returns no log-probabilities at all.
     """
 
     prompt: tuple[int, ...]
@@ -102,12 +112,15 @@ class Token:
     """One settled token.
 
     Attributes:
-        id: its id.
-        text: what it lets show; empty while a character or a possible stop string is unfinished.
-        position: where it stood among the candidates of its pass, from 1; 0 if it was drawn.
-        logprob: its natural log-probability under the model itself, before temperature, penalties
-            and filters; None where that was not asked for.
-        top: the likeliest ids with theirs, best first, as many as were asked for.
+        id: token id.
+        text: text that can be shown with this token; empty while a character or a possible stop
+            string is incomplete.
+        position: position among the candidates of its pass at which it was accepted, from 1; 0 if
+            it was drawn.
+        logprob: natural log-probability under the model itself, before temperature, penalties and
+            filters; None if not requested.
+        top: ids and log-probabilities of the most probable tokens, best first, as many as
+            requested.
     """
 
     id: int
@@ -119,7 +132,7 @@ class Token:
 
 @dataclass(frozen=True)
 class SequenceOutput:
-    """What one pass added to a text; the last one says why it ended."""
+    """The tokens that one pass added to a sequence; the last output has a finish reason."""
 
     tokens: tuple[Token, ...]
     finish_reason: EndReason | None = None
@@ -127,49 +140,51 @@ class SequenceOutput:
 
 @dataclass(frozen=True)
 class Failed:
-    """A fault of ours ended the text; the details are in the log, not here."""
+    """An internal error ended the sequence; the details are in the log, not here."""
 
     message: str
 
 
 Event = SequenceOutput | Failed
 EventCallback = Callable[[int, Event], None]
-"""Takes the events of one request: which of its texts, and what came. Called in the worker's
-thread, so it must not block. The last event of a text is a `Piece` with a reason, or `Failed`."""
+"""Receives the events of one request: the index of the sequence, and the event.
+
+Called in the worker's thread, so it must not block. The last event of a sequence is a
+`SequenceOutput` with a finish reason, or `Failed`."""
 
 
 @dataclass(eq=False)
 class Job:
-    """A text under way. Its counts are whole once its last event has come."""
+    """A sequence that the worker has accepted; its statistics are complete after its last event."""
 
     request: SequenceRequest
     index: int
     deliver: EventCallback
     stats: Stats = field(default_factory=Stats)
     reused: int = 0
-    """Tokens of the prompt whose keys and values were still at hand."""
+    """Number of prompt tokens whose keys and values were found in the cache."""
 
-    def tell(self, event: Event) -> None:
-        """Hand an event to whoever asked; their faults are theirs."""
+    def notify(self, event: Event) -> None:
+        """Deliver an event to the subscriber and log any exception it raises."""
         try:
             self.deliver(self.index, event)
         except Exception:
-            _log.exception("an event could not be handed over")
+            _log.exception("an event could not be delivered")
 
 
 @dataclass(frozen=True)
 class WorkerState:
-    """How busy the worker is, for metrics and health.
+    """Load of the worker, for metrics and health checks.
 
     Attributes:
         ready: passes can be run.
-        running: texts in the batch.
-        waiting: texts not begun, or whose prompt is being read.
-        cached_tokens: tokens whose keys and values are held, remembered texts included.
-        max_cache: the most there may be.
-        passes: run since the start.
-        pass_seconds: spent in them.
-        faults: steps that failed.
+        running: number of sequences in the batch.
+        waiting: number of sequences that wait or whose prompt is being prefilled.
+        cached_tokens: tokens in the KV cache, those of finished sequences included.
+        max_cache: maximum of `cached_tokens`.
+        passes: passes run since the start.
+        pass_seconds: time spent in them.
+        faults: internal errors in steps and sequences.
     """
 
     ready: bool

@@ -1,4 +1,4 @@
-"""What the log is to tell of one request; filled in on its way."""
+"""Log record of one request, completed while the request is processed."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from starlette.types import Scope
 
 @dataclass
 class RequestRecord:
-    """What is known of one request.
+    """Log record of one request.
 
     Attributes:
-        id: the client's own, or a fresh one.
-        begun: when it came, by `time.perf_counter`.
-        status: of the response; None before it begins.
-        facts: what its answer adds.
+        id: request id from the client, or a random one.
+        started: time of arrival, by `time.perf_counter`.
+        status: HTTP status of the response; None before the response starts.
+        facts: additional fields of the log line.
     """
 
     id: str
-    begun: float
+    started: float
     status: int | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
 
 def record_of(scope: Scope) -> RequestRecord:
-    """The record of a request."""
+    """Return the record of a request."""
     record: RequestRecord = scope["state"]["record"]
     return record

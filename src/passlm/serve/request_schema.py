@@ -1,14 +1,14 @@
-"""What the API takes: requests of the OpenAI API, and which parts of them are refused.
+"""Requests of the OpenAI API, with the fields that this server adds or does not support.
 
-Types, ranges and unknown names are checked here. What depends on the model or on the server's
-limits is left to `requests.py`.
+Checks types, ranges and unknown names. Checks that depend on the model or on the server's limits
+are left to `requests.py`.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import (
     AfterValidator,
@@ -24,13 +24,13 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 
-def _whole(value: object) -> object:
-    """JSON has one kind of number: 16.0 is whole."""
+def _integer(value: object) -> object:
+    """Accept 16.0 as an integer: JSON has only one type of number."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _unicode(text: str) -> str:
-    """JSON can name half a surrogate pair, which is no text."""
+    """Reject lone surrogates, which JSON can express but Unicode text cannot contain."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -39,12 +39,12 @@ def _unicode(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """A text that can be sent, whatever was in it."""
+    """Return a text with lone surrogates replaced, so that it can be sent."""
     return text.encode("utf-8", "replace").decode()
 
 
-def _of_form(expected: str) -> WrapValidator:
-    """One plain sentence in place of what each form that is allowed finds wrong."""
+def _described_as(expected: str) -> WrapValidator:
+    """Report one error that names the expected types, in place of one per allowed type."""
 
     def check(value: object, handler: ValidatorFunctionWrapHandler) -> object:
         try:
@@ -73,14 +73,18 @@ def _unsupported(value: object) -> object:
 
 def _content(value: object) -> object:
     if not isinstance(value, str | list):
-        raise PydanticCustomError("invalid_type", "must be a text or a list of parts of type text")
+        raise PydanticCustomError(
+            "invalid_type", "must be a string or a list of parts of type text"
+        )
     return value
 
 
 def _text_part(value: object) -> object:
     kind = value.get("type") if isinstance(value, Mapping) else None
     if isinstance(kind, str) and kind != "text":
-        raise PydanticCustomError("unsupported_value", "must be text: this server reads text only")
+        raise PydanticCustomError(
+            "unsupported_value", "must be of type text: other types are not supported"
+        )
     return value
 
 
@@ -88,16 +92,16 @@ def _text_format(value: object) -> object:
     kind = value.get("type") if isinstance(value, Mapping) else None
     if isinstance(kind, str) and kind != "text":
         raise PydanticCustomError(
-            "unsupported_value", "must be of type text: this server writes free text only"
+            "unsupported_value", "must be of type text: other formats are not supported"
         )
     return value
 
 
-_WHOLE = BeforeValidator(_whole)
+_INTEGER = BeforeValidator(_integer)
 Text: TypeAlias = Annotated[str, AfterValidator(_unicode)]
-SomeText: TypeAlias = Annotated[Text, Field(min_length=1)]
-Positive: TypeAlias = Annotated[int, Field(ge=1), _WHOLE]
-NotNegative: TypeAlias = Annotated[int, Field(ge=0), _WHOLE]
+NonEmptyText: TypeAlias = Annotated[Text, Field(min_length=1)]
+Positive: TypeAlias = Annotated[int, Field(ge=1), _INTEGER]
+NotNegative: TypeAlias = Annotated[int, Field(ge=0), _INTEGER]
 Penalty: TypeAlias = Annotated[float, Field(ge=-2, le=2)]
 Unsupported: TypeAlias = Annotated[None, BeforeValidator(_unsupported)]
 OnlyFalse: TypeAlias = Annotated[
@@ -107,35 +111,37 @@ LogitBias: TypeAlias = Annotated[
     dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
     Field(json_schema_extra={"additionalProperties": False}),
 ]
-# Lists may be long, and the first thing wrong is enough to know.
+# Lists may be long, so validation stops at the first error (fail_fast).
 Ids: TypeAlias = Annotated[list[NotNegative], Field(min_length=1, fail_fast=True)]
 Prompt: TypeAlias = Annotated[
-    SomeText
-    | Annotated[list[SomeText], Field(min_length=1, fail_fast=True)]
+    NonEmptyText
+    | Annotated[list[NonEmptyText], Field(min_length=1, fail_fast=True)]
     | Ids
     | Annotated[list[Ids], Field(min_length=1, fail_fast=True)],
-    _of_form("a text, a list of texts, token ids or a list of lists of token ids, none empty"),
+    _described_as(
+        "a string, a list of strings, a list of token ids or a list of lists of token ids, "
+        "none of them empty"
+    ),
 ]
 Stop: TypeAlias = Annotated[
-    SomeText | Annotated[list[SomeText], Field(fail_fast=True)] | None,
-    _of_form("a text or a list of texts, none empty"),
+    NonEmptyText | Annotated[list[NonEmptyText], Field(fail_fast=True)] | None,
+    _described_as("a string or a list of strings, none of them empty"),
 ]
-NO_LONGER = "An older name of it is taken as well."
 
 
 class Body(BaseModel):
-    """A part of a request; an unknown name in it is an error that names the nearest."""
+    """A part of a request; an unknown field is an error that names the closest field."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
-    def _know_all_names(cls, given: object) -> object:
+    def _reject_unknown_names(cls, given: object) -> object:
         names = given if isinstance(given, Mapping) else {}
         for name in names:
             if name not in cls.model_fields:
-                near = difflib.get_close_matches(str(name), cls.model_fields, 1)
-                hint = f"did you mean {near[0]!r}?" if near else "leave it out"
+                closest = difflib.get_close_matches(str(name), cls.model_fields, 1)
+                hint = f"did you mean {closest[0]!r}?" if closest else "leave it out"
                 raise PydanticCustomError(
                     "unknown_parameter",
                     "unknown parameter: {hint}",
@@ -145,51 +151,54 @@ class Body(BaseModel):
 
 
 class StreamOptions(Body):
-    """How a stream is told."""
+    """Options of a stream."""
 
     include_usage: bool | None = Field(
-        default=None, description="One more event at the end tells the usage."
+        default=None, description="Send one more chunk at the end, with the usage."
     )
     include_obfuscation: OnlyFalse | None = None
 
 
 class LookAhead(Body):
-    """How tokens are drafted; greedy and seeded text is the same under every method."""
+    """How tokens are drafted; greedy and seeded output is the same with every method."""
 
     method: Literal["auto", "ar", "two-pass", "one-pass"] | None = Field(
-        default=None, description="`ar` drafts nothing; `auto` (the default) what pays."
+        default=None,
+        description="`ar` does not draft; `auto` (the default) chooses the fastest plan.",
     )
     tokens: NotNegative | None = Field(
-        default=None, description="Look-ahead steps; for `auto`, at most."
+        default=None, description="Number of look-ahead steps; for `auto` the maximum."
     )
     show: bool | None = Field(
         default=None,
-        description="Tell in each streamed chunk how its tokens came. A chunk is a pass then.",
+        description="Add to each streamed chunk how its tokens were obtained; one chunk per pass.",
     )
 
 
 class TextFormat(Body):
-    """Free text, the only format that is written."""
+    """Free text, the only supported format."""
 
     type: Literal["text"]
 
 
 class CommonRequest(Body):
-    """What both kinds of requests have in common."""
+    """Fields that completion and chat requests share."""
 
     model: Text
     frequency_penalty: Penalty | None = None
     logit_bias: LogitBias | None = Field(
-        default=None, description="Token id to a number that is added to its logit."
+        default=None, description="Map from token id to a number that is added to its logit."
     )
     n: Positive | None = Field(
-        default=None, description="Texts for each prompt; with a seed, seeds go on from it."
+        default=None, description="Choices per prompt; their seeds are `seed`, `seed` + 1, ..."
     )
     presence_penalty: Penalty | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**64), _WHOLE] | None = Field(
-        default=None, description="The same seed gives the same text."
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64), _INTEGER] | None = Field(
+        default=None, description="The same seed gives the same output."
     )
-    stop: Stop = Field(default=None, description="The text ends before any of these.")
+    stop: Stop = Field(
+        default=None, description="Stop strings: the output ends before the first of them."
+    )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(
@@ -198,32 +207,33 @@ class CommonRequest(Body):
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     user: Text | None = Field(default=None, description="Has no effect.")
     top_k: NotNegative | None = Field(
-        default=None, description="Draw from the k likeliest tokens only; 0 is all."
+        default=None, description="Sample from the k most probable tokens only; 0 for all."
     )
     min_p: Annotated[float, Field(ge=0, le=1)] | None = Field(
-        default=None, description="Drop tokens below this share of the likeliest one."
+        default=None,
+        description="Drop tokens whose probability is below this fraction of the highest one.",
     )
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = Field(
-        default=None, description="Above 1 makes tokens already in the text less likely."
+        default=None, description="Values above 1 make tokens that occurred before less probable."
     )
     lookahead: LookAhead | None = None
 
 
 class CompletionRequest(CommonRequest):
-    """A text, or several, to be continued."""
+    """One or several prompts to complete."""
 
     prompt: Prompt
     best_of: Positive | None = Field(default=None, description="Must be equal to `n`.")
-    echo: bool | None = Field(default=None, description="Give the prompt before its continuation.")
-    logprobs: Annotated[int, Field(ge=0, le=5), _WHOLE] | None = Field(
-        default=None, description="How many of the likeliest tokens to tell with each one."
+    echo: bool | None = Field(default=None, description="Return the prompt before its completion.")
+    logprobs: Annotated[int, Field(ge=0, le=5), _INTEGER] | None = Field(
+        default=None, description="Number of most probable tokens to return with each token."
     )
     max_tokens: Positive | None = Field(default=None, description="Default 16.")
     suffix: Unsupported = None
 
 
 class TextPart(Body):
-    """A piece of a message."""
+    """A text part of a message."""
 
     type: Literal["text"]
     text: Text
@@ -233,7 +243,7 @@ Part: TypeAlias = Annotated[TextPart, BeforeValidator(_text_part)]
 
 
 class Message(Body):
-    """What somebody said in a chat; which roles there are is the chat template's affair."""
+    """A message of a chat; which roles are supported depends on the chat template."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[
@@ -249,16 +259,16 @@ class Message(Body):
 
 
 class ChatRequest(CommonRequest):
-    """A chat to be answered."""
+    """A chat to answer."""
 
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20), _WHOLE] | None = Field(
-        default=None, description="How many of the likeliest tokens to tell with each one."
+    top_logprobs: Annotated[int, Field(ge=0, le=20), _INTEGER] | None = Field(
+        default=None, description="Number of most probable tokens to return with each token."
     )
     max_completion_tokens: Positive | None = None
     max_tokens: Positive | None = Field(
-        default=None, description="The older name of `max_completion_tokens`."
+        default=None, description="Older name of `max_completion_tokens`."
     )
     response_format: Annotated[TextFormat, BeforeValidator(_text_format)] | None = None
     metadata: Annotated[dict[Text, Text], Field(max_length=16)] | None = Field(
@@ -269,7 +279,7 @@ class ChatRequest(CommonRequest):
     service_tier: Literal["auto", "default"] | None = None
     safety_identifier: Text | None = Field(default=None, description="Has no effect.")
     prompt_cache_key: Text | None = Field(
-        default=None, description="Has no effect: prompts that begin alike are always found."
+        default=None, description="Has no effect: common prefixes of prompts are always cached."
     )
     reasoning_effort: Literal["none"] | None = None
     tool_choice: Literal["none", "auto"] | None = None
@@ -284,8 +294,3 @@ class ChatRequest(CommonRequest):
     moderation: Unsupported = None
     prompt_cache_options: Unsupported = None
     prompt_cache_retention: Unsupported = None
-
-
-def described(model: BaseModel) -> dict[str, Any]:
-    """What a request gave, for a log."""
-    return model.model_dump(exclude_unset=True)

@@ -1,4 +1,4 @@
-"""From a request to what the worker is asked, within the limits of the server and the model."""
+"""Turn API requests into worker requests, and check the limits of the server and the model."""
 
 from __future__ import annotations
 
@@ -21,89 +21,97 @@ from passlm.serve.request_schema import (
 )
 from passlm.serve.settings import ServeSettings
 
-DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
+DEFAULT_COMPLETION_TOKENS = 16  # the default of OpenAI's API
 _SEEDS = 2**64
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What a request comes to.
+    """A request of the API, checked and tokenized.
 
     Attributes:
-        sequences: one for each text: those of the first prompt, then those of the second, ...
-        texts: how many for each prompt.
-        echoes: text to be given before the texts of each prompt.
-        show: whether to tell how tokens came.
+        sequences: the sequences to generate: `n` for the first prompt, then `n` for the second, ...
+        n: sequences per prompt.
+        echoes: text to return before the generated text, one per prompt.
+        show: also return whether each token was drawn or accepted, and at which position.
     """
 
     sequences: tuple[SequenceRequest, ...]
-    texts: int
+    n: int
     echoes: tuple[str, ...]
     show: bool
 
     @property
     def prompt_tokens(self) -> int:
-        """Of all prompts, each counted once."""
-        return sum(len(ask.prompt) for ask in self.sequences[:: self.texts])
+        """Number of tokens of all prompts; each prompt counts once, whatever `n` is."""
+        return sum(len(sequence.prompt) for sequence in self.sequences[:: self.n])
 
 
 class RequestReader:
-    """Reads requests; takes as long as their prompts are, and is for one thread at a time.
+    """Reads and tokenizes requests.
+
+    Not thread-safe: a tokenizer may be used by one thread at a time. The time of a call grows with
+    the length of the prompts.
 
     Args:
-        lm: the model that is served.
-        settings: limits.
-        max_context: tokens a text may have, prompt and answer.
+        lm: the served model.
+        settings: limits of a request.
+        max_context: maximum length of a sequence, prompt and answer, in tokens.
     """
 
     def __init__(self, lm: Generator, settings: ServeSettings, max_context: int) -> None:
         self.lm = lm
         self.settings = settings
-        self._longest = max_context - 1
+        self._max_prompt_tokens = max_context - 1
         if settings.max_prompt_tokens:
-            self._longest = min(self._longest, settings.max_prompt_tokens)
+            self._max_prompt_tokens = min(self._max_prompt_tokens, settings.max_prompt_tokens)
 
     def completion(self, request: CompletionRequest) -> GenerationRequest:
-        """What a completion request asks for.
+        """Read a completion request.
 
         Raises:
-            ApiError: the server does not take it.
-            InputError: the model does not.
+            ApiError: a limit of the server is exceeded, or fields contradict each other.
+            InputError: the model does not support the request.
         """
         self._check(request)
-        texts = request.n or 1
-        if (request.best_of or texts) != texts:
+        n = request.n or 1
+        if (request.best_of or n) != n:
             raise ApiError(
-                400, f"best_of is {request.best_of} and n is {texts}: make them equal", "best_of"
+                400, f"best_of is {request.best_of} and n is {n}: make them equal", "best_of"
             )
         if request.echo and request.logprobs is not None:
             raise ApiError(
-                400, "the prompt's logprobs are not computed: leave echo or logprobs out", "echo"
+                400,
+                "echo and logprobs cannot be combined, because log probabilities "
+                "of the prompt are not computed: leave one of them out",
+                "echo",
             )
-        prompts = _listed(request.prompt)
-        self._check_texts(len(prompts) * texts)
+        prompts = _prompt_list(request.prompt)
+        self._check_n(len(prompts) * n)
         new = self._new_tokens("max_tokens", request.max_tokens or DEFAULT_COMPLETION_TOKENS)
-        encoded = [self._encoded(prompt, "prompt") for prompt in prompts]
-        echoes = tuple(self._shown(prompt) if request.echo else "" for prompt in prompts)
-        return self._wanted(request, encoded, new, request.logprobs, echoes)
+        encoded = [self._encode(prompt, "prompt") for prompt in prompts]
+        echoes = tuple(self._prompt_text(prompt) if request.echo else "" for prompt in prompts)
+        return self._generation_request(request, encoded, new, request.logprobs, echoes)
 
     def chat(self, request: ChatRequest) -> GenerationRequest:
-        """What a chat request asks for.
+        """Read a chat request.
 
         Raises:
-            ApiError: the server does not take it.
-            InputError: the model does not.
+            ApiError: a limit of the server is exceeded, or fields contradict each other.
+            InputError: the model does not support the request.
         """
         self._check(request)
-        self._check_texts(request.n or 1)
-        name, new = self._asked_tokens(request)
+        self._check_n(request.n or 1)
+        name, new = self._max_new_tokens(request)
         if request.top_logprobs is not None and not request.logprobs:
-            raise ApiError(400, "top_logprobs is told with logprobs: true", "top_logprobs")
+            raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
-        prompt = self._encoded([self._message(message) for message in request.messages], "messages")
-        return self._wanted(request, [prompt], self._new_tokens(name, new), logprobs, ("",))
+        prompt = self._encode([self._message(message) for message in request.messages], "messages")
+        return self._generation_request(
+            request, [prompt], self._new_tokens(name, new), logprobs, ("",)
+        )
 
-    def _asked_tokens(self, request: ChatRequest) -> tuple[str, int]:
+    def _max_new_tokens(self, request: ChatRequest) -> tuple[str, int]:
         given = {
             name: value
             for name in ("max_completion_tokens", "max_tokens")
@@ -111,68 +119,73 @@ class RequestReader:
         }
         if len(set(given.values())) > 1:
             raise ApiError(
-                400, "max_completion_tokens and max_tokens are two names of one: give one of them"
+                400,
+                "max_completion_tokens and max_tokens mean the same and differ: give one of them",
             )
         return next(iter(given.items()), ("max_completion_tokens", self.settings.max_tokens))
 
     def _message(self, message: Message) -> dict[str, str]:
         parts = message.content
         text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
-        said = {"role": self._role(message.role), "content": text}
-        further = {"name": message.name, "tool_call_id": message.tool_call_id}
-        return said | {key: value for key, value in further.items() if value is not None}
+        entry = {"role": self._role(message.role), "content": text}
+        optional = {"name": message.name, "tool_call_id": message.tool_call_id}
+        return entry | {key: value for key, value in optional.items() if value is not None}
 
     def _role(self, role: str) -> str:
-        """Developer is OpenAI's newer name of system; templates that know it get it."""
+        """Return the role for the template: `developer` becomes `system` in one that lacks it."""
         template = str(self.lm.tokenizer.chat_template or "")
         return "system" if role == "developer" and role not in template else role
 
     def _check(self, request: CommonRequest) -> None:
-        """What can be told without looking at the prompt."""
-        name, most = self.settings.model_name, self.settings.max_stops
+        """Check what does not depend on the prompt."""
+        name, limit = self.settings.model_name, self.settings.max_stops
         if request.model != name:
             raise ApiError(
                 404,
-                f"there is no model {request.model[:80]!r}: this server has {name!r}",
+                f"there is no model {request.model[:80]!r}: this server serves {name!r}",
                 "model",
                 "model_not_found",
             )
         if request.stream_options is not None and not request.stream:
-            raise ApiError(400, "stream_options is for stream: true", "stream_options")
+            raise ApiError(400, "stream_options needs stream: true", "stream_options")
         stops = _stops(request)
-        if len(stops) > most:
-            raise ApiError(400, f"stop has {len(stops)} texts: this server takes {most}", "stop")
+        if len(stops) > limit:
+            raise ApiError(
+                400, f"stop has {len(stops)} strings: at most {limit} are allowed", "stop"
+            )
         self._check_bias(request.logit_bias or {})
 
     def _check_bias(self, bias: dict[str, float]) -> None:
-        most = self.settings.max_logit_bias
-        if len(bias) > most:
+        limit = self.settings.max_logit_bias
+        if len(bias) > limit:
             raise ApiError(
-                400, f"logit_bias names {len(bias)} tokens: this server takes {most}", "logit_bias"
+                400, f"logit_bias has {len(bias)} tokens: at most {limit} are allowed", "logit_bias"
             )
         self._check_ids(map(int, bias), "logit_bias")
 
-    def _check_texts(self, texts: int) -> None:
-        most = self.settings.max_texts
-        if texts > most:
+    def _check_n(self, n: int) -> None:
+        limit = self.settings.max_texts
+        if n > limit:
             raise ApiError(
-                400, f"{texts} texts are asked for, prompts times n: this server gives {most}", "n"
+                400,
+                f"the request has {n} sequences, prompts times n: at most {limit} are allowed",
+                "n",
             )
 
     def _new_tokens(self, name: str, tokens: int) -> int:
-        most = self.settings.max_tokens
-        if tokens > most:
+        limit = self.settings.max_tokens
+        if tokens > limit:
             raise ApiError(
-                400, f"{name} is {tokens}: this server gives {most}", name, "invalid_value"
+                400, f"{name} is {tokens}: at most {limit} are allowed", name, "invalid_value"
             )
         return tokens
 
-    def _encoded(self, prompt: PromptInput, name: str) -> tuple[int, ...]:
+    def _encode(self, prompt: PromptInput, name: str) -> tuple[int, ...]:
         ids = tuple(self.lm.encode(prompt))
-        if len(ids) > self._longest:
+        if len(ids) > self._max_prompt_tokens:
             raise ApiError(
                 400,
-                f"the prompt has {len(ids)} tokens: this server takes {self._longest}",
+                f"the prompt has {len(ids)} tokens: at most {self._max_prompt_tokens} are allowed",
                 name,
                 "context_length_exceeded",
             )
@@ -185,14 +198,14 @@ class RequestReader:
         if unknown is not None:
             raise ApiError(
                 400,
-                f"{name} names token {unknown}, but the model knows 0 to {vocabulary - 1}",
+                f"{name} contains token id {unknown}: the model has ids 0 to {vocabulary - 1}",
                 name,
             )
 
-    def _shown(self, prompt: str | list[int]) -> str:
+    def _prompt_text(self, prompt: str | list[int]) -> str:
         return prompt if isinstance(prompt, str) else self.lm.decode(prompt)
 
-    def _wanted(
+    def _generation_request(
         self,
         request: CommonRequest,
         prompts: Sequence[tuple[int, ...]],
@@ -200,26 +213,26 @@ class RequestReader:
         logprobs: int | None,
         echoes: tuple[str, ...],
     ) -> GenerationRequest:
-        texts, look_ahead = request.n or 1, request.lookahead or LookAhead()
+        n, look_ahead = request.n or 1, request.lookahead or LookAhead()
         stopping = StopParams(max_new_tokens=new_tokens, stop=_stops(request))
         options = [
             Options.checked(
                 self.lm.look_ahead,
-                SamplingParams(**_sampling(request), seed=_seed(request, text)),
+                SamplingParams(**_sampling(request), seed=_seed(request, index)),
                 stopping,
                 look_ahead.method,
                 look_ahead.tokens,
             )
-            for text in range(texts)
+            for index in range(n)
         ]
         sequences = tuple(
-            SequenceRequest(prompt, each, logprobs) for prompt in prompts for each in options
+            SequenceRequest(prompt, option, logprobs) for prompt in prompts for option in options
         )
-        return GenerationRequest(sequences, texts, echoes, bool(look_ahead.show))
+        return GenerationRequest(sequences, n, echoes, bool(look_ahead.show))
 
 
-def _listed(prompt: Any) -> list[Any]:
-    """The prompts of a completion request."""
+def _prompt_list(prompt: Any) -> list[Any]:
+    """Return the prompts of a completion request as a list, also if it has only one."""
     single = isinstance(prompt, str) or isinstance(prompt[0], int)
     return [prompt] if single else prompt
 
@@ -229,18 +242,23 @@ def _stops(request: CommonRequest) -> tuple[str, ...]:
     return (stop,) if isinstance(stop, str) else tuple(stop)
 
 
-def _seed(request: CommonRequest, text: int) -> int | None:
-    return None if request.seed is None else (request.seed + text) % _SEEDS
+def _seed(request: CommonRequest, index: int) -> int | None:
+    return None if request.seed is None else (request.seed + index) % _SEEDS
 
 
 def _sampling(request: CommonRequest) -> dict[str, Any]:
-    """Fields of `SamplingParams` but the seed; OpenAI's default of the temperature is 1."""
+    """Return the fields of `SamplingParams` except the seed.
+
+    The default temperature is 1, as in OpenAI's API.
+    """
     names = ("top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
     given = {name: getattr(request, name) for name in names}
     chosen = {name: value for name, value in given.items() if value is not None}
     chosen["temperature"] = 1.0 if request.temperature is None else request.temperature
     if request.top_p is not None:
-        chosen["top_p"] = max(request.top_p, sys.float_info.min)  # 0 keeps the likeliest token
+        chosen["top_p"] = max(
+            request.top_p, sys.float_info.min
+        )  # 0 is allowed here and keeps only the most probable token
     if request.logit_bias:
         chosen["logit_bias"] = {int(token): bias for token, bias in request.logit_bias.items()}
     return chosen

@@ -1,6 +1,7 @@
-"""From the pieces of texts to the replies of the API, streamed or whole.
+"""Build the responses of the API from the outputs of the worker, streamed or complete.
 
-Both go through the same texts, so that a stream joined is the whole reply.
+Both kinds use the same state per choice, so that the chunks of a stream, joined, equal the complete
+response.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from passlm.serve.response_schema import (
 from passlm.serve.token_bytes import TokenBytes
 
 FINGERPRINT = f"passlm-{__version__}"
-_UNTHINKABLE = -9999.0  # OpenAI's logarithm of 0
+_MIN_LOGPROB = -9999.0  # OpenAI's API reports this value for probability 0
 _REASONS: dict[str, FinishReason] = {
     "eos": "stop",
     "stop": "stop",
@@ -53,242 +54,248 @@ _REASONS: dict[str, FinishReason] = {
 
 
 @dataclass
-class _Text:
-    """One text as it grows.
+class _Choice:
+    """State of one choice of the response while it is generated.
 
     Attributes:
-        shown: its text so far.
-        tokens: those that the text was made of.
+        text: text so far.
+        tokens: tokens that make up `text`.
         finish_reason: why it ended; None before.
+        started: the first chunk of a stream was made.
+        held: tokens that are not part of `tokens` yet, because they show no text so far.
     """
 
-    shown: str = ""
+    text: str = ""
     tokens: list[Token] = field(default_factory=list)
     finish_reason: FinishReason | None = None
-    begun: bool = False
+    started: bool = False
     held: list[Token] = field(default_factory=list)
 
-    def push(self, piece: SequenceOutput) -> tuple[str, list[Token]]:
-        """What a piece lets show, and the tokens it was made of.
+    def push(self, output: SequenceOutput) -> tuple[str, list[Token]]:
+        """Add an output, and return the text and the tokens that the choice gains.
 
-        Tokens that show nothing wait for one that does: they may belong to a stop string, or to an
-        unfinished character. What waits at the end of a text that was stopped is no part of it.
+        Tokens without text are held until one with text follows: they may belong to a stop string
+        or to an incomplete character. Tokens still held when a stop string or the end of sequence
+        ends the text are dropped.
         """
-        text = "".join(token.text for token in piece.tokens)
-        tokens = [*self.held, *piece.tokens]
-        if piece.finish_reason == "eos" and piece.tokens:  # the end is no part of the text either
+        text = "".join(token.text for token in output.tokens)
+        tokens = [*self.held, *output.tokens]
+        if output.finish_reason == "eos" and output.tokens:  # the end token is not part of the text
             end = tokens.pop()
             if tokens and not tokens[-1].text:
-                tokens[-1] = replace(tokens[-1], text=end.text)  # what was held back until then
-        whole = max((at for at, token in enumerate(tokens, start=1) if token.text), default=0)
-        told, self.held = tokens[:whole], tokens[whole:]
-        if piece.finish_reason is not None:
-            self.finish_reason = _REASONS[piece.finish_reason]
+                tokens[-1] = replace(tokens[-1], text=end.text)  # text that was held back
+        complete = max((at for at, token in enumerate(tokens, start=1) if token.text), default=0)
+        gained, self.held = tokens[:complete], tokens[complete:]
+        if output.finish_reason is not None:
+            self.finish_reason = _REASONS[output.finish_reason]
             if self.finish_reason == "length":
-                told += self.held
+                gained += self.held
             self.held = []
-        self.shown += text
-        self.tokens += told
-        return text, told
+        self.text += text
+        self.tokens += gained
+        return text, gained
 
 
 class ResponseBuilder(ABC):
-    """Makes the replies to one request.
+    """Builds the response or the stream of one request.
 
     Args:
-        wanted: what it comes to.
-        model: the model's name.
-        spelling: of its tokens.
-        usage: whether each chunk of a stream tells the usage, all but the last as unknown.
+        request: the request.
+        model: name of the model in the API.
+        token_bytes: bytes and text of the model's tokens.
+        usage: the chunks of a stream have a field `usage`, which is null in all but the last.
     """
 
     kind: str
     prefix: str
 
     def __init__(
-        self, wanted: GenerationRequest, model: str, spelling: TokenBytes, usage: bool
+        self, request: GenerationRequest, model: str, token_bytes: TokenBytes, usage: bool
     ) -> None:
-        self.wanted = wanted
-        self.spelling = spelling
-        self.head: dict[str, Any] = {
+        self.request = request
+        self.token_bytes = token_bytes
+        self._head: dict[str, Any] = {
             "id": f"{self.prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": model,
             "system_fingerprint": FINGERPRINT,
         }
-        self._open: dict[str, Any] = {"usage": None} if usage else {}
-        self.texts = [_Text() for _ in wanted.sequences]
+        self._open_usage: dict[str, Any] = {"usage": None} if usage else {}
+        self.choices = [_Choice() for _ in request.sequences]
 
-    def take(self, index: int, piece: SequenceOutput) -> None:
-        """A piece of a reply that is told whole."""
-        self.texts[index].push(piece)
+    def add(self, index: int, output: SequenceOutput) -> None:
+        """Add an output of a request that is not streamed."""
+        self.choices[index].push(output)
 
-    def chunks(self, index: int, piece: SequenceOutput) -> list[str]:
-        """What a piece comes to in a stream, as JSON."""
-        text = self.texts[index]
-        shown, tokens = text.push(piece)
-        parts: list[Reply] = []
-        if not text.begun:
-            text.begun = True
-            parts += self._opening(index)
-        if shown or tokens or (self.wanted.show and piece.tokens):
-            part = self._part(index, shown, tokens)
-            parts.append(self._with_show(part, piece) if self.wanted.show else part)
-        if text.finish_reason is not None:
-            parts.append(self._closing(index, text.finish_reason))
-        return [self._chunk([part], self._open) for part in parts]
+    def chunks(self, index: int, output: SequenceOutput) -> list[str]:
+        """Return the chunks of a stream for an output, as JSON."""
+        state = self.choices[index]
+        text, tokens = state.push(output)
+        choices: list[Reply] = []
+        if not state.started:
+            state.started = True
+            choices += self._first_choices(index)
+        if text or tokens or (self.request.show and output.tokens):
+            choice = self._choice(index, text, tokens)
+            choices.append(self._with_show(choice, output) if self.request.show else choice)
+        if state.finish_reason is not None:
+            choices.append(self._last_choice(index, state.finish_reason))
+        return [self._chunk([choice], self._open_usage) for choice in choices]
 
     def usage_chunk(self, usage: Usage) -> str:
-        """The last chunk of a stream that tells its usage."""
+        """Return the last chunk of a stream, which reports the usage."""
         return self._chunk([], {"usage": usage})
 
-    def _chunk(self, parts: Sequence[Reply], usage: dict[str, Any]) -> str:
-        chunk = self._event(object=self.kind, choices=parts, **self.head, **usage)
+    def _chunk(self, choices: Sequence[Reply], usage: dict[str, Any]) -> str:
+        chunk = self._new_chunk(object=self.kind, choices=choices, **self._head, **usage)
         return chunk.model_dump_json(exclude_unset=True)
 
     @staticmethod
-    def _with_show(part: Reply, piece: SequenceOutput) -> Reply:
+    def _with_show(choice: Reply, output: SequenceOutput) -> Reply:
         shown = Shown(
-            positions=[token.position for token in piece.tokens],
-            texts=[token.text for token in piece.tokens],
+            positions=[token.position for token in output.tokens],
+            texts=[token.text for token in output.tokens],
         )
-        return part.model_copy(update={"passlm": shown})
+        return choice.model_copy(update={"passlm": shown})
 
     @abstractmethod
-    def whole(self, usage: Usage) -> Reply:
-        """The reply of a request that is not streamed, all of it taken."""
+    def response(self, usage: Usage) -> Reply:
+        """Return the response of a request that is not streamed, after all outputs were added."""
 
     @abstractmethod
-    def _event(self, **content: Any) -> Reply:
-        """One event of a stream."""
+    def _new_chunk(self, **content: Any) -> Reply:
+        """Return one chunk of a stream."""
 
     @abstractmethod
-    def _opening(self, index: int) -> list[Reply]:
-        """What a text begins with in a stream."""
+    def _first_choices(self, index: int) -> list[Reply]:
+        """Return what a stream sends of a choice before its first output."""
 
     @abstractmethod
-    def _part(self, index: int, text: str, tokens: Sequence[Token]) -> Reply:
-        """What a text gained."""
+    def _choice(self, index: int, text: str, tokens: Sequence[Token]) -> Reply:
+        """Return what a choice gained."""
 
     @abstractmethod
-    def _closing(self, index: int, reason: FinishReason) -> Reply:
-        """That a text is over."""
+    def _last_choice(self, index: int, reason: FinishReason) -> Reply:
+        """Return the end of a choice."""
 
 
 class CompletionBuilder(ResponseBuilder):
-    """Replies to completion requests."""
+    """Builds responses to completion requests."""
 
     kind, prefix = "text_completion", "cmpl"
 
     def __init__(
-        self, wanted: GenerationRequest, model: str, spelling: TokenBytes, usage: bool
+        self, request: GenerationRequest, model: str, token_bytes: TokenBytes, usage: bool
     ) -> None:
-        super().__init__(wanted, model, spelling, usage)
-        self._told = [0] * len(self.texts)  # characters of each text whose tokens were told
+        super().__init__(request, model, token_bytes, usage)
+        self._text_offsets = [0] * len(self.choices)  # where each choice's next token begins
 
-    def whole(self, usage: Usage) -> Completion:
-        """See `Composer`."""
+    def response(self, usage: Usage) -> Completion:
+        """See `ResponseBuilder`."""
         choices = [
             CompletionChoice(
-                finish_reason=_ended(text),
+                finish_reason=_finish_reason(choice),
                 index=index,
-                logprobs=self._logprobs(index, text.tokens),
-                text=self._echo(index) + text.shown,
+                logprobs=self._logprobs(index, choice.tokens),
+                text=self._echo(index) + choice.text,
             )
-            for index, text in enumerate(self.texts)
+            for index, choice in enumerate(self.choices)
         ]
-        return Completion(choices=choices, usage=usage, **self.head)
+        return Completion(choices=choices, usage=usage, **self._head)
 
-    def _event(self, **content: Any) -> CompletionChunk:
+    def _new_chunk(self, **content: Any) -> CompletionChunk:
         return CompletionChunk(**content)
 
     def _echo(self, index: int) -> str:
-        return self.wanted.echoes[index // self.wanted.texts]
+        return self.request.echoes[index // self.request.n]
 
-    def _opening(self, index: int) -> list[Reply]:
+    def _first_choices(self, index: int) -> list[Reply]:
         echo = self._echo(index)
-        return [self._part(index, echo, ())] if echo else []
+        return [self._choice(index, echo, ())] if echo else []
 
-    def _part(self, index: int, text: str, tokens: Sequence[Token]) -> CompletionPiece:
+    def _choice(self, index: int, text: str, tokens: Sequence[Token]) -> CompletionPiece:
         return CompletionPiece(
             finish_reason=None, index=index, logprobs=self._logprobs(index, tokens), text=text
         )
 
-    def _closing(self, index: int, reason: FinishReason) -> CompletionPiece:
+    def _last_choice(self, index: int, reason: FinishReason) -> CompletionPiece:
         return CompletionPiece(finish_reason=reason, index=index, logprobs=None, text="")
 
     def _logprobs(self, index: int, tokens: Sequence[Token]) -> CompletionLogprobs | None:
-        count = self.wanted.sequences[index].logprobs
+        count = self.request.sequences[index].logprobs
         if count is None:
             return None
-        ends = accumulate(self._lengths(tokens), initial=self._told[index])
-        *offsets, self._told[index] = ends
+        ends = accumulate(self._lengths(tokens), initial=self._text_offsets[index])
+        *offsets, self._text_offsets[index] = ends
         tops = [
-            {self._name(other): _told(logprob) for other, logprob in (*token.top, _itself(token))}
+            {
+                self._token_name(other): _finite(logprob)
+                for other, logprob in (*token.top, _own_logprob(token))
+            }
             for token in tokens
         ]
         return CompletionLogprobs(
             text_offset=offsets,
-            token_logprobs=[_told(token.logprob) for token in tokens],
-            tokens=[self._name(token.id) for token in tokens],
+            token_logprobs=[_finite(token.logprob) for token in tokens],
+            tokens=[self._token_name(token.id) for token in tokens],
             top_logprobs=tops if count else None,
         )
 
     def _lengths(self, tokens: Sequence[Token]) -> Iterator[int]:
-        """Characters of each token, also of those whose text came with a later one's."""
+        """Yield the number of characters of each token, also if a later token shows its text."""
         waiting: list[Token] = []
         for token in tokens:
             waiting.append(token)
             if token.text:
-                texts = [self.spelling(each.id)[0] for each in waiting]
-                if "".join(texts) != token.text:  # a torn character, or cut where a stop begins
+                texts = [self.token_bytes(each.id)[0] for each in waiting]
+                if "".join(texts) != token.text:  # a split character, or cut before a stop string
                     texts = [*("" for _ in waiting[1:]), token.text]
                 yield from map(len, texts)
                 waiting.clear()
         yield from (0 for _ in waiting)
 
-    def _name(self, token: int) -> str:
-        text, spelt = self.spelling(token)
-        return text if text.encode() == spelt else f"bytes:{text}"
+    def _token_name(self, token: int) -> str:
+        text, raw = self.token_bytes(token)
+        return text if text.encode() == raw else f"bytes:{text}"
 
 
-def _itself(token: Token) -> tuple[int, float | None]:
+def _own_logprob(token: Token) -> tuple[int, float | None]:
     return token.id, token.logprob
 
 
-def _told(logprob: float | None) -> float:
-    """JSON has no infinity."""
-    return _UNTHINKABLE if logprob is None else max(logprob, _UNTHINKABLE)
+def _finite(logprob: float | None) -> float:
+    """Return a log-probability that JSON can represent: it has no infinity."""
+    return _MIN_LOGPROB if logprob is None else max(logprob, _MIN_LOGPROB)
 
 
 class ChatBuilder(ResponseBuilder):
-    """Replies to chat requests."""
+    """Builds responses to chat requests."""
 
     kind, prefix = "chat.completion.chunk", "chatcmpl"
 
-    def whole(self, usage: Usage) -> ChatCompletion:
-        """See `Composer`."""
+    def response(self, usage: Usage) -> ChatCompletion:
+        """See `ResponseBuilder`."""
         choices = [
             ChatChoice(
-                finish_reason=_ended(text),
+                finish_reason=_finish_reason(choice),
                 index=index,
-                logprobs=self._logprobs(index, text.tokens),
-                message=AnswerMessage(content=text.shown),
+                logprobs=self._logprobs(index, choice.tokens),
+                message=AnswerMessage(content=choice.text),
             )
-            for index, text in enumerate(self.texts)
+            for index, choice in enumerate(self.choices)
         ]
-        return ChatCompletion(choices=choices, usage=usage, **self.head)
+        return ChatCompletion(choices=choices, usage=usage, **self._head)
 
-    def _event(self, **content: Any) -> ChatChunk:
+    def _new_chunk(self, **content: Any) -> ChatChunk:
         return ChatChunk(**content)
 
-    def _opening(self, index: int) -> list[Reply]:
+    def _first_choices(self, index: int) -> list[Reply]:
         return [self._delta(index, Delta(role="assistant", content=""), None)]
 
-    def _part(self, index: int, text: str, tokens: Sequence[Token]) -> ChatPiece:
+    def _choice(self, index: int, text: str, tokens: Sequence[Token]) -> ChatPiece:
         return self._delta(index, Delta(content=text), self._logprobs(index, tokens))
 
-    def _closing(self, index: int, reason: FinishReason) -> ChatPiece:
+    def _last_choice(self, index: int, reason: FinishReason) -> ChatPiece:
         return self._delta(index, Delta(), None, reason)
 
     @staticmethod
@@ -298,37 +305,37 @@ class ChatBuilder(ResponseBuilder):
         return ChatPiece(delta=delta, finish_reason=reason, index=index, logprobs=logprobs)
 
     def _logprobs(self, index: int, tokens: Sequence[Token]) -> ChatLogprobs | None:
-        if self.wanted.sequences[index].logprobs is None:
+        if self.request.sequences[index].logprobs is None:
             return None
         return ChatLogprobs(content=[self._entry(token) for token in tokens], refusal=None)
 
     def _entry(self, token: Token) -> TokenLogprob:
-        text, spelt = self.spelling(token.id)
+        text, raw = self.token_bytes(token.id)
         top = [self._top(*other) for other in token.top]
         return TokenLogprob(
-            token=text, bytes=list(spelt), logprob=_told(token.logprob), top_logprobs=top
+            token=text, bytes=list(raw), logprob=_finite(token.logprob), top_logprobs=top
         )
 
     def _top(self, token: int, logprob: float) -> TopLogprob:
-        text, spelt = self.spelling(token)
-        return TopLogprob(token=text, bytes=list(spelt), logprob=_told(logprob))
+        text, raw = self.token_bytes(token)
+        return TopLogprob(token=text, bytes=list(raw), logprob=_finite(logprob))
 
 
-def _ended(text: _Text) -> FinishReason:
-    assert text.finish_reason is not None, "a text is told before it is over"
-    return text.finish_reason
+def _finish_reason(choice: _Choice) -> FinishReason:
+    assert choice.finish_reason is not None, "the response is built before all sequences ended"
+    return choice.finish_reason
 
 
-def usage(wanted: GenerationRequest, jobs: Sequence[Job]) -> Usage:
-    """What a request took, once all its texts are over."""
+def usage(request: GenerationRequest, jobs: Sequence[Job]) -> Usage:
+    """Return the usage of a request, after all its sequences have ended."""
     stats = Stats.total([job.stats for job in jobs])
-    prompt = wanted.prompt_tokens
+    prompt = request.prompt_tokens
     return Usage(
         prompt_tokens=prompt,
         completion_tokens=stats.tokens,
         total_tokens=prompt + stats.tokens,
         prompt_tokens_details=PromptDetails(
-            cached_tokens=sum(job.reused for job in jobs[:: wanted.texts])
+            cached_tokens=sum(job.reused for job in jobs[:: request.n])
         ),
         passlm=Drafting(
             passes=stats.passes,

@@ -1,4 +1,4 @@
-"""What the API gives: the replies of the OpenAI API, with what this server adds to them."""
+"""Responses of the OpenAI API, with the fields that this server adds."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ FinishReason = Literal["stop", "length"]
 
 
 class Reply(BaseModel):
-    """A part of a reply."""
+    """A part of a response."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class ErrorDetails(Reply):
-    """What went wrong."""
+    """Details of an error."""
 
     message: str
     type: str
@@ -25,53 +25,55 @@ class ErrorDetails(Reply):
 
 
 class ErrorReply(Reply):
-    """The body of every error."""
+    """Body of every error response."""
 
     error: ErrorDetails
 
 
 class Status(Reply):
-    """How the server is."""
+    """State of the server."""
 
     status: Literal["ok", "ready"]
 
 
 class Model(Reply):
-    """The model that is served."""
+    """The served model."""
 
     id: str
     object: Literal["model"] = "model"
-    created: int = Field(description="When the server was started, in seconds since 1970.")
+    created: int = Field(description="Start time of the server, in seconds since 1970.")
     owned_by: Literal["passlm"] = "passlm"
 
 
 class ModelList(Reply):
-    """All models that are served: one."""
+    """The list of served models, which has one entry."""
 
     object: Literal["list"] = "list"
     data: list[Model]
 
 
 class PromptDetails(Reply):
-    """What prompts were made of."""
+    """Details of the prompt tokens."""
 
-    cached_tokens: int = Field(description="Prompt tokens that needed no computing.")
+    cached_tokens: int = Field(
+        description="Prompt tokens whose keys and values were found in the cache."
+    )
 
 
 class Drafting(Reply):
-    """What drafting gained, summed over the choices."""
+    """Statistics of drafting, summed over the choices."""
 
-    passes: int = Field(description="Forward passes of the model, prompts not counted.")
-    accepted: int = Field(description="Drafted tokens that were accepted.")
+    passes: int = Field(description="Forward passes of the model, without prefill.")
+    accepted: int = Field(description="Draft tokens that were accepted.")
     accepted_by_position: list[int] = Field(
-        description="Of these, how many were the first, second, ... candidate of their pass."
+        description="Accepted draft tokens by position in their pass: first, second, ..."
     )
     tokens_per_pass: float
-    decode_seconds: float = Field(description="Spent in those passes.")
+    decode_seconds: float = Field(description="Time spent in these passes.")
 
 
 class Usage(Reply):
-    """What a request took."""
+    """Token counts of a request."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -81,25 +83,27 @@ class Usage(Reply):
 
 
 class Shown(Reply):
-    """How the tokens of one pass came."""
+    """How each token of one pass was obtained."""
 
     positions: list[int] = Field(
-        description="Where each token stood among the candidates of its pass, from 1; 0 if drawn."
+        description="Position in its pass at which each token was accepted, from 1; 0 if drawn."
     )
-    texts: list[str] = Field(description="What each token lets show.")
+    texts: list[str] = Field(description="Text that each token adds.")
 
 
 class CompletionLogprobs(Reply):
-    """Natural log-probabilities under the model itself, a list entry for each token."""
+    """Natural log-probabilities under the model itself, one list entry per token."""
 
-    text_offset: list[int] = Field(description="Where in `text` each token begins.")
+    text_offset: list[int] = Field(
+        description="Offset in `text` at which each token begins, in characters."
+    )
     token_logprobs: list[float]
     tokens: list[str]
     top_logprobs: list[dict[str, float]] | None
 
 
 class CompletionChoice(Reply):
-    """One text."""
+    """One generated text."""
 
     finish_reason: FinishReason
     index: int
@@ -108,7 +112,7 @@ class CompletionChoice(Reply):
 
 
 class Completion(Reply):
-    """The reply to a completion request."""
+    """Response to a completion request."""
 
     id: str
     object: Literal["text_completion"] = "text_completion"
@@ -120,7 +124,7 @@ class Completion(Reply):
 
 
 class CompletionPiece(Reply):
-    """What one text gained."""
+    """What a chunk adds to one choice."""
 
     finish_reason: FinishReason | None
     index: int
@@ -130,7 +134,7 @@ class CompletionPiece(Reply):
 
 
 class CompletionChunk(Reply):
-    """One event of a streamed completion."""
+    """One chunk of a streamed completion."""
 
     id: str
     object: Literal["text_completion"]
@@ -142,7 +146,7 @@ class CompletionChunk(Reply):
 
 
 class TopLogprob(Reply):
-    """A token that might have come."""
+    """One of the most probable tokens at a position."""
 
     token: str
     bytes: list[int]
@@ -150,7 +154,7 @@ class TopLogprob(Reply):
 
 
 class TokenLogprob(TopLogprob):
-    """A token that came, and the likeliest ones at its place."""
+    """A generated token, and the most probable tokens at its position."""
 
     top_logprobs: list[TopLogprob]
 
@@ -163,7 +167,7 @@ class ChatLogprobs(Reply):
 
 
 class AnswerMessage(Reply):
-    """What the model says."""
+    """The message that the model generated."""
 
     role: Literal["assistant"] = "assistant"
     content: str
@@ -171,7 +175,7 @@ class AnswerMessage(Reply):
 
 
 class ChatChoice(Reply):
-    """One answer."""
+    """One generated answer."""
 
     finish_reason: FinishReason
     index: int
@@ -180,7 +184,7 @@ class ChatChoice(Reply):
 
 
 class ChatCompletion(Reply):
-    """The reply to a chat request."""
+    """Response to a chat request."""
 
     id: str
     object: Literal["chat.completion"] = "chat.completion"
@@ -192,14 +196,14 @@ class ChatCompletion(Reply):
 
 
 class Delta(Reply):
-    """What an answer gained."""
+    """What a chunk adds to an answer."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
 
 
 class ChatPiece(Reply):
-    """What one answer gained."""
+    """What a chunk adds to one choice."""
 
     delta: Delta
     finish_reason: FinishReason | None
@@ -209,7 +213,7 @@ class ChatPiece(Reply):
 
 
 class ChatChunk(Reply):
-    """One event of a streamed answer."""
+    """One chunk of a streamed answer."""
 
     id: str
     object: Literal["chat.completion.chunk"]

@@ -1,4 +1,4 @@
-"""The answer to one request: asks the worker, listens, and sends what comes, streamed or whole."""
+"""The HTTP response of a generation request, streamed or complete."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from passlm.serve.request_record import RequestRecord, record_of
 from passlm.serve.requests import GenerationRequest
 from passlm.serve.response_builder import ResponseBuilder, usage
 
-QUIET_SECONDS = 15.0  # after which a stream says that it is still there: proxies close idle ones
-_STILL_HERE = ": waiting\n\n"  # a comment, which clients pass over
+KEEP_ALIVE_SECONDS = 15.0  # a silent stream sends a comment: proxies close idle connections
+_KEEP_ALIVE = ": waiting\n\n"  # a comment of server-sent events, which clients ignore
 _START = {
     "type": "http.response.start",
     "status": 200,
     "headers": [
         (b"content-type", b"text/event-stream; charset=utf-8"),
-        (b"x-accel-buffering", b"no"),  # nginx is not to collect it
+        (b"x-accel-buffering", b"no"),  # nginx must not buffer the stream
     ],
 }
 
 
 @dataclass(frozen=True)
 class ResponseContext:
-    """What all answers of a server have in common.
+    """What all responses of a server share.
 
     Attributes:
-        worker: who writes them.
-        metrics: where they are counted.
-        write_seconds: a client that reads nothing for this long is left.
+        worker: runs the sequences.
+        metrics: counts events.
+        write_seconds: a client that reads nothing for this long is disconnected.
     """
 
     worker: DecodingWorker
@@ -51,116 +51,122 @@ class ResponseContext:
 
 
 class GenerationResponse(Response):
-    """The answer to one request, made while it is sent.
+    """Submits a request to the worker when it is sent, and sends the outputs as they arrive.
 
     Args:
-        terms: see `Terms`.
-        wanted: what the request comes to.
-        composer: makes replies of what comes.
-        stream: as events, or whole.
-        tell_usage: at the end of a stream; whole replies always do.
+        context: see `ResponseContext`.
+        request: the request.
+        builder: turns outputs into chunks or a response.
+        stream: send server-sent events in place of one response.
+        include_usage: end a stream with the usage; a complete response always has it.
     """
 
     def __init__(
         self,
-        terms: ResponseContext,
-        wanted: GenerationRequest,
-        composer: ResponseBuilder,
+        context: ResponseContext,
+        request: GenerationRequest,
+        builder: ResponseBuilder,
         stream: bool,
-        tell_usage: bool,
+        include_usage: bool,
     ) -> None:
         super().__init__()
-        self._terms = terms
-        self._wanted = wanted
-        self._composer = composer
+        self._context = context
+        self._request = request
+        self._builder = builder
         self._stream = stream
-        self._tell_usage = tell_usage
+        self._include_usage = include_usage
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Ask, listen, send; as ASGI calls it."""
-        terms, record = self._terms, record_of(scope)
-        record.facts |= {"texts": len(self._wanted.sequences), "stream": self._stream}
-        meter = RequestMetrics(terms.metrics, record.begun)
-        async with subscribe(terms.worker, self._wanted.sequences, receive, meter) as feed:
+        """Submit the sequences and send their outputs, as ASGI calls it."""
+        context, record = self._context, record_of(scope)
+        record.facts |= {"texts": len(self._request.sequences), "stream": self._stream}
+        metrics = RequestMetrics(context.metrics, record.started)
+        async with subscribe(context.worker, self._request.sequences, receive, metrics) as queue:
             try:
                 if self._stream:
-                    await self._send_stream(feed, send, record)
+                    await self._send_stream(queue, send, record)
                 else:
-                    await self._send_whole(feed, scope, receive, send)
+                    await self._send_whole(queue, scope, receive, send)
             finally:
-                record.facts |= self._facts(feed)
+                record.facts |= self._facts(queue)
 
     async def _send_whole(
-        self, feed: EventQueue, scope: Scope, receive: Receive, send: Send
+        self, queue: EventQueue, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        async for batch in feed.batches():
-            for arrival in batch:
-                self._composer.take(arrival.index, _piece(arrival))
-        reply = self._composer.whole(usage(self._wanted, feed.jobs)).model_dump_json()
+        async for batch in queue.batches():
+            for item in batch:
+                self._builder.add(item.index, _output(item))
+        reply = self._builder.response(usage(self._request, queue.jobs)).model_dump_json()
         await Response(reply, media_type="application/json")(scope, receive, send)
 
-    async def _send_stream(self, feed: EventQueue, send: Send, record: RequestRecord) -> None:
-        """Send events as they come; what fails before the first one has a status of its own."""
-        begun = False
-        async for batch in feed.batches(QUIET_SECONDS):
+    async def _send_stream(self, queue: EventQueue, send: Send, record: RequestRecord) -> None:
+        """Send events as they arrive; an error before the first one gets its own HTTP status."""
+        started = False
+        async for batch in queue.batches(KEEP_ALIVE_SECONDS):
             events, error = self._events(batch)
-            if error is not None and not begun and not events:
+            if error is not None and not started and not events:
                 raise error
-            if not begun:
+            if not started:
                 await send(_START)
-                begun = True
+                started = True
             if error is not None:
                 record.facts["error"] = error.code
                 await self._write(send, [*events, error.reply.model_dump_json()], last=True)
                 return
             if events or not batch:
                 await self._write(send, events)
-        used = usage(self._wanted, feed.jobs)
-        closing = [self._composer.usage_chunk(used)] if self._tell_usage else []
+        total = usage(self._request, queue.jobs)
+        closing = [self._builder.usage_chunk(total)] if self._include_usage else []
         await self._write(send, [*closing, "[DONE]"], last=True)
 
     def _events(self, batch: Sequence[SequenceEvent]) -> tuple[list[str], ApiError | None]:
-        """What some arrivals come to, up to the first that is a fault."""
+        """Return the events to send for a batch, up to the first error, and that error."""
         events: list[str] = []
-        for arrival in batch:
+        for item in batch:
             try:
-                events += self._composer.chunks(arrival.index, _piece(arrival))
+                events += self._builder.chunks(item.index, _output(item))
             except ApiError as error:
                 return events, error
         return events, None
 
     async def _write(self, send: Send, events: Sequence[str], last: bool = False) -> None:
-        body = "".join(f"data: {event}\n\n" for event in events) or _STILL_HERE
-        seconds = self._terms.write_seconds
+        body = "".join(f"data: {event}\n\n" for event in events) or _KEEP_ALIVE
+        seconds = self._context.write_seconds
         try:
-            async with asyncio.timeout(seconds):  # it waits while the client's buffers are full
+            async with asyncio.timeout(
+                seconds
+            ):  # sending blocks while the client's buffers are full
                 await send(
                     {"type": "http.response.body", "body": body.encode(), "more_body": not last}
                 )
         except TimeoutError as error:
             raise ClientDisconnectedError(f"the client read nothing for {seconds} s") from error
 
-    def _facts(self, feed: EventQueue) -> dict[str, int]:
-        used = usage(self._wanted, feed.jobs)
+    def _facts(self, queue: EventQueue) -> dict[str, int]:
+        total = usage(self._request, queue.jobs)
         return {
-            "prompt_tokens": used.prompt_tokens,
-            "tokens": used.completion_tokens,
-            "passes": used.passlm.passes,
-            "unfinished": len(feed.unfinished),
+            "prompt_tokens": total.prompt_tokens,
+            "tokens": total.completion_tokens,
+            "passes": total.passlm.passes,
+            "unfinished": len(queue.unfinished),
         }
 
 
-def _piece(arrival: SequenceEvent) -> SequenceOutput:
-    """What came of a text, unless that is its failure.
+def _output(item: SequenceEvent) -> SequenceOutput:
+    """Return the output of an event.
 
     Raises:
-        ApiError: it failed, or the server is going down.
+        ApiError: the sequence failed, waited too long, or was ended by a shutdown.
     """
-    event = arrival.event
+    event = item.event
     if isinstance(event, Failed):
         raise ApiError(500, event.message)
     if event.finish_reason == "waited":
-        raise unavailable("the server is too busy: the request waited for its turn in vain")
-    if event.finish_reason == "cancelled":  # not by us: we listen
-        raise unavailable("the server is shutting down and could not finish: try another one")
+        raise unavailable(
+            "the server is too busy: the request reached the time limit before it started"
+        )
+    if event.finish_reason == "cancelled":  # a shutdown: this response has not cancelled it
+        raise unavailable(
+            "the server is shutting down and could not finish the request: send it again later"
+        )
     return event

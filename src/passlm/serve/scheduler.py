@@ -1,7 +1,7 @@
-"""Which texts run when: the batch, who joins it next, what is remembered, and faults kept apart.
+"""Continuous batching: admission, chunked prefill, prefix caching, isolation of errors.
 
-Single-threaded: `worker.py` puts a thread around it. Between two steps of the batch one chunk of
-one prompt is read, so that a long prompt stops nobody for long.
+Single-threaded; `worker.py` runs it in a thread. Between two steps of the batch one chunk of one
+prompt is prefilled, so that a long prompt does not delay the other sequences for long.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from passlm.serve.prefix_cache import MIN_PREFIX_TOKENS, PrefixCache, shared_pre
 from passlm.serve.protocol import INTERNAL_ERROR, EndReason, Failed, Job, WorkerSettings
 from passlm.serve.sequence import ServedSequence
 
-CONTEXT = 128  # tokens behind which the costs of plans are measured
-_SECONDS_A_TEXT = 5.0  # believed before any text is over
-_MEMORY = 0.9  # what the mean keeps of its weight when one more text is over
+COST_CONTEXT = 128  # context length at which the costs of passes are measured
+_INITIAL_SEQUENCE_SECONDS = 5.0  # estimate before the first sequence has ended
+_DECAY = 0.9  # weight of the old mean when a sequence ends
 
 _log = logging.getLogger(__name__)
 
 
 class PrefixCachingDecoder(Decoder):
-    """Keeps the keys and values of texts that leave."""
+    """A decoder that caches the keys and values of sequences that leave the batch."""
 
     prefix_cache: PrefixCache | None = None
 
@@ -48,24 +48,24 @@ class PrefixCachingDecoder(Decoder):
     def _keep_prefix(self, prefix_cache: PrefixCache, row: Row, known: Sequence[int]) -> None:
         try:
             prefix_cache.add(known, self.copied(row, len(known)))
-        except Exception:  # memory may be short, and it is a convenience
-            _log.exception("a text that is over cannot be remembered")
+        except Exception:  # memory may be short, and caching is optional
+            _log.exception("a finished sequence cannot be cached")
 
 
 class Scheduler:
-    """The texts under way and those that wait, first come, first served.
+    """Runs sequences in one batch, first come, first served.
 
     Args:
         lm: model, tokenizer and look-ahead rows.
-        settings: limits; `max_cache` of 0 takes room for a full batch.
+        settings: limits; a `max_cache` of 0 means enough for a full batch.
 
     Attributes:
-        max_context: tokens that a text may have.
-        max_cache: tokens that may be held of all texts.
-        passes: run so far.
-        pass_seconds: spent in them.
-        faults: met so far.
-        seconds_a_text: a text takes in the batch, the mean of the last ones.
+        max_context: maximum length of a sequence, in tokens.
+        max_cache: maximum number of tokens in the KV cache, of all sequences.
+        passes: number of passes so far.
+        pass_seconds: time spent in them.
+        faults: number of internal errors so far.
+        mean_sequence_seconds: moving average of the time that a sequence spends in the batch.
     """
 
     def __init__(self, lm: Generator, settings: WorkerSettings) -> None:
@@ -74,13 +74,15 @@ class Scheduler:
         context = lm.target.context
         longest = min(settings.max_context, context or settings.max_context)
         self.max_cache = settings.max_cache or settings.max_batch * longest
-        self.max_context = min(longest, self.max_cache)  # else it would wait for room for ever
+        self.max_context = min(
+            longest, self.max_cache
+        )  # a longer sequence would wait for room for ever
         self.passes = 0
         self.pass_seconds = 0.0
         self.faults = 0
-        self.seconds_a_text = _SECONDS_A_TEXT
+        self.mean_sequence_seconds = _INITIAL_SEQUENCE_SECONDS
         self._waiting: deque[ServedSequence] = deque()
-        self._reading: tuple[ServedSequence, Reading] | None = None
+        self._prefilling: tuple[ServedSequence, Reading] | None = None
         self._running: dict[Row, ServedSequence] = {}
         self._prefix_cache = PrefixCache()
         self._decoder = self._new_decoder()
@@ -88,117 +90,124 @@ class Scheduler:
 
     @property
     def running(self) -> int:
-        """Texts in the batch."""
+        """Number of sequences in the batch."""
         return len(self._running)
 
     @property
     def waiting(self) -> int:
-        """Texts not begun, or whose prompt is being read."""
-        return len(self._waiting) + (self._reading is not None)
+        """Number of sequences that wait or whose prompt is being prefilled."""
+        return len(self._waiting) + (self._prefilling is not None)
 
     @property
     def busy(self) -> bool:
-        """Whether there is anything to do."""
+        """True if any sequence runs or waits."""
         return bool(self._running or self.waiting)
 
     @property
     def cached_tokens(self) -> int:
-        """Tokens whose keys and values are held."""
+        """Number of tokens in the KV cache, those of finished sequences included."""
         running = sum(len(row.tokens) for row in list(self._running))
         return running + self._prefix_cache.tokens
 
     def warm(self) -> None:
-        """Do once what the first requests would wait for: compile, measure what passes cost."""
+        """Compile the model and measure cost curves, so that the first requests need not wait."""
         method = "ar" if self.lm.rows is None else "two-pass"
         self.lm.generate([[0]], method=method, max_new_tokens=4, ignore_eos=True)
-        for texts in range(1, 1 + self.settings.max_batch):
-            self.lm.costs.curve(texts, self._context)
+        for batch in range(1, 1 + self.settings.max_batch):
+            self.lm.costs.curve(batch, self._context)
 
     def add(self, job: Job) -> None:
-        """Let a text wait for its turn."""
+        """Append a sequence to the queue."""
         seconds = self.settings.max_seconds
         try:
-            text = ServedSequence(job, self.lm, self._plans, self.max_context, seconds)
+            sequence = ServedSequence(job, self.lm, self._plans, self.max_context, seconds)
         except Exception:
             self.faults += 1
-            _log.exception("a request cannot be taken on")
-            job.tell(Failed(INTERNAL_ERROR))
+            _log.exception("a sequence cannot be accepted")
+            job.notify(Failed(INTERNAL_ERROR))
             return
-        self._waiting.append(text)
+        self._waiting.append(sequence)
 
     def cancel(self, job: Job) -> None:
-        """End a text wherever it is; one that is over already stays as it is."""
-        self._end([text for text in self._texts() if text.job is job], "cancelled")
+        """End a sequence, whether it runs or waits; an ended one is ignored."""
+        self._end([sequence for sequence in self._sequences() if sequence.job is job], "cancelled")
 
     def cancel_all(self) -> None:
-        """End all texts."""
-        self._end(self._texts(), "cancelled")
+        """End all sequences."""
+        self._end(self._sequences(), "cancelled")
 
     def tick(self) -> None:
-        """Let the next text begin, read a bit of its prompt, and run a step for all others."""
-        idle = [text for text in self._texts() if text.row is None]
-        self._end([text for text in idle if text.late], "waited")
-        self._begin_next()
-        self._read()
+        """Admit the next sequence, prefill one chunk of its prompt, and run a step of the batch."""
+        idle = [sequence for sequence in self._sequences() if sequence.row is None]
+        self._end([sequence for sequence in idle if sequence.expired], "waited")
+        self._admit_next()
+        self._prefill()
         self._step()
 
     def fail_all(self) -> None:
-        """After a fault that nobody can be blamed for: end all texts and begin anew."""
-        texts = self._texts()
+        """End all sequences and start with a new decoder, after an error of unknown cause."""
+        sequences = self._sequences()
         self._waiting.clear()
-        self._reading = None
+        self._prefilling = None
         self._running.clear()
         self._prefix_cache = PrefixCache()
         self._decoder = self._new_decoder()
-        for text in texts:
-            text.fail()
+        for sequence in sequences:
+            sequence.fail()
 
-    def _texts(self) -> list[ServedSequence]:
-        reading = [] if self._reading is None else [self._reading[0]]
+    def _sequences(self) -> list[ServedSequence]:
+        reading = [] if self._prefilling is None else [self._prefilling[0]]
         return [*self._running.values(), *reading, *self._waiting]
 
-    def _end(self, texts: Sequence[ServedSequence], reason: EndReason) -> None:
-        for text in texts:
-            if text.row is not None:
-                self._leave(text.row)
-            elif self._reading is not None and self._reading[0] is text:
-                self._reading = None
+    def _end(self, sequences: Sequence[ServedSequence], reason: EndReason) -> None:
+        for sequence in sequences:
+            if sequence.row is not None:
+                self._leave(sequence.row)
+            elif self._prefilling is not None and self._prefilling[0] is sequence:
+                self._prefilling = None
             else:
-                self._waiting.remove(text)
-            text.end(reason)
+                self._waiting.remove(sequence)
+            sequence.end(reason)
 
-    def _begin_next(self) -> None:
-        """The first of the queue, where there is a place and room for it; nobody overtakes it."""
-        if self._reading is not None or not self._waiting:
+    def _admit_next(self) -> None:
+        """Begin the first sequence of the queue if the batch and the cache have room for it.
+
+        No other sequence overtakes it.
+        """
+        if self._prefilling is not None or not self._waiting:
             return
-        text = self._waiting[0]
+        sequence = self._waiting[0]
         if self.running >= self.settings.max_batch:
             return
-        if self._reserved + text.reserved > self.max_cache:
+        if self._reserved + sequence.reserved > self.max_cache:
             return
         self._waiting.popleft()
-        self._make_room(text.reserved)
+        self._make_room(sequence.reserved)
         try:
-            known = self._known(text)
-            text.job.reused = 0 if known is None else known.lengths[0]
-            self._reading = text, self._decoder.begin(text.request, known)
+            prefix = self._reusable_prefix(sequence)
+            sequence.job.reused = 0 if prefix is None else prefix.lengths[0]
+            self._prefilling = sequence, self._decoder.begin(sequence.request, prefix)
         except Exception:
-            self._fault(text)
+            self._fail(sequence)
 
     @property
     def _reserved(self) -> int:
-        """Tokens that the texts of the batch may come to."""
-        return sum(text.reserved for text in self._running.values())
+        """Maximum total length that the sequences of the batch can reach, in tokens."""
+        return sum(sequence.reserved for sequence in self._running.values())
 
     def _make_room(self, more: int = 0) -> None:
-        """Forget remembered texts whose room the batch has, or may need with `more` tokens."""
-        taken = max(self._decoder.slots, self._reserved + more)
-        self._prefix_cache.evict_to(self.max_cache - taken)
+        """Evict finished sequences whose room the batch uses, or may need with `more` tokens."""
+        used = max(self._decoder.slots, self._reserved + more)
+        self._prefix_cache.evict_to(self.max_cache - used)
 
-    def _known(self, text: ServedSequence) -> RowCache | None:
-        """Keys and values of the prompt's first tokens, from the batch or from what is over."""
-        prompt = text.prompt[:-1]
-        count, remembered = self._prefix_cache.find(prompt)
+    def _reusable_prefix(self, sequence: ServedSequence) -> RowCache | None:
+        """Return keys and values of the prompt's first tokens, if any sequence starts like it.
+
+        Running and finished sequences are searched. The last token of the prompt is left out: it
+        is the first root.
+        """
+        prompt = sequence.prompt[:-1]
+        count, cached = self._prefix_cache.find(prompt)
         counts = {
             row: min(shared_prefix_length(row.tokens, prompt), len(row.tokens) - 1)
             for row in self._running
@@ -206,91 +215,95 @@ class Scheduler:
         row = max(counts, key=counts.__getitem__, default=None)
         if row is not None and counts[row] > max(count, MIN_PREFIX_TOKENS - 1):
             return self._decoder.copied(row, counts[row])
-        if remembered is None or count < MIN_PREFIX_TOKENS:
+        if cached is None or count < MIN_PREFIX_TOKENS:
             return None
-        return remembered.copied(0, count)
+        return cached.copied(0, count)
 
-    def _read(self) -> None:
-        if self._reading is None:
+    def _prefill(self) -> None:
+        if self._prefilling is None:
             return
-        text, reading = self._reading
-        begun = time.perf_counter()
+        sequence, reading = self._prefilling
+        started = time.perf_counter()
         try:
             self._decoder.read(reading, self.settings.prefill_chunk)
-            text.job.stats.prefill_seconds += time.perf_counter() - begun
+            sequence.job.stats.prefill_seconds += time.perf_counter() - started
             if reading.left:
                 return
-            self._reading = None
-            text.row = self._decoder.admit(reading)
-            self._running[text.row] = text
-            text.begun = time.monotonic()
+            self._prefilling = None
+            sequence.row = self._decoder.admit(reading)
+            self._running[sequence.row] = sequence
+            sequence.started = time.monotonic()
         except Exception:
-            self._reading = None
-            self._fault(text)
+            self._prefilling = None
+            self._fail(sequence)
 
     def _step(self) -> None:
         if not self._running:
             return
-        begun = time.perf_counter()
+        started = time.perf_counter()
         try:
             settled = self._decoder.step()
         except Exception:
             self.faults += 1
-            _log.exception("a step failed: the texts of the batch are taken apart")
-            settled = self._after_fault()
-        seconds = time.perf_counter() - begun
+            _log.exception("a step failed: each sequence of the batch runs it alone")
+            settled = self._retry_separately()
+        seconds = time.perf_counter() - started
         self.passes += 1
         self.pass_seconds += seconds
         for row, step in settled:
-            self._tell(row, step, seconds)
+            self._deliver(row, step, seconds)
         self._make_room()
 
-    def _tell(self, row: Row, step: Step, seconds: float) -> None:
-        text = self._running[row]
+    def _deliver(self, row: Row, step: Step, seconds: float) -> None:
+        sequence = self._running[row]
         try:
-            piece = text.push(step, seconds)
+            output = sequence.push(step, seconds)
         except Exception:
             self._leave(row)
-            self._fault(text)
+            self._fail(sequence)
             return
-        if piece.finish_reason is not None:
+        if output.finish_reason is not None:
             self._leave(row)
-        text.job.tell(piece)
+        sequence.job.notify(output)
 
     def _leave(self, row: Row) -> None:
-        """Take a text out of the batch; it may have left the decoder on its own."""
-        took = time.monotonic() - self._running.pop(row).begun
-        self.seconds_a_text = _MEMORY * self.seconds_a_text + (1 - _MEMORY) * took
+        """Remove a sequence from the batch; it may have left the decoder already."""
+        seconds = time.monotonic() - self._running.pop(row).started
+        self.mean_sequence_seconds = _DECAY * self.mean_sequence_seconds + (1 - _DECAY) * seconds
         self._decoder.leave([row] if row in self._decoder.rows else [])
 
-    def _fault(self, text: ServedSequence) -> None:
+    def _fail(self, sequence: ServedSequence) -> None:
         self.faults += 1
-        _log.exception("a text failed; the others go on")
-        text.fail()
+        _log.exception("a sequence failed; the others continue")
+        sequence.fail()
 
-    def _after_fault(self) -> list[tuple[Row, Step]]:
-        """Where a step failed: what it settled all the same, or what each text settles alone.
+    def _retry_separately(self) -> list[tuple[Row, Step]]:
+        """Return what a failed step settled, or else what each sequence settles alone.
 
-        A text that fails alone as well is ended, and the others go on without it.
+        A sequence that fails alone as well is ended, and the others continue without it.
         """
         broken = self._decoder
         self._decoder = self._new_decoder()
-        ahead = dict(broken.settled)
+        already_settled = dict(broken.settled)
         settled = []
-        for row in list(ahead) or broken.rows:
+        for row in list(already_settled) or broken.rows:
             try:
-                step, cache = self._taken_apart(broken, row, ahead.get(row))
+                step, cache = self._step_alone(broken, row, already_settled.get(row))
                 if cache is not None:
                     self._decoder.admit(Reading(row, cache))
                 settled.append((row, step))
             except Exception:
-                self._fault(self._running.pop(row))
+                self._fail(self._running.pop(row))
         return settled
 
-    def _taken_apart(
+    def _step_alone(
         self, broken: Decoder, row: Row, step: Step | None
     ) -> tuple[Step, RowCache | None]:
-        """What a text of a failed step settled, or settles alone, and its cache if it goes on."""
+        """Return what a sequence of a failed step settled, or settles alone.
+
+        Returns:
+            The step, and the sequence's keys and values; None in their place if it has ended.
+        """
         if step is not None and step.finish_reason:
             return step, None
         cache = broken.copied(row, len(row.tokens) - 1)
@@ -314,4 +327,4 @@ class Scheduler:
 
     @property
     def _context(self) -> int:
-        return min(CONTEXT, self.max_context)
+        return min(COST_CONTEXT, self.max_context)

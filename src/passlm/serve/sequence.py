@@ -1,7 +1,7 @@
-"""One text of the server: from what was asked to the pieces that are told.
+"""One sequence of the server, from its request to its outputs.
 
-Holds what belongs to a single text: its request, its characters, its counts. When it
-runs, and beside which others, is left to `scheduler.py`.
+Holds the state of a single sequence: decoding request, detokenizer, stop strings, log-probabilities
+and statistics. Scheduling and batching are left to `scheduler.py`.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ Logprobs = list[tuple[float, tuple[tuple[int, float], ...]]]
 
 
 class ServedSequence:
-    """A text from admission to its last piece.
+    """A sequence from its acceptance by the scheduler to its last output.
 
     Args:
-        job: what was asked, and whom to tell.
+        job: the request, and the subscriber of its events.
         lm: model and tokenizer.
-        plans: for `auto`, by the longest group asked for.
-        room: tokens that the text may have in all.
-        seconds: that it may take in all.
+        plans: returns the plan chooser of `auto` for a maximum number of look-ahead tokens.
+        max_length: maximum length of the sequence, prompt and answer, in tokens.
+        seconds: time limit, waiting included.
 
     Attributes:
-        begun: when it was taken on, then when it joined the batch, by the monotonic clock.
-        row: its place in the batch; None before it has one.
+        started: time of acceptance, later the time at which it joined the batch (monotonic clock).
+        row: its state in the decoder; None before it joins the batch.
     """
 
     def __init__(
@@ -46,16 +46,16 @@ class ServedSequence:
         job: Job,
         lm: Generator,
         plans: Callable[[int], AutoPlan],
-        room: int,
+        max_length: int,
         seconds: float,
     ) -> None:
         self.job = job
         self.prompt = job.request.prompt
-        self.begun = time.monotonic()
-        self.deadline = self.begun + seconds
+        self.started = time.monotonic()
+        self.deadline = self.started + seconds
         asked = job.request.options.stopping.max_new_tokens
-        self.new_tokens = min(asked, room - len(self.prompt))
-        self._cut = self.new_tokens < asked
+        self.new_tokens = min(asked, max_length - len(self.prompt))
+        self._limited_by_context = self.new_tokens < asked
         self.request = self._request(lm, plans)
         self.row: Row | None = None
         self._stream = StreamedText(
@@ -68,12 +68,12 @@ class ServedSequence:
 
     @property
     def reserved(self) -> int:
-        """Tokens that it may come to."""
+        """Maximum length that it can reach, in tokens."""
         return len(self.prompt) + self.new_tokens
 
     @property
-    def late(self) -> bool:
-        """Whether its time is over."""
+    def expired(self) -> bool:
+        """True if the time limit has passed."""
         return time.monotonic() > self.deadline
 
     def _request(self, lm: Generator, plans: Callable[[int], AutoPlan]) -> Request:
@@ -93,11 +93,11 @@ class ServedSequence:
         )
 
     def observe(self, logits: Tensor, settled: Sequence[int]) -> None:
-        """Note the log-probabilities of what a pass settles, where they were asked for.
+        """Store the log-probabilities of the tokens that a pass settles, if they were requested.
 
         Args:
-            logits: of its real rows, `[1 + M, V]`.
-            settled: ids, as many as rows or fewer.
+            logits: logits of the sequence's real rows, `[1 + M, V]`.
+            settled: ids of the settled tokens, at most one per row.
         """
         self._logprobs = []
         if self.job.request.logprobs is None:
@@ -109,16 +109,16 @@ class ServedSequence:
             self._logprobs.append((float(logprobs[row, token]), tuple(best)))
 
     def push(self, step: Step, seconds: float) -> SequenceOutput:
-        """What a pass adds to the text.
+        """Return the output of a pass and update the statistics.
 
         Args:
-            step: what it settled.
-            seconds: that it took.
+            step: the tokens that the pass settled.
+            seconds: duration of the pass.
         """
-        if step.finish_reason is None and self.late:
+        if step.finish_reason is None and self.expired:
             step = replace(step, finish_reason="length")
             reason: EndReason | None = "time"
-        elif step.finish_reason == "length" and self._cut:
+        elif step.finish_reason == "length" and self._limited_by_context:
             reason = "context"
         else:
             reason = cast("EndReason | None", step.finish_reason)
@@ -133,16 +133,16 @@ class ServedSequence:
 
     def _tokens(self, texts: Sequence[str], ids: Sequence[int], accepted: int) -> list[Token]:
         tokens = []
-        for place, (token, text) in enumerate(zip(ids, texts, strict=True)):
-            position = place + 1 if place < accepted else 0
-            logprob, top = self._logprobs[place] if self._logprobs else (None, ())
+        for index, (token, text) in enumerate(zip(ids, texts, strict=True)):
+            position = index + 1 if index < accepted else 0
+            logprob, top = self._logprobs[index] if self._logprobs else (None, ())
             tokens.append(Token(token, text, position, logprob, top))
         return tokens
 
     def end(self, reason: EndReason) -> None:
-        """Say that the text is over without another token."""
-        self.job.tell(SequenceOutput((), reason))
+        """Deliver a last output without tokens."""
+        self.job.notify(SequenceOutput((), reason))
 
     def fail(self) -> None:
-        """Say that a fault of ours ended it."""
-        self.job.tell(Failed(INTERNAL_ERROR))
+        """Deliver the event that an internal error ended the sequence."""
+        self.job.notify(Failed(INTERNAL_ERROR))

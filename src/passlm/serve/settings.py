@@ -1,4 +1,4 @@
-"""What the web side allows and tells; what the worker takes on is in `protocol.py`."""
+"""Settings of the web side; those of the worker are in `protocol.py`."""
 
 from __future__ import annotations
 
@@ -8,45 +8,47 @@ from passlm.errors import InputError
 
 
 class SettingsError(InputError):
-    """A setting of the server that cannot be used; one line that names the cure."""
+    """A setting that cannot be used; the message is one line and says how to fix it."""
 
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """Limits, names and habits of the web side.
+    """Limits, names and options of the web side.
 
     Raises:
-        SettingsError: a limit is not positive.
+        SettingsError: a limit is too small.
     """
 
     model_name: str | None = field(
-        default=None, metadata={"help": "what clients call the model; default the name of --model"}
+        default=None, metadata={"help": "name of the model in the API; default the name of --model"}
     )
     max_tokens: int = field(
-        default=2048, metadata={"help": "new tokens a request may ask for, and gets if it does not"}
+        default=2048,
+        metadata={"help": "maximum new tokens of a sequence; also the default of chat requests"},
     )
     max_prompt_tokens: int = field(
-        default=0, metadata={"help": "tokens of a prompt; 0 leaves it to --max-context"}
+        default=0,
+        metadata={"help": "maximum tokens of a prompt; 0 for no limit other than --max-context"},
     )
     max_texts: int = field(
-        default=16, metadata={"help": "texts of one request, its prompts times n"}
+        default=16, metadata={"help": "maximum sequences of one request, its prompts times n"}
     )
-    max_stops: int = field(default=16, metadata={"help": "stop strings of one request"})
-    max_logit_bias: int = field(default=300, metadata={"help": "tokens that logit_bias may name"})
-    max_body: int = field(default=1 << 20, metadata={"help": "bytes of a request"})
+    max_stops: int = field(default=16, metadata={"help": "maximum stop strings of one request"})
+    max_logit_bias: int = field(default=300, metadata={"help": "maximum tokens in logit_bias"})
+    max_body: int = field(default=1 << 20, metadata={"help": "maximum size of a request in bytes"})
     read_seconds: float = field(
-        default=30.0, metadata={"help": "a request must have arrived after this long"}
+        default=30.0, metadata={"help": "time within which a request must arrive"}
     )
     write_seconds: float = field(
-        default=60.0, metadata={"help": "a client that reads nothing for this long is left"}
+        default=60.0, metadata={"help": "disconnect a client that reads nothing for this long"}
     )
     cors_origin: tuple[str, ...] = field(
         default=(),
-        metadata={"help": "let pages of this origin use the API; may be given several times"},
+        metadata={"help": "allow pages of this origin to use the API; may be given several times"},
     )
     log_prompts: bool = field(default=False, metadata={"help": "write prompts to the log"})
     api_keys: tuple[str, ...] = field(default=(), repr=False)
-    """One of them must come with each request, where there are any."""
+    """If there are any, each request to the API must send one of them."""
 
     def __post_init__(self) -> None:
         for limit in fields(self):

@@ -1,4 +1,4 @@
-"""How single tokens are written in log-probabilities: their bytes, and a text for people."""
+"""Bytes and readable text of single tokens, as log-probabilities report them."""
 
 from __future__ import annotations
 
@@ -7,63 +7,66 @@ import re
 from transformers import PreTrainedTokenizerBase
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
-_SPACE = "\u2581"  # how SentencePiece writes a space
+_SPACE = "\u2581"  # SentencePiece's mark for a space
 
 
 class TokenBytes:
-    """Bytes and texts of token ids.
+    """Maps token ids to their bytes and to readable text.
 
-    A token may hold part of a character, so that its text alone is no text: bytes that are not
-    UTF-8 are written as escapes, as OpenAI's API does.
+    A token may contain only a part of a character. Bytes that are not valid UTF-8 are written as
+    escapes, as in OpenAI's API.
 
     Args:
-        tokenizer: the model's own.
+        tokenizer: tokenizer of the model.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._added = {token: str(text) for token, text in tokenizer.added_tokens_decoder.items()}
-        self._letters = _byte_letters() if _is_byte_level(tokenizer) else None
-        self._known: dict[int, tuple[str, bytes]] = {}
+        self._byte_of_char = _byte_of_chars() if _is_byte_level(tokenizer) else None
+        self._cache: dict[int, tuple[str, bytes]] = {}
 
     def __call__(self, token: int) -> tuple[str, bytes]:
-        """Text and bytes of a token."""
-        if token not in self._known:
-            spelt = self._bytes(token)
-            self._known[token] = _text(spelt), spelt
-        return self._known[token]
+        """Return text and bytes of a token."""
+        if token not in self._cache:
+            raw = self._bytes(token)
+            self._cache[token] = _readable(raw), raw
+        return self._cache[token]
 
     def _bytes(self, token: int) -> bytes:
         if token in self._added:
             return self._added[token].encode()
         piece = self._tokenizer.convert_ids_to_tokens([token])[0]
-        if piece is None:  # a row of the output layer that no token has
+        if piece is None:  # a padding row of the output layer, without a token
             return b""
-        if self._letters is not None and all(letter in self._letters for letter in piece):
-            return bytes(self._letters[letter] for letter in piece)
+        if self._byte_of_char is not None and all(char in self._byte_of_char for char in piece):
+            return bytes(self._byte_of_char[char] for char in piece)
         byte = _BYTE.fullmatch(piece)
         if byte is not None:
             return bytes([int(byte[1], 16)])
         return str(piece).replace(_SPACE, " ").encode()
 
 
-def _text(spelt: bytes) -> str:
+def _readable(raw: bytes) -> str:
     try:
-        return spelt.decode()
+        return raw.decode()
     except UnicodeDecodeError:
-        return "".join(f"\\x{byte:02x}" for byte in spelt)
+        return "".join(f"\\x{byte:02x}" for byte in raw)
 
 
 def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether its pieces are written in GPT-2's letters for bytes."""
+    """Return whether the tokenizer writes bytes as characters in the way of GPT-2."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     decoder = getattr(backend, "decoder", None)
     return decoder is not None and b'"ByteLevel"' in decoder.__getstate__()
 
 
-def _byte_letters() -> dict[str, int]:
-    """GPT-2's letter for each byte: printable ones stand for themselves, others for 256 and on."""
+def _byte_of_chars() -> dict[str, int]:
+    """Return the byte of each character in GPT-2's encoding.
+
+    Printable bytes stand for themselves; the others are written as the characters from 256 on.
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    letters = {chr(byte): byte for byte in printable}
-    return letters | {chr(256 + place): byte for place, byte in enumerate(others)}
+    chars = {chr(byte): byte for byte in printable}
+    return chars | {chr(256 + index): byte for index, byte in enumerate(others)}

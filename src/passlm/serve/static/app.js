@@ -1,20 +1,20 @@
-// The playground: takes what is asked, runs it, shows it. One request runs at a time.
+// The playground: reads the form, runs the request and shows the result, one request at a time.
 
 import { Pane, ending } from "./pane.js";
-import { Away, Refusal, Server } from "./server.js";
+import { ApiError, Server, ServerUnreachable } from "./server.js";
 import { comparison } from "./verdict.js";
 
-const LOOK_AGAIN = 3000; // milliseconds between two looks at a server that went away
+const RETRY_INTERVAL = 3000; // milliseconds between two attempts to reach the server
 const SEEDS = 2 ** 31;
-const NEAR_BOTTOM = 160; // pixels within which the page follows the text
+const NEAR_BOTTOM = 160; // distance in pixels within which the page scrolls along
 
 const byId = (id) => document.getElementById(id);
 
 class Playground {
   #server = new Server();
   #model = null;
-  #running = null; // the AbortController of what runs
-  #looking = false; // for a server that went away
+  #running = null; // AbortController of the running request
+  #reconnecting = false; // waiting for an unreachable server
   #chat = []; // messages so far
   #answer = null; // the pane of the chat's latest answer
   #form = byId("ask");
@@ -38,16 +38,16 @@ class Playground {
       byId("keys").querySelector("kbd").textContent = "⌘";
     }
     this.#adapt();
-    this.#greet();
+    this.#showModel();
   }
 
   get #mode() {
     return this.#form.elements.mode.value;
   }
 
-  // What is set
+  // The form
 
-  /** Fit the page to the kind of request and the method. */
+  /** Adapt the page to the kind of request and the method. */
   #adapt() {
     const chat = this.#mode === "chat";
     const plain = this.#form.elements.method.value === "ar";
@@ -55,7 +55,7 @@ class Playground {
     byId("new-chat").hidden = !chat || this.#chat.length === 0;
     this.#form.elements.tokens.disabled = plain;
     this.#disable(byId("compare"), plain || this.#running !== null);
-    byId("compare").title = plain ? "Choose a method that drafts" : "";
+    byId("compare").title = plain ? "Choose a method other than plain decoding" : "";
     for (const mode of ["prompt", "chat"]) {
       const results = byId(`${mode}-results`);
       results.hidden = mode !== this.#mode || !results.querySelector(".pane, .turns > *");
@@ -63,7 +63,7 @@ class Playground {
     byId("intro").hidden = !byId(`${this.#mode}-results`).hidden;
   }
 
-  /** Buttons stay focusable while they are out of use, so that the focus is not lost. */
+  /** Disable a button, but keep it focusable, so that the focus is not lost. */
   #disable(button, off) {
     button.setAttribute("aria-disabled", String(off));
   }
@@ -91,26 +91,26 @@ class Playground {
     return { method, ...given, show: true };
   }
 
-  // What runs
+  // Running requests
 
   async #run(compare) {
     if (this.#running || (compare && this.#form.elements.method.value === "ar")) return;
     if (!this.#form.reportValidity()) return;
     this.#running = new AbortController();
-    this.#busy(true);
-    this.#problem("");
+    this.#setRunning(true);
+    this.#showError("");
     try {
       if (this.#model === null) await this.#connect();
       await (this.#mode === "chat" ? this.#runChat(compare) : this.#runPrompt(compare));
     } catch (error) {
-      this.#failed(error);
+      this.#handleError(error);
     } finally {
       this.#running = null;
-      this.#busy(false);
+      this.#setRunning(false);
     }
   }
 
-  #busy(on) {
+  #setRunning(on) {
     byId("run").textContent = on ? "Running…" : "Run";
     this.#disable(byId("run"), on);
     this.#disable(byId("stop"), !on);
@@ -119,7 +119,7 @@ class Playground {
 
   async #runPrompt(compare) {
     const prompt = this.#input.value;
-    await this.#write(byId("prompt-results"), "completions", { prompt }, compare, prompt);
+    await this.#runRequest(byId("prompt-results"), "completions", { prompt }, compare, prompt);
   }
 
   async #runChat(compare) {
@@ -130,20 +130,20 @@ class Playground {
     this.#input.value = "";
     const results = byId("chat-results");
     try {
-      await this.#write(results, "chat/completions", { messages: [...this.#chat] }, compare);
+      await this.#runRequest(results, "chat/completions", { messages: [...this.#chat] }, compare);
     } finally {
       const pane = results.querySelector(".pane")?.pane;
       if (pane && !pane.empty) {
         this.#answer = pane;
         this.#chat.push({ role: "assistant", content: pane.written });
       } else {
-        this.#takeBack(message);
+        this.#restoreInput(message);
       }
     }
   }
 
-  /** Run the request, and once more by plain decoding to compare. */
-  async #write(results, path, question, compare, given = "") {
+  /** Run the request, and for a comparison run it again by plain decoding. */
+  async #runRequest(results, path, question, compare, given = "") {
     const method = this.#form.elements.method.value;
     const asked = { ...question, ...this.#settings() };
     const panes = results.querySelector(".panes");
@@ -152,13 +152,13 @@ class Playground {
     verdict.hidden = true;
     const first = this.#pane(panes, method, given);
     const second = compare ? this.#pane(panes, "ar", given) : null;
-    second?.wait("Runs after the other one, so that neither slows the other down.");
+    second?.wait("Runs after the first request, so that neither slows the other down.");
     this.#adapt();
-    this.#bottom();
+    this.#scrollToBottom();
     try {
-      await this.#fill(first, second, path, asked, method);
+      await this.#streamPanes(first, second, path, asked, method);
     } catch (error) {
-      if (first.empty) panes.replaceChildren(); // refused: the message says it all
+      if (first.empty) panes.replaceChildren(); // rejected: the error message is shown instead
       throw error;
     } finally {
       if (second?.empty && !second.whole) second.wait("Not run.");
@@ -166,7 +166,7 @@ class Playground {
     if (second?.whole) this.#show(verdict, comparison(first, second, method));
   }
 
-  async #fill(first, second, path, asked, method) {
+  async #streamPanes(first, second, path, asked, method) {
     await this.#stream(first, path, { ...asked, lookahead: this.#lookahead(method) });
     if (first.whole && second) {
       await this.#stream(second, path, { ...asked, lookahead: this.#lookahead("ar") });
@@ -177,8 +177,8 @@ class Playground {
     const follow = this.#atBottom();
     verdict.textContent = text;
     verdict.hidden = false;
-    if (follow) this.#bottom();
-    this.#say(text);
+    if (follow) this.#scrollToBottom();
+    this.#announce(text);
   }
 
   #pane(parent, method, given) {
@@ -191,7 +191,7 @@ class Playground {
     const begun = performance.now();
     let first = null;
     let reason = null;
-    this.#say("Writing…");
+    this.#announce("Generating…");
     pane.begin();
     try {
       for await (const chunk of this.#server.stream(path, body, this.#running.signal)) {
@@ -200,28 +200,28 @@ class Playground {
           first ??= performance.now() - begun;
           const follow = this.#atBottom();
           pane.push(choice.passlm);
-          if (follow) this.#bottom();
+          if (follow) this.#scrollToBottom();
         }
         reason = choice?.finish_reason ?? reason;
         if (chunk.usage) pane.counts.settle(chunk.usage);
       }
     } catch (error) {
       const stopped = error.name === "AbortError";
-      pane.end(false, stopped ? `Stopped after ${pane.counts.tokens} tokens.` : "Broken off.");
+      pane.end(false, stopped ? `Stopped after ${pane.counts.tokens} tokens.` : "Interrupted.");
       if (!stopped) throw error;
-      this.#say("Stopped.");
+      this.#announce("Stopped.");
       return;
     }
     const note = ending(pane, reason, body.seed, first);
     const follow = this.#atBottom();
     pane.end(true, note);
-    if (follow) this.#bottom();
-    this.#say(note);
+    if (follow) this.#scrollToBottom();
+    this.#announce(note);
   }
 
   // The chat
 
-  /** The latest answer becomes a turn of the transcript. */
+  /** Move the latest answer into the transcript. */
   #keepAnswer() {
     if (this.#answer) this.#turn("assistant", "").append(...this.#answer.release());
     this.#answer = null;
@@ -242,8 +242,8 @@ class Playground {
     return turn;
   }
 
-  /** Nothing was answered: the message is back where it was written. */
-  #takeBack(message) {
+  /** Put a message that got no answer back into the input field. */
+  #restoreInput(message) {
     this.#chat.pop();
     byId("chat-results").querySelector(".turns").lastElementChild.remove();
     byId("chat-results").querySelector(".panes").replaceChildren();
@@ -261,38 +261,38 @@ class Playground {
     this.#input.focus();
   }
 
-  // What is said
+  // Status and errors
 
-  #say(text) {
+  #announce(text) {
     byId("status").textContent = text;
   }
 
-  #problem(text) {
+  #showError(text) {
     byId("problem").hidden = text === "";
     byId("problem").textContent = text;
   }
 
-  #failed(error) {
-    this.#say("");
-    this.#problem(error.message);
-    if (error instanceof Refusal && error.status === 401) this.#askKey();
-    else if (error instanceof Away) this.#lookAgain(error.message);
-    else if (!(error instanceof Refusal)) throw error;
+  #handleError(error) {
+    this.#announce("");
+    this.#showError(error.message);
+    if (error instanceof ApiError && error.status === 401) this.#showKeyForm();
+    else if (error instanceof ServerUnreachable) this.#reconnect(error.message);
+    else if (!(error instanceof ApiError)) throw error;
   }
 
-  /** Look for a server that went away until it is back. */
-  async #lookAgain(message) {
-    if (this.#looking) return;
-    this.#looking = true;
+  /** Try to reach an unreachable server until it answers. */
+  async #reconnect(message) {
+    if (this.#reconnecting) return;
+    this.#reconnecting = true;
     byId("model").textContent = "not answering";
-    this.#problem(`${message} Looking for the server every ${LOOK_AGAIN / 1000} seconds.`);
+    this.#showError(`${message} Trying again every ${RETRY_INTERVAL / 1000} seconds.`);
     do {
-      await new Promise((resolve) => setTimeout(resolve, LOOK_AGAIN));
+      await new Promise((resolve) => setTimeout(resolve, RETRY_INTERVAL));
     } while (!(await this.#server.alive()));
-    this.#looking = false;
-    this.#problem("");
-    this.#say("The server answers again.");
-    this.#greet();
+    this.#reconnecting = false;
+    this.#showError("");
+    this.#announce("The server answers again.");
+    this.#showModel();
   }
 
   // The server
@@ -301,18 +301,18 @@ class Playground {
     this.#model = (await this.#server.models())[0];
     byId("model").textContent = this.#model;
     document.title = `${this.#model} · passlm`;
-    byId("metrics").hidden = this.#server.locked; // a link sends no key
+    byId("metrics").hidden = this.#server.locked; // a link cannot send the key
   }
 
-  async #greet() {
+  async #showModel() {
     try {
       await this.#connect();
     } catch (error) {
-      this.#failed(error);
+      this.#handleError(error);
     }
   }
 
-  #askKey() {
+  #showKeyForm() {
     byId("key-form").hidden = false;
     byId("key").focus();
   }
@@ -324,13 +324,13 @@ class Playground {
     try {
       this.#server.use(given);
     } catch (error) {
-      this.#failed(error);
+      this.#handleError(error);
       return;
     }
     byId("key-form").hidden = true;
-    this.#problem("");
+    this.#showError("");
     this.#input.focus();
-    this.#greet();
+    this.#showModel();
   }
 
   // Keys and scrolling
@@ -349,7 +349,7 @@ class Playground {
     return page.scrollHeight - page.scrollTop - page.clientHeight < NEAR_BOTTOM;
   }
 
-  #bottom() {
+  #scrollToBottom() {
     document.documentElement.scrollTop = document.documentElement.scrollHeight;
   }
 }

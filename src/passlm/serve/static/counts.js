@@ -1,14 +1,14 @@
-// How the tokens of one text came, counted as they come.
+// Counts the tokens of one text by how they were obtained.
 
 export class Counts {
-  /** Tokens by position: how many were drawn, accepted at position 1, 2, ... */
+  /** Number of tokens by position: drawn, accepted at position 1, 2, ... */
   byPosition = [0];
   tokens = 0;
   passes = 0;
-  #open = false; // a pass whose last token is an accepted one so far
-  #first = null; // when tokens began to come, and how many came at once
+  #open = false; // the current pass may add further tokens: its last one was accepted
+  #first = null; // arrival time and size of the first chunk
   #last = 0;
-  #measured = null; // tokens a second by the server's clock
+  #measured = null; // tokens per second, measured by the server
 
   /**
    * Add the tokens of a chunk.
@@ -17,7 +17,7 @@ export class Counts {
    */
   add(positions, now) {
     for (const position of positions) {
-      // Accepted tokens come first in a pass and a drawn one ends it.
+      // In a pass the accepted tokens come first, and a drawn token ends it.
       if (!this.#open || position === 1) this.passes += 1;
       this.#open = position !== 0;
       while (this.byPosition.length <= position) this.byPosition.push(0);
@@ -28,14 +28,14 @@ export class Counts {
     this.#last = now;
   }
 
-  /** What the server counted, once the text is at its end. */
+  /** Take over what the server counted, at the end of the text. */
   settle(usage) {
     this.passes = usage.passlm.passes;
     const seconds = usage.passlm.decode_seconds;
     if (seconds > 0) this.#measured = usage.completion_tokens / seconds;
   }
 
-  /** Tokens a second of decoding, or null before there is a time to divide by. */
+  /** Tokens per second of decoding; null before the second chunk. */
   get rate() {
     if (this.#measured !== null) return this.#measured;
     const seconds = this.#first ? (this.#last - this.#first.at) / 1000 : 0;
@@ -46,7 +46,7 @@ export class Counts {
     return this.passes ? this.tokens / this.passes : null;
   }
 
-  /** Share of the tokens that are accepted guesses, 0 to 1. */
+  /** Share of the tokens that are accepted drafts, 0 to 1. */
   get share() {
     return this.tokens ? 1 - this.byPosition[0] / this.tokens : null;
   }

@@ -1,25 +1,25 @@
-// One text on the page: its tokens, marked by how they came, and its figures.
+// One text on the page: its tokens, marked by how they were obtained, and its statistics.
 
 import { Counts } from "./counts.js";
 
-/** From this position on, all marks are alike. */
+/** From this position on, all tokens have the same mark. */
 const LAST_MARK = 5;
 const ORDINALS = ["drawn", "first", "second", "third", "fourth", "fifth or later"];
-const REFRESH = 200; // milliseconds between two looks at the figures
-const ENDINGS = { stop: "came to its end", length: "reached the limit of tokens" };
+const REFRESH = 200; // milliseconds between two updates of the statistics
+const ENDINGS = { stop: "ended by itself", length: "reached the maximum length" };
 
 export class Pane {
   counts = new Counts();
-  whole = false; // the text came to its end
+  whole = false; // the text is complete
   #readout;
   #tokens = []; // { span, text, position, pass }
   #picked = -1;
   #refreshed = 0;
 
   /**
-   * @param {HTMLElement} parent takes the pane at its end
-   * @param {string} title what the text is called
-   * @param {string} given text that it goes on from, shown before it
+   * @param {HTMLElement} parent the pane is appended to it
+   * @param {string} title heading
+   * @param {string} given prompt, shown before the generated text
    */
   constructor(parent, title, given = "") {
     const template = document.getElementById("pane-template");
@@ -27,14 +27,14 @@ export class Pane {
     this.text = this.#part(".text");
     this.#readout = this.#part(".readout");
     this.#part("h3").textContent = title;
-    this.text.setAttribute("aria-label", `Text by ${title}; arrow keys tell how each token came`);
+    this.text.setAttribute("aria-label", `Text by ${title}; arrow keys show each token's origin`);
     if (given) this.text.append(span("given", given));
     this.text.addEventListener("click", (event) => this.#click(event));
     this.text.addEventListener("keydown", (event) => this.#key(event));
     parent.append(this.element);
   }
 
-  /** Everything that the model wrote. */
+  /** The generated text. */
   get written() {
     return this.#tokens.map((token) => token.text).join("");
   }
@@ -43,14 +43,14 @@ export class Pane {
     return this.#tokens.length === 0;
   }
 
-  /** The text is on its way. */
+  /** Mark the text as being generated. */
   begin() {
     this.#note("");
     this.element.classList.add("writing");
     this.text.setAttribute("aria-busy", "true");
   }
 
-  /** A line in place of the ending. */
+  /** Show a note in place of the ending. */
   wait(note) {
     this.#note(note);
   }
@@ -72,8 +72,8 @@ export class Pane {
   }
 
   /**
-   * Nothing more will come.
-   * @param {boolean} whole the text came to its own end
+   * Mark the text as ended.
+   * @param {boolean} whole the text is complete
    * @param {string} note how it ended
    */
   end(whole, note) {
@@ -84,7 +84,7 @@ export class Pane {
     this.#note(note);
   }
 
-  /** Mark where the text parts from another one. */
+  /** Mark the first token that differs from another text. */
   part(offset) {
     let before = 0;
     for (const token of this.#tokens) {
@@ -96,7 +96,7 @@ export class Pane {
     }
   }
 
-  /** The marked text and what tells of its tokens, to be shown somewhere else. */
+  /** Return the marked text and the description of its tokens, to be shown elsewhere. */
   release() {
     return [this.text, this.#readout];
   }
@@ -114,7 +114,7 @@ export class Pane {
     token.span.dataset.position = Math.min(position, LAST_MARK);
     token.span.dataset.index = this.#tokens.length;
     token.span.title = described(token);
-    // An accepted line break would not be seen otherwise.
+    // Otherwise an accepted line break would be invisible.
     if (text.startsWith("\n")) token.span.classList.add("break");
     this.#tokens.push(token);
     this.text.append(token.span);
@@ -182,13 +182,13 @@ export class Pane {
   }
 }
 
-/** How a text ended, in words. */
+/** Describe how a text ended. */
 export function ending(pane, reason, seed, firstAfter) {
   const { tokens, passes } = pane.counts;
   const first = firstAfter === null ? "" : `, the first after ${(firstAfter / 1000).toFixed(2)} s`;
   return (
     `${tokens} tokens in ${passes} passes${first}. ` +
-    `It ${ENDINGS[reason] ?? `ended (${reason})`}. Seed ${seed}.`
+    `The text ${ENDINGS[reason] ?? `ended (${reason})`}. Seed ${seed}.`
   );
 }
 

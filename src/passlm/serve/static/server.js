@@ -1,49 +1,51 @@
-// The server's API as the page uses it. What is shown of it is left to others.
+// Client of the server's API.
 
 import { events } from "./sse.js";
 
-const STORED = "passlm-key";
+const STORAGE_KEY = "passlm-key";
+const INTERRUPTED = "The connection was lost during the response.";
 
-/** The server answered, and the answer is an error. */
-export class Refusal extends Error {
+/** An error response of the API. */
+export class ApiError extends Error {
   constructor(status, error) {
     super(error.message);
     this.status = status;
   }
 }
 
-/** The server does not answer, or stopped in the middle of an answer. */
-export class Away extends Error {}
+/** The server does not answer, or the connection broke during a response. */
+export class ServerUnreachable extends Error {}
 
 export class Server {
-  #key = stored();
+  #key = storedKey();
 
   /** Whether requests need a key. */
   get locked() {
     return this.#key !== "";
   }
 
-  /** Send this key from now on; it is kept until the tab is closed. */
+  /** Send this key with every request; it is kept until the tab is closed. */
   use(key) {
     const sent = key.trim();
     if (!/^[\x20-\x7e]*$/.test(sent)) {
-      throw new Refusal(401, { message: "A key holds letters, digits and signs, this one more." });
+      const message = "The key may contain only ASCII letters, digits and punctuation.";
+      throw new ApiError(401, { message });
     }
     this.#key = sent;
     try {
-      sessionStorage.setItem(STORED, sent);
+      sessionStorage.setItem(STORAGE_KEY, sent);
     } catch {
-      // Where storage is forbidden the key lasts until the page is left.
+      // Without permission to store it, the key lasts until the page is left.
     }
   }
 
-  /** The ids of the models that are served. */
+  /** Return the ids of the served models. */
   async models() {
     const { data } = await (await this.#fetch("v1/models", {})).json();
     return data.map((model) => model.id);
   }
 
-  /** Whether the server answers at all. */
+  /** Return whether the server answers. */
   async alive() {
     try {
       return (await fetch("health", { cache: "no-store" })).ok;
@@ -53,10 +55,10 @@ export class Server {
   }
 
   /**
-   * The chunks of one streamed request.
+   * Yield the chunks of one streamed request.
    * @param {string} path `completions` or `chat/completions`
-   * @param {object} body of the request; streaming is added
-   * @param {AbortSignal} signal ends it
+   * @param {object} body of the request; the fields for streaming are added
+   * @param {AbortSignal} signal aborts the request
    */
   async *stream(path, body, signal) {
     const response = await this.#fetch(`v1/${path}`, {
@@ -68,19 +70,19 @@ export class Server {
     let whole = false;
     try {
       for await (const data of events(response.body)) {
-        // The body is read to its end all the same: hanging up now would look like impatience.
+        // Read the body to its end: to the server, closing it here would be a disconnected client.
         if (data === "[DONE]") {
           whole = true;
           continue;
         }
         const chunk = JSON.parse(data);
-        if (chunk.error) throw new Refusal(500, chunk.error);
+        if (chunk.error) throw new ApiError(500, chunk.error);
         yield chunk;
       }
     } catch (error) {
-      throw error instanceof TypeError ? new Away("The answer broke off.") : error;
+      throw error instanceof TypeError ? new ServerUnreachable(INTERRUPTED) : error;
     }
-    if (!whole) throw new Away("The answer broke off.");
+    if (!whole) throw new ServerUnreachable(INTERRUPTED);
   }
 
   async #fetch(path, options) {
@@ -90,15 +92,15 @@ export class Server {
     try {
       response = await fetch(path, { ...options, headers, cache: "no-store" });
     } catch (error) {
-      throw error instanceof TypeError ? new Away("The server does not answer.") : error;
+      throw error instanceof TypeError ? new ServerUnreachable("The server does not answer.") : error;
     }
-    if (!response.ok) throw new Refusal(response.status, await refusal(response));
+    if (!response.ok) throw new ApiError(response.status, await errorOf(response));
     return response;
   }
 }
 
-/** The error of a response; a proxy in between may answer in a form of its own. */
-async function refusal(response) {
+/** Return the error of a response; one of a proxy may have another format. */
+async function errorOf(response) {
   try {
     return (await response.json()).error;
   } catch {
@@ -106,9 +108,9 @@ async function refusal(response) {
   }
 }
 
-function stored() {
+function storedKey() {
   try {
-    return sessionStorage.getItem(STORED) ?? "";
+    return sessionStorage.getItem(STORAGE_KEY) ?? "";
   } catch {
     return "";
   }

@@ -1,7 +1,7 @@
-// Server-sent events of a response body. What is in them is left to others.
+// Parser of server-sent events.
 
 /**
- * The data of each event, in order.
+ * Yield the data of each event of a response body, in order.
  * @param {ReadableStream<Uint8Array>} body
  */
 export async function* events(body) {
@@ -25,7 +25,7 @@ export async function* events(body) {
       }
     }
   } finally {
-    // A reader that has enough tells the server so; one that failed has nobody to tell.
+    // Tells the server that no more is read; fails if the connection is already broken.
     await reader.cancel().catch(() => {});
   }
 }

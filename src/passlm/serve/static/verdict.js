@@ -1,10 +1,10 @@
-// Two texts of the same question side by side: how much faster one is, and whether they are equal.
+// Compares two texts for the same prompt: speed, and whether they are identical.
 
 /**
- * The comparison in words; where the texts part is marked in both.
+ * Return the comparison in words, and mark the first difference in both texts.
  * @param {Pane} drafted
  * @param {Pane} plain
- * @param {string} method of the drafted one
+ * @param {string} method of the drafted text
  */
 export function comparison(drafted, plain, method) {
   return [speed(drafted, plain, method), texts(drafted, plain)].filter(Boolean).join(" ");
@@ -29,7 +29,7 @@ function texts(drafted, plain) {
   drafted.part(same);
   plain.part(same);
   return (
-    `The texts part after ${same} characters, as marked: in a precision below float32, ` +
-    "tokens that lie next to each other may fall either way."
+    `The texts differ after ${same} characters, as marked: in a precision below float32, ` +
+    "the choice between nearly equally probable tokens depends on rounding."
   );
 }
