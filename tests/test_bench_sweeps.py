@@ -281,11 +281,11 @@ def test_what_is_left_out_is_counted(results: dict[str, Any]) -> None:
         {"suite": "kinds", "prompt_tokens": 7, "prompts": 3, "batch_size": 8},
     ]
     assert list(notes.left_out(results)) == [
-        "kinds, 7 prompt tokens: prompts left out as shorter than that: 2",
-        "kinds, 3 prompt tokens, batches of 8: not run, since there are 5 prompts",
-        "kinds, 7 prompt tokens, batches of 8: not run, since there are 3 prompts",
-        "kinds, 3 prompt tokens, batches of 2: prompts left out behind the last whole batch: 1",
-        "kinds, 7 prompt tokens, batches of 2: prompts left out behind the last whole batch: 1",
+        "kinds, 7 prompt tokens: prompts left out because they are shorter: 2",
+        "kinds, 3 prompt tokens, batches of 8: not run, because there are only 5 prompts",
+        "kinds, 7 prompt tokens, batches of 8: not run, because there are only 3 prompts",
+        "kinds, 3 prompt tokens, batches of 2: prompts left out after the last full batch: 1",
+        "kinds, 7 prompt tokens, batches of 2: prompts left out after the last full batch: 1",
     ]
 
 
@@ -336,7 +336,7 @@ def _speed(run: dict[str, Any]) -> float:
         (("--batch-size", "2"), "hf, hf-prompt-lookup can only decode one prompt at a time"),
         (("--batch-size", "0,1"), "batch size is 0"),
         (("--batch-size", "two"), "separated by commas, each int"),
-        (("--prompt-tokens", "0"), "prompt tokens are 0"),
+        (("--prompt-tokens", "0"), "--prompt-tokens contains 0"),
         (("--prompt-tokens", "99", "--methods", "ar"), "no prompts are left"),
         (("--batch-size", "64", "--methods", "ar"), "no prompts are left"),
         (

@@ -1,7 +1,7 @@
-"""Whether PaSS pays for somebody's own prompts: the verdict on what a pilot measured, and why.
+"""Decides from a pilot run whether PaSS speeds up a user's prompts, and gives the reasons.
 
-Pure functions of the measured figures. Measuring is left to `measuring/measure.py`, what is printed
-to `cli/advise.py`.
+All functions are pure functions of measured figures. `measuring/measure.py` does the measuring;
+`cli/advise.py` prints the verdict.
 """
 
 from __future__ import annotations
@@ -23,29 +23,33 @@ from passlm.planning.cost_curve import CostCurve
 Verdict = Literal["yes", "no", "undecided"]
 Cause = Literal["few prompts", "reading", "short texts", "costs", "acceptance", "curve"]
 
-WORTH = 1.05  # a speed-up below which it is not worth while to decode otherwise
-LEAST_PROMPTS = 6  # of fewer, all favour one side by chance alone more than once in 20 times
-_STEEP = 0.7  # shipped files have 0.56 to 0.70 of their first drafts accepted
-_MUCH_READING = 0.5  # share of the time that prompts take
-_SHORT = 16  # new tokens of a text
-_OUT_OF_REACH = 10_000  # prompts
+WORTH = 1.05  # smallest speed-up that is worth a change of method
+# Minimum number of prompts for a verdict: with fewer, all of them favour one side by chance in more
+# than 5 % of cases.
+LEAST_PROMPTS = 6
+_STEEP = (
+    0.7  # highest acceptance rate to hope for; first drafts of shipped files reach 0.56 to 0.70
+)
+_MUCH_READING = 0.5  # share of the time spent on prefill that is worth a remark
+_SHORT = 16  # mean number of new tokens below which outputs count as short
+_OUT_OF_REACH = 10_000  # more additional prompts than this are not suggested
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A drafting plan as the pilot found it.
+    """Measured figures of a drafting plan.
 
     Attributes:
-        method: its name among `methods.METHODS`.
-        lookahead_tokens: length of the look-ahead groups; 0 where none is given.
-        tokens_per_second: prefill included.
-        speedup: over plain decoding.
-        interval: 95 % confidence of it; None with a single prompt.
-        tokens_per_pass: of decoding.
-        pass_cost: seconds of its passes, as measured, in passes of plain decoding.
-        rows_per_pass: rows that a pass computes.
-        accepted_length: candidates accepted in a pass that has some.
-        chances: share of candidates accepted by position, of those reached.
+        method: name of the method, one of `methods.METHODS`.
+        lookahead_tokens: length of the look-ahead groups; 0 if not fixed.
+        tokens_per_second: throughput, prefill included.
+        speedup: speed-up over plain decoding.
+        interval: 95 % confidence interval of `speedup`; None with a single prompt.
+        tokens_per_pass: mean number of new tokens per decoding pass.
+        pass_cost: measured mean time of a pass, relative to a pass of plain decoding.
+        rows_per_pass: mean number of rows that a pass computes.
+        accepted_length: mean number of candidates accepted per pass with candidates.
+        chances: acceptance rate by position, of the candidates that were reached.
     """
 
     method: str
@@ -61,7 +65,7 @@ class Measured:
 
     @classmethod
     def of(cls, run: Mapping[str, Any], plain: Mapping[str, Any]) -> Measured:
-        """From a run's entry as `measure.summarize` makes it, and plain decoding's."""
+        """Create it from the entries of a run and of plain decoding, see `measure.summarize`."""
         ends = run["speedup_interval"]
         shares = run["accepted_of_judged_by_position"]
         seconds, plain_seconds = (r["decode_seconds"] / r["passes"] for r in (run, plain))
@@ -80,21 +84,21 @@ class Measured:
 
     @property
     def title(self) -> str:
-        """For people."""
+        """Name of the plan in printed text."""
         if self.method == "lookup":
             return "prompt lookup alone"
         return f"{self.method} {self.lookahead_tokens or ''}".strip()
 
     @property
     def accepted(self) -> float:
-        """Candidates accepted in a pass that has some; in any pass, of plans chosen one by one."""
+        """Mean accepted candidates per pass with candidates; per pass, if plans vary by pass."""
         return self.accepted_length if self.lookahead_tokens else self.tokens_per_pass - 1
 
     def flags(self, lookahead: str | None) -> str:
-        """What makes `passlm generate` decode by it.
+        """Return the flags that make `passlm generate` use this plan.
 
         Args:
-            lookahead: the look-ahead files asked for; None for those that ship.
+            lookahead: the look-ahead files of the user; None for those shipped with passlm.
         """
         if self.method == "lookup":
             return "--method auto --lookahead none"
@@ -105,14 +109,14 @@ class Measured:
 
 @dataclass(frozen=True)
 class Pilot:
-    """What was measured.
+    """Measured figures of all plans.
 
     Attributes:
-        plans: the drafting ones, at least one.
-        prompts: how many each of them wrote.
-        tokens: new ones of plain decoding.
-        reading: share of plain decoding's time that prompts took.
-        curve: what passes cost a text alone.
+        plans: the drafting plans, at least one.
+        prompts: number of prompts that each plan ran.
+        tokens: number of new tokens of plain decoding.
+        reading: share of plain decoding's time spent on prefill.
+        curve: cost curve at batch size 1.
     """
 
     plans: tuple[Measured, ...]
@@ -123,7 +127,7 @@ class Pilot:
 
     @classmethod
     def of(cls, runs: Sequence[Mapping[str, Any]], curve: CostCurve) -> Pilot:
-        """From the runs' entries as `measure.summarize` makes them, plain decoding among them."""
+        """Create it from the entries of all runs, plain decoding included."""
         plain = next(run for run in runs if run["method"] == BASELINE)
         plans = tuple(Measured.of(run, plain) for run in runs if run is not plain)
         reading = plain["prefill_seconds"] / plain["seconds"]
@@ -132,7 +136,7 @@ class Pilot:
 
 @dataclass(frozen=True)
 class Reason:
-    """Why it does not pay, or cannot be told: the kind of reason, and a sentence."""
+    """A reason why PaSS is not faster, or why the verdict is open: its kind, and a sentence."""
 
     cause: Cause
     text: str
@@ -140,15 +144,16 @@ class Reason:
 
 @dataclass(frozen=True)
 class Advice:
-    """The verdict.
+    """The verdict with its reasons.
 
     Attributes:
-        verdict: whether it pays.
-        best: the fastest plan measured.
-        interval: of its speed-up, wider since it is the best of several; None with one prompt.
-        more_prompts: how many more would settle it, if they are like these; 0 where it is settled,
-            None where it is out of reach.
-        reasons: none where it pays; the weightiest first.
+        verdict: whether PaSS is faster.
+        best: the fastest plan.
+        interval: confidence interval of the best plan's speed-up, widened because it is the best
+            of several plans; None with one prompt.
+        more_prompts: number of additional similar prompts that would decide an open verdict; 0 if
+            the verdict is decided, None if too many would be needed.
+        reasons: the most important reason first; empty if PaSS is faster.
     """
 
     verdict: Verdict
@@ -159,10 +164,10 @@ class Advice:
 
 
 def advise(pilot: Pilot) -> Advice:
-    """The verdict on a pilot.
+    """Return the verdict on a pilot.
 
-    It pays if the fastest plan is surely faster than plain decoding, and does not if no plan can
-    be as much as `WORTH` times as fast.
+    It is "yes" if the whole interval of the fastest plan lies above 1, and "no" if the intervals of
+    all plans lie below `WORTH`. It is "undecided" otherwise and with few prompts.
     """
     best = max(pilot.plans, key=lambda plan: plan.speedup)
     ends = [widened(plan, len(pilot.plans)) for plan in pilot.plans]
@@ -178,9 +183,9 @@ def advise(pilot: Pilot) -> Advice:
 
 
 def widened(plan: Measured, plans: int) -> tuple[float, float] | None:
-    """The interval that holds for all of so many plans together, so also for the best of them.
+    """Return an interval that is valid for the best of `plans` plans.
 
-    Bonferroni's, with the logarithm of a speed-up taken as normal.
+    This is the Bonferroni correction; the logarithm of a speed-up is taken as normally distributed.
     """
     if plan.interval is None:
         return None
@@ -193,36 +198,40 @@ def widened(plan: Measured, plans: int) -> tuple[float, float] | None:
 def missing_prompts(
     speedup: float, interval: tuple[float, float] | None, prompts: int
 ) -> int | None:
-    """How many prompts more would settle it, if the speed-up stays and the interval narrows.
+    """Estimate the number of additional prompts that would decide the verdict.
 
-    Its width goes down with the square root of their number. Settled is that it pays once 1 lies
-    outside, or that it does not once `WORTH` does.
+    The estimate assumes that the speed-up stays the same and that the interval narrows with the
+    square root of the number of prompts. The verdict is decided when the interval lies above 1 or
+    below `WORTH`.
 
     Args:
-        speedup: measured.
-        interval: of it.
-        prompts: that it comes from.
+        speedup: measured speed-up.
+        interval: its confidence interval.
+        prompts: number of prompts measured.
+
+    Returns:
+        The number of prompts, or None if it is too large.
     """
     least = max(1, LEAST_PROMPTS - prompts)
     if interval is None:
         return least
     half = math.log(interval[1] / interval[0]) / 2
-    away = max(math.log(speedup), math.log(WORTH / speedup))  # from the nearer verdict's bound
+    away = max(math.log(speedup), math.log(WORTH / speedup))  # distance to the nearer bound
     needed = math.ceil(prompts * (half / away) ** 2) - prompts
     return None if needed > _OUT_OF_REACH else max(least, needed)
 
 
-# Why
+# Reasons
 
 
 def reasons(pilot: Pilot, best: Measured) -> tuple[Reason, ...]:
-    """What keeps the best plan from paying more, the weightiest first."""
+    """Return the reasons why the best plan is not faster, the most important first."""
     found = []
     if pilot.prompts < LEAST_PROMPTS:
         found.append(
             Reason(
                 "few prompts",
-                f"{pilot.prompts} prompts are too few to tell: {LEAST_PROMPTS} at least",
+                f"{pilot.prompts} prompts are too few for a verdict: use at least {LEAST_PROMPTS}",
             )
         )
     if best.tokens_per_pass < WORTH * best.pass_cost:
@@ -231,62 +240,70 @@ def reasons(pilot: Pilot, best: Measured) -> tuple[Reason, ...]:
         found.append(
             Reason(
                 "reading",
-                f"prompts take {pilot.reading:.0%} of the time, which drafting does not shorten: "
-                f"{1 / pilot.reading:.1f} times is the most, however well it drafts",
+                f"prefill takes {pilot.reading:.0%} of the time, which drafting does not shorten: "
+                f"the speed-up cannot exceed {1 / pilot.reading:.1f}, however good the drafts",
             )
         )
     if pilot.tokens < _SHORT * pilot.prompts:
         found.append(
             Reason(
                 "short texts",
-                f"texts have {pilot.tokens / pilot.prompts:.0f} new tokens on average: the first "
-                "pass drafts, and there are few behind it",
+                f"outputs have {pilot.tokens / pilot.prompts:.0f} new tokens on average: the first "
+                "pass only drafts, and few passes follow that could profit",
             )
         )
     return tuple(found)
 
 
 def _why_passes_do_not_pay(pilot: Pilot) -> Reason:
-    """Whether rows cost too much or too few drafts are accepted, of the fastest fixed plan."""
+    """Return why the fastest fixed plan is slow: costly rows, or too few accepted drafts."""
     fixed = [plan for plan in pilot.plans if plan.lookahead_tokens]
     plan = max(fixed or pilot.plans, key=lambda plan: plan.speedup)
     candidates = plan.lookahead_tokens or max(1, round(plan.rows_per_pass) - 1)
     needed = break_even_length(plan, pilot.curve)
     chance = break_even_chance(needed, candidates)
     if chance is None or chance > _STEEP:
-        wanted = "even all of them would not do" if chance is None else f"{chance:.2f} of each"
+        wanted = (
+            "more accepted drafts than it makes"
+            if chance is None
+            else f"an acceptance rate of {chance:.2f}"
+        )
         return Reason(
             "costs",
-            f"rows are dear here: a pass of 5 costs {relative_cost(pilot.curve, 5):.2f} times one, "
-            f"so {plan.title} needs more accepted than drafts reach ({wanted})",
+            f"rows are expensive on this machine: a pass of 5 rows takes "
+            f"{relative_cost(pilot.curve, 5):.2f} times as long as a pass of 1, so {plan.title} "
+            f"would need {wanted} to break even",
         )
     shares = ", ".join(f"{share:.2f}" for share in plan.chances)
     if plan.accepted < needed:
         return Reason(
             "acceptance",
-            f"too few drafts are accepted: {plan.title} has {plan.accepted:.2f} a pass "
-            f"({shares} by position, once reached) and needs {needed:.2f} ({chance:.2f} of each) "
-            "to break even",
+            f"too few drafts are accepted: {plan.title} accepts {plan.accepted:.2f} per pass "
+            f"(rates by position: {shares}) and needs {needed:.2f} (a rate of "
+            f"{chance:.2f}) to break even",
         )
     return Reason(
         "curve",
-        f"{plan.title} accepts {plan.accepted:.2f} a pass, which pays by the cost curve, but its "
-        f"passes took {plan.pass_cost:.2f} times plain ones and not "
+        f"{plan.title} accepts {plan.accepted:.2f} per pass, enough by the cost curve, but its "
+        f"passes took {plan.pass_cost:.2f} times as long as plain ones, not the predicted "
         f"{plan_cost(plan, pilot.curve):.2f}: measure the curve again with 'passlm profile'",
     )
 
 
 def relative_cost(curve: CostCurve, rows: float) -> float:
-    """What a pass of real rows costs, in passes of one; between whole numbers, in between."""
+    """Return the cost of a pass of real rows relative to a pass of one row.
+
+    Fractional numbers of rows are interpolated linearly.
+    """
     low = math.floor(rows)
     share = rows - low
     return ((1 - share) * curve.of(low) + share * curve.of(low + 1)) / curve.of(1)
 
 
 def plan_cost(plan: Measured, curve: CostCurve) -> float:
-    """What a plan's passes cost on average by a curve, in passes of plain decoding.
+    """Return the mean cost of a plan's passes by a curve, relative to a pass of plain decoding.
 
-    Of plans that are chosen pass by pass only the number of rows is known.
+    For plans that vary by pass, the cost is that of the mean number of rows, taken as real rows.
     """
     rows = plan.lookahead_tokens
     if plan.method == "two-pass":
@@ -297,17 +314,26 @@ def plan_cost(plan: Measured, curve: CostCurve) -> float:
 
 
 def break_even_length(plan: Measured, curve: CostCurve) -> float:
-    """The accepted length at which a plan is as fast as plain decoding.
+    """Return the accepted length at which a plan is as fast as plain decoding.
 
-    METHOD's formulas solved for `E`: two passes of a two-pass plan give `2 + E` tokens, one of any
-    other `1 + E`.
+    With accepted length `E` and relative pass cost `c`, two-pass decoding gives `2 + E` tokens in
+    two passes, and other plans `1 + E` in one. The plan breaks even at `E = 2 (c - 1)` and
+    `E = c - 1`.
     """
     passes = 2 if plan.method == "two-pass" else 1
     return passes * (plan_cost(plan, curve) - 1)
 
 
 def break_even_chance(length: float, candidates: int) -> float | None:
-    """The chance of each candidate at which so many are accepted; None where all are not enough."""
+    """Return the acceptance rate that gives an accepted length.
+
+    Args:
+        length: mean accepted length.
+        candidates: number of candidates per pass, all with the same acceptance rate.
+
+    Returns:
+        The rate, or None if `length` is larger than `candidates`.
+    """
     if length > candidates:
         return None
     low, high = 0.0, 1.0
@@ -322,18 +348,22 @@ def break_even_chance(length: float, candidates: int) -> float | None:
 
 
 def batched(best: Measured, curves: Mapping[int, CostCurve]) -> dict[int, float]:
-    """The speed-up to be expected in batches, if passes stay as they were and costs follow curves.
+    """Estimate the speed-up by batch size, from the cost curves and with unchanged acceptance.
 
     Args:
-        best: the plan, measured on a text alone.
-        curves: for each batch size, that of 1 among them.
+        best: the plan, measured at batch size 1.
+        curves: cost curves by batch size, including batch size 1.
     """
     alone = plan_cost(best, curves[1])
     return {size: best.speedup * alone / plan_cost(best, curve) for size, curve in curves.items()}
 
 
 def pays_up_to(speedups: Mapping[int, float]) -> int | None:
-    """The largest batch up to which all are faster than plain decoding; None if not even one is."""
+    """Return the largest batch size up to which PaSS is faster; None if it is slower at the first.
+
+    Args:
+        speedups: speed-up by batch size.
+    """
     largest = None
     for size, speedup in sorted(speedups.items()):
         if speedup <= 1:
@@ -342,16 +372,17 @@ def pays_up_to(speedups: Mapping[int, float]) -> int | None:
     return largest
 
 
-# Which plans are measured
+# Plans to measure
 
 
 def fixed_plans(auto: Method, curve: CostCurve, prior: Sequence[float]) -> list[Method]:
-    """The best two-pass and the best one-pass plan, by the cost curve and the files' acceptance.
+    """Return the best two-pass and the best one-pass plan, by cost curve and acceptance rates.
 
     Args:
-        auto: the method whose model, rows and settings they share.
-        curve: what passes cost.
-        prior: chance of each look-ahead candidate; none without files.
+        auto: the method whose model, look-ahead rows and settings the plans share.
+        curve: cost curve of passes.
+        prior: acceptance rate of each look-ahead candidate, from the look-ahead files; empty
+            without files, in which case there are no plans.
     """
     if not prior:
         return []
@@ -363,7 +394,7 @@ def fixed_plans(auto: Method, curve: CostCurve, prior: Sequence[float]) -> list[
 
 
 def _fixed(auto: Method, name: str, tokens: int) -> Method:
-    assert isinstance(auto.decode, PlanDecoding), "auto is ours"
+    assert isinstance(auto.decode, PlanDecoding), "auto decodes by plans"
     plans = strategy(name, tokens)
     decode = replace(auto.decode, plans=lambda *_: plans, costs=None)
     return replace(

@@ -1,7 +1,6 @@
-"""One run of `bench`: every suite measured turn by turn, and its results written as they come.
+"""Runs a benchmark: measures all suites turn by turn, and writes results after each suite.
 
-Which methods and prompts there are is decided before; what they gave is kept by
-`measuring/journal.py`.
+The caller chooses methods and prompts. `measuring/journal.py` keeps the records of single runs.
 """
 
 from __future__ import annotations
@@ -38,20 +37,20 @@ from passlm.provenance import write_atomically
 SCORED = "humaneval"
 
 Progress = Callable[[int, str], None]
-"""Told how many more runs are done, and what was run."""
+"""Called with the number of newly finished runs and a description of the last one."""
 
 
 @dataclass(frozen=True)
 class Course:
-    """How a run goes.
+    """Settings of a benchmark.
 
     Attributes:
-        new_tokens: that a text may have.
-        seed: of the order and of all draws.
-        repeats: how often each prompt is run.
-        run_generated_code: whether the programs written for HumanEval are run.
-        predictability: whether our methods are watched in further runs; see
-            `measuring/predictability.py`.
+        new_tokens: maximum number of new tokens per sequence.
+        seed: seed of the order of runs and of sampling.
+        repeats: number of times that each prompt is run.
+        run_generated_code: whether to execute the programs generated for HumanEval.
+        predictability: whether to measure the predictability of tokens, for our methods and in
+            separate runs; see `measuring/predictability.py`.
     """
 
     new_tokens: int
@@ -62,21 +61,21 @@ class Course:
 
 
 class Session:
-    """A model, its methods and prompts, and what has been measured so far.
+    """A benchmark of a model: methods, prompts and the results so far.
 
     Args:
         lm: the model.
-        methods: what to compare.
-        found: what to compare it on.
-        course: how.
-        facts: what the results say besides: where they come from.
+        methods: the methods to compare.
+        found: the suites of prompts, with those left out.
+        course: settings of the benchmark.
+        facts: further fields of the results, such as the provenance.
 
     Attributes:
         results: the content of `results.json`.
-        total: runs that there are, one of each prompt by each method and repeat.
+        total: total number of runs: prompts times methods times repeats.
 
     Raises:
-        InputError: there is nothing to run.
+        InputError: there are no prompts to run.
     """
 
     def __init__(
@@ -106,13 +105,13 @@ class Session:
         self.total = sum(len(turn.numbers) for suite in self.suites for turn in self._turns(suite))
         if not self.total:
             raise InputError(
-                "no prompts are left to run: install what the suites need (chat needs a model "
-                "with a chat template), take fewer --max-new-tokens, smaller --prompt-tokens or "
-                "--batch-size, or give others with --prompts"
+                "no prompts are left to run: install the packages of the suites (chat needs a "
+                "model with a chat template), lower --max-new-tokens, --prompt-tokens or "
+                "--batch-size, or use other prompts with --prompts"
             )
 
     def _no_batch(self) -> list[dict[str, Any]]:
-        """Where there are fewer prompts than make a batch."""
+        """Return the combinations of suite, length and batch size with too few prompts."""
         sizes = dict.fromkeys(method.batch_size for method in self.methods)
         return [
             {
@@ -131,10 +130,10 @@ class Session:
         return list(interleave(prompts, self.methods, self.course.seed, self.course.repeats))
 
     def measure(self, journal: Journal, progress: Progress) -> None:
-        """Run what is not kept yet; results and reports are written after each suite.
+        """Run what the journal does not hold yet; write results and reports after each suite.
 
         Raises:
-            JournalError: what is kept is of another run, or nothing more can be kept.
+            JournalError: the journal is of another benchmark, or cannot be written to.
         """
         self.results |= journal.origin
         every = [prompt for suite in self.suites for prompt in suite]
@@ -150,7 +149,7 @@ class Session:
                 last = prompts[turn.numbers[-1]]
                 progress(len(found), f"{last.suite} {last.name}")
             if self.course.predictability:
-                progress(0, f"{prompts[0].suite} watched")
+                progress(0, f"{prompts[0].suite}, predictability")
             for numbers in _cut_alike(prompts).values():
                 self._add_runs(prompts, numbers, samples, firsts)
             self._add_shown(prompts, samples)
@@ -164,20 +163,27 @@ class Session:
         samples: Sequence[Sample],
         firsts: Sequence[FirstRun],
     ) -> None:
-        """Add the entries for prompts of a suite that are cut alike, each method's first run."""
+        """Add the entries of each method for prompts of a suite that are cut to one length.
+
+        Args:
+            prompts: all prompts of the suite.
+            numbers: the indices of the prompts to summarize.
+            samples: the records of all runs of the suite.
+            firsts: the first run of each method.
+        """
         places = {number: place for place, number in enumerate(numbers)}
         own = [prompts[number] for number in numbers]
-        theirs = [replace(s, prompt=places[s.prompt]) for s in samples if s.prompt in places]
+        records = [replace(s, prompt=places[s.prompt]) for s in samples if s.prompt in places]
         pairs = zip(self.methods, firsts, strict=True)
         ran = [(method, first) for method, first in pairs if method.batch_size <= len(own)]
         methods, target = [method for method, _ in ran], baseline_target(self.methods)
-        runs = summarize(own, theirs, methods, target, self.course.seed)
+        runs = summarize(own, records, methods, target, self.course.seed)
         for run, (method, first) in zip(runs, ran, strict=True):
             run["first_run_seconds"] = first.seconds
             run["first_run_first_token_seconds"] = first.first_token_seconds
             if self.course.run_generated_code and own[0].suite == SCORED:
-                records = [sample for sample in theirs if sample.method is method]
-                run["quality"] = scored(self.lm, own, records, self.course.seed)
+                programs = [sample for sample in records if sample.method is method]
+                run["quality"] = scored(self.lm, own, programs, self.course.seed)
             if self.course.predictability:
                 seeds = [(self.course.seed + number) % 2**64 for number in numbers]
                 ids, length = [prompt.ids for prompt in own], self.course.new_tokens
@@ -185,7 +191,7 @@ class Session:
         self.results["runs"] += runs
 
     def _add_shown(self, prompts: Sequence[Prompt], samples: Sequence[Sample]) -> None:
-        """What the report shows beside figures: costs, and how one text of the suite came."""
+        """Add the cost curve and one sample of the suite to the results."""
         context = len(prompts[0].ids) + self.course.new_tokens // 2
         curve = cost_curve(self.methods, context)
         if curve is not None:
@@ -197,7 +203,7 @@ class Session:
 
     def _write(self, folder: Path | None) -> None:
         self.results["peak_memory_bytes"] = _peak_memory()
-        engine = baseline_target(self.methods).engine  # passes may have turned out not to compile
+        engine = baseline_target(self.methods).engine  # compiling may have failed meanwhile
         self.results["engines"] = engine_facts(self.methods)
         self.results["settings"]["compiled"] = engine.startswith("compiled")
         if folder is not None:
@@ -207,7 +213,7 @@ class Session:
 
 
 def _cut_alike(prompts: Sequence[Prompt]) -> dict[int | None, list[int]]:
-    """The numbers of a suite's prompts, by the length they are cut to."""
+    """Return the indices of a suite's prompts, by the length that they are cut to."""
     found: dict[int | None, list[int]] = {}
     for number, prompt in enumerate(prompts):
         found.setdefault(prompt.cut, []).append(number)
@@ -215,7 +221,7 @@ def _cut_alike(prompts: Sequence[Prompt]) -> dict[int | None, list[int]]:
 
 
 def shown(lm: Generator, prompt: Prompt, sample: Sample) -> dict[str, Any]:
-    """One text by token, each with the place it had among the candidates."""
+    """Return one output token by token, with the position of each among the candidates."""
     tokenizer: Any = lm.tokenizer
     detokenizer = Detokenizer(tokenizer.decode, prompt.ids)
     pieces = [{"text": tokenizer.decode(prompt.ids), "kind": "prompt", "position": 0}]
@@ -234,7 +240,7 @@ def shown(lm: Generator, prompt: Prompt, sample: Sample) -> dict[str, Any]:
 def scored(
     lm: Generator, prompts: Sequence[Prompt], samples: Sequence[Sample], seed: int
 ) -> dict[str, Any]:
-    """How many of a method's programs for HumanEval do what they should."""
+    """Return the HumanEval scores of the programs that a method generated."""
     problems = {problem.task_id: problem for problem in humaneval.load_problems()}
     completions: dict[str, list[str]] = {}
     for sample in samples:
@@ -247,7 +253,7 @@ def scored(
 
 
 def _peak_memory() -> int | None:
-    """Most bytes of memory the process has held; None where the system does not say."""
+    """Return the peak memory of the process in bytes; None if the system does not report it."""
     try:
         import resource
     except ImportError:  # Windows
