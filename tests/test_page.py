@@ -317,7 +317,10 @@ def test_an_answer_that_breaks_off_is_kept_and_said(visit: Visit) -> None:
         lambda route: route.fulfill(body=half, content_type="text/event-stream"),
     )
     visit.ask(PROMPT)
-    visit.page.locator("#problem", has_text="The connection was lost during the response.").wait_for()
+    problem = visit.page.locator(
+        "#problem", has_text="The connection was lost during the response."
+    )
+    problem.wait_for()
     assert visit.texts() == ["b>"]
     visit.done()
 
