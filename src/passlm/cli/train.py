@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -22,6 +22,7 @@ from passlm.cli.common import (
 )
 from passlm.errors import InputError
 from passlm.train.config import Kind, TrainConfig
+from passlm.train.tensorboard import board_writer, written_to
 
 if TYPE_CHECKING:
     from passlm.loading.models import LoadedModel
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from passlm.lookahead.trained import LookAhead
     from passlm.model.target import Target
     from passlm.train.data import Document, TokenWindows
-    from passlm.train.loop import Progress, Trainer
+    from passlm.train.loop import Trainer
     from passlm.train.processes import AcceleratedProcesses
 
 _log = logging.getLogger("passlm.train")
@@ -100,7 +101,7 @@ def run(arguments: argparse.Namespace) -> None:
     _check_lists(arguments)
     if config.kind == "head" and arguments.start_from is None:
         raise InputError("--kind head adds a draft head to look-ahead files: give --start-from")
-    board = _board_writer() if arguments.tensorboard else None
+    board = board_writer() if arguments.tensorboard else None
     processes = _processes(arguments)
     with contextlib.nullcontext() if processes is None else processes.ending_together():
         if processes is None or processes.place[0] == 0:
@@ -387,7 +388,7 @@ def _train_with_bar(
 ) -> None:
     length = "?"
     board = board if trainer.writes else None
-    with progress_bar(quiet=not trainer.writes) as bar, _board(board, trainer.folder) as note:
+    with progress_bar(quiet=not trainer.writes) as bar, written_to(board, trainer.folder) as note:
         task = bar.add_task("", total=trainer.config.steps, completed=trainer.steps_done)
         for done in trainer.run(lambda: bool(stopping)):
             note(done)
@@ -396,36 +397,6 @@ def _train_with_bar(
                 _log.info("step %d: held-out accepted length %s", done.step, length)
             described = f"loss {done.loss:.3f}, accepted length {length}"
             bar.update(task, completed=done.step, description=described)
-
-
-def _board_writer() -> Callable[[str], Any]:
-    """Return the class that writes TensorBoard event files to a folder."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise InputError("--tensorboard needs tensorboard: pip install tensorboard") from error
-    writer: Callable[[str], Any] = SummaryWriter
-    return writer
-
-
-@contextlib.contextmanager
-def _board(
-    board: Callable[[str], Any] | None, folder: Path
-) -> Iterator[Callable[[Progress], None]]:
-    """Yield a function that writes figures to TensorBoard; without `board` it does nothing."""
-    if board is None:
-        yield lambda _: None
-        return
-    with board(str(folder / "tensorboard")) as writer:
-
-        def note(done: Progress) -> None:
-            for name in ("loss", "learning_rate", "gradient_norm", "accepted_length"):
-                if getattr(done, name) is not None:
-                    writer.add_scalar(name, getattr(done, name), done.step)
-            for row, share in enumerate(done.accepted_by_position or (), start=1):
-                writer.add_scalar(f"accepted_to_row/{row}", share, done.step)
-
-        yield note
 
 
 def _finish(arguments: argparse.Namespace, trainer: Trainer) -> dict[str, Any]:
