@@ -286,8 +286,8 @@ def _kinds(conditions: Conditions, kinds: Kinds) -> tuple[Markup, Markup]:
 
 def _kind(entry: Mapping[str, Any]) -> str:
     length = finite(entry.get("accepted_length"))
-    behind = [] if length is None else [" (", number_cell(length), ")"]
-    return joined([number_cell(entry.get("speedup_vs_ar")), *behind])
+    length_part = [] if length is None else [" (", number_cell(length), ")"]
+    return joined([number_cell(entry.get("speedup_vs_ar")), *length_part])
 
 
 def _span(conditions: Conditions, kinds: Kinds) -> str | None:

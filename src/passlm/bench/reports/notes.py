@@ -74,13 +74,15 @@ def loading(results: Mapping[str, Any]) -> str | None:
     took, since = results.get("load_seconds"), results.get("start_seconds")
     if took is None or since is None:
         return None
-    told = f"The model was loaded in {took:.1f} s, {since:.1f} s after the process started"
+    sentence = f"The model was loaded in {took:.1f} s, {since:.1f} s after the process started"
     others = [
         f"{name} {facts['load_seconds']:.1f} s"
         for name, facts in (results.get("engines") or {}).items()
         if facts.get("load_seconds") is not None
     ]
-    return f"{told}; other engines started in {', '.join(others)}." if others else f"{told}."
+    return (
+        f"{sentence}; other engines started in {', '.join(others)}." if others else f"{sentence}."
+    )
 
 
 def first_runs(runs: Sequence[Run]) -> list[Run]:
