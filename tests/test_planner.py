@@ -56,7 +56,7 @@ def test_a_curve_out_of_order_is_refused(rows: tuple[int, ...]) -> None:
 
 def test_a_curve_without_groups_draws_no_plan_with_them() -> None:
     """Catches look-ahead rows that cost nothing."""
-    with pytest.raises(ValueError, match="look-ahead rows cost"):
+    with pytest.raises(ValueError, match="costs of groups"):
         AutoPlan(CostCurve((1, 2), (1.0, 1.1)), PRIOR)
 
 
@@ -399,8 +399,8 @@ def test_candidates_that_are_drawn_cost_more() -> None:
     """Catches sampled text that is planned with the costs of greedy text, guesses of a draft head
     that are dearer where groups are, and a batch that shrinks to the costs of greedy text."""
     curve = CostCurve((1, 41), (1.0, 1.01), (1, 4), (0.02, 0.08), 0.001, (0.01, 0.02), 0.5, 0.001)
-    drawn, knowing = curve.drawing("drawn"), curve.drawing("knowing")
-    assert curve.drawing("likeliest") == curve
+    drawn, knowing = curve.for_guessing("drawn"), curve.for_guessing("knowing")
+    assert curve.for_guessing("likeliest") == curve
     assert drawn.group_seconds == pytest.approx((0.52, 2.08))
     assert drawn.head_seconds == pytest.approx((0.51, 1.02))
     assert knowing.group_seconds == pytest.approx((0.021, 0.084))

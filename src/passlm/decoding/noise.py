@@ -55,13 +55,15 @@ class Noise:
 
 
 class SettlingNoise:
-    """The noise that settles a sequence's positions; what drafts have read is kept for the judge.
+    """The noise that settles a sequence's positions.
+
+    Noise that a drafter has read is kept, so that the judge need not compute it again.
 
     Args:
         noise: the noise of the sequence.
 
     Attributes:
-        kept: noise of positions that drafts have read, `[size]` each.
+        kept: the kept noise by position, `[size]` float32 each.
     """
 
     def __init__(self, noise: Noise) -> None:
@@ -69,12 +71,12 @@ class SettlingNoise:
         self.kept: dict[int, Tensor] = {}
 
     def ahead(self, start: int, count: int, size: int, listed: Tensor | None = None) -> Tensor:
-        """Return and keep the noise of `count` positions from `start` on, `[count, K]`.
+        """Return and keep the noise of `count` positions from `start` on, `[count, K]` float32.
 
         Args:
             start: the first position.
             count: number of positions.
-            size: number of tokens that noise is made for.
+            size: number of tokens that noise is computed for.
             listed: ids of the `K` tokens to return; None for all.
         """
         positions = range(start, start + count)
@@ -84,10 +86,10 @@ class SettlingNoise:
         return torch.stack(noise if listed is None else [own[listed] for own in noise])
 
     def at(self, position: int, size: int) -> Tensor:
-        """Return the noise that settles a position, `[size]`.
+        """Return the noise that settles a position, `[size]` float32.
 
-        The first numbers do not depend on `size`, which differs where a model has more logits than
-        embeddings.
+        A token's noise does not depend on `size`, which differs between drafts and judge where a
+        model has more logits than embeddings.
         """
         known = self.kept.get(position)
         if known is None or len(known) < size:

@@ -288,7 +288,7 @@ class HeadSampler:
         return [Shortlist(own, vocabulary) for own in head.listed[places]], best
 
     def likeliest(
-        self, texts: Sequence[Sequence[int]], draws: Draws | None = None
+        self, histories: Sequence[Sequence[int]], draws: Draws | None = None
     ) -> list[list[tuple[int, float]]]:
         """Return the likeliest tokens of each sequence and the head's probability of each.
 
@@ -296,15 +296,15 @@ class HeadSampler:
         trick). A drafter that knows the noise therefore guesses better.
 
         Args:
-            texts: token ids of each sequence so far.
+            histories: token ids of each sequence so far.
             draws: sampling noise of the next positions, for the listed tokens; the guesses and
                 their probabilities are then those of `Draws.perturb`'s logits. None for the
                 likeliest tokens without it.
         """
         if self._head.joint is not None and fit_operators(self._hidden):
-            return self._by_operator(texts, self._head.joint, draws)
-        guesses: list[list[tuple[int, float]]] = [[] for _ in texts]
-        last = [list(text[-self._head.tokens :]) for text in texts]
+            return self._by_operator(histories, self._head.joint, draws)
+        guesses: list[list[tuple[int, float]]] = [[] for _ in histories]
+        last = [list(history[-self._head.tokens :]) for history in histories]
         for depth in range(max(self.lengths)):
             active = [at for at, length in enumerate(self.lengths) if depth < length]
             logits = self._logits(depth, active, [last[at] for at in active]).float()
@@ -320,9 +320,9 @@ class HeadSampler:
         return guesses
 
     def _by_operator(
-        self, texts: Sequence[Sequence[int]], head: Sequence[Tensor], draws: Draws | None
+        self, histories: Sequence[Sequence[int]], head: Sequence[Tensor], draws: Draws | None
     ) -> list[list[tuple[int, float]]]:
-        last = last_tokens(texts, self._head.tokens, self._hidden.device)
+        last = last_tokens(histories, self._head.tokens, self._hidden.device)
         lengths, threads = torch.tensor(self.lengths), torch.get_num_threads()
         noise: tuple[Tensor, ...] = (torch.empty(0),) * 3
         if draws is not None:
@@ -331,11 +331,13 @@ class HeadSampler:
         found = zip(tokens.tolist(), sure.tolist(), self.lengths, strict=True)
         return [list(zip(ids[:n], chances[:n], strict=True)) for ids, chances, n in found]
 
-    def _logits(self, depth: int, groups: Sequence[int], texts: Sequence[Sequence[int]]) -> Tensor:
+    def _logits(
+        self, depth: int, groups: Sequence[int], histories: Sequence[Sequence[int]]
+    ) -> Tensor:
         head, hidden = self._head, self._from_hidden
         if list(groups) != list(range(len(hidden))):
             hidden = hidden[list(groups)]
-        last = last_tokens(texts, head.tokens, head.listed.device)
+        last = last_tokens(histories, head.tokens, head.listed.device)
         return head.logits(hidden, last, depth)
 
 

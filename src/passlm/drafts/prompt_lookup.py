@@ -23,11 +23,11 @@ class PromptLookup:
         self._indexed = 0  # number of tokens already in the index
         self._after: dict[tuple[int, ...], int] = {}  # n-gram -> place after its last occurrence
 
-    def find(self, text: Sequence[int], count: int) -> tuple[list[int], int]:
+    def find(self, tokens: Sequence[int], count: int) -> tuple[list[int], int]:
         """Return the tokens that followed the last tokens at their previous occurrence.
 
         Args:
-            text: all token ids so far: those of the previous call, and any after them.
+            tokens: all token ids so far: those of the previous call, and any after them.
             count: number of tokens to return. Where fewer tokens follow the previous occurrence,
                 they are repeated, since the sequence may be periodic.
 
@@ -35,23 +35,23 @@ class PromptLookup:
             The tokens, and the number of tokens that match before them, up to `LONGEST_MATCH`. No
             tokens and 0 if the last token has not occurred before.
         """
-        self._extend(text)
-        end = len(text)
+        self._extend(tokens)
+        end = len(tokens)
         for length in _INDEXED:
-            place = self._after.get(tuple(text[end - length :])) if length <= end else None
+            place = self._after.get(tuple(tokens[end - length :])) if length <= end else None
             if place is not None:
                 period = end - place
-                found = [text[place + step % period] for step in range(count)]
-                return found, _match_length(text, place)
+                found = [tokens[place + step % period] for step in range(count)]
+                return found, _match_length(tokens, place)
         return [], 0
 
-    def _extend(self, text: Sequence[int]) -> None:
+    def _extend(self, tokens: Sequence[int]) -> None:
         """Index the n-grams that are followed by a token."""
-        for place in range(max(1, self._indexed), len(text)):
+        for place in range(max(1, self._indexed), len(tokens)):
             for length in _INDEXED:
                 if length <= place:
-                    self._after[tuple(text[place - length : place])] = place
-        self._indexed = len(text)
+                    self._after[tuple(tokens[place - length : place])] = place
+        self._indexed = len(tokens)
 
 
 class LookupDrafter:
@@ -78,10 +78,10 @@ class LookupDrafter:
         """Do nothing: the index is built from the sequence's own tokens."""
 
 
-def _match_length(text: Sequence[int], place: int) -> int:
+def _match_length(tokens: Sequence[int], place: int) -> int:
     """Return the number of tokens before `place` that equal those at the end of the sequence."""
     longest = min(LONGEST_MATCH, place)
     for length in range(longest):
-        if text[place - 1 - length] != text[-1 - length]:
+        if tokens[place - 1 - length] != tokens[-1 - length]:
             return length
     return longest

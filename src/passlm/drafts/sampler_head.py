@@ -281,12 +281,12 @@ class GroupSampler:
         return self._head.from_hidden(_concatenated(self._hidden))
 
     def likeliest(
-        self, texts: Sequence[Sequence[int]], draws: Draws | None = None
+        self, histories: Sequence[Sequence[int]], draws: Draws | None = None
     ) -> list[list[int]]:
         """Return the likeliest token of each row, given those of the rows before it.
 
         Args:
-            texts: token ids of each sequence, up to those before its group's first row.
+            histories: token ids of each sequence, up to those before its group's first row.
             draws: sampling noise of the next positions, for all tokens; the guesses are then those
                 of `Draws.perturb`'s logits. None for the likeliest tokens without it.
         """
@@ -296,7 +296,7 @@ class GroupSampler:
             logits = _concatenated(self._logits).contiguous()
             hidden = _concatenated(self._hidden).contiguous()
             if fit_operators(logits, hidden, inputs, outputs):
-                last = last_tokens(texts, self._head.tokens, inputs.device)
+                last = last_tokens(histories, self._head.tokens, inputs.device)
                 none = torch.empty(0)
                 noise = (none, none) if draws is None else (draws.noise, draws.scales)
                 numbers = self._head.shortlist, torch.get_num_threads()
@@ -306,11 +306,11 @@ class GroupSampler:
                 )
                 pairs = zip(guessed.tolist(), self.lengths, strict=True)
                 return [tokens[:length] for tokens, length in pairs]
-        guesses: list[list[int]] = [[] for _ in texts]
+        guesses: list[list[int]] = [[] for _ in histories]
         for depth in range(max(self.lengths)):
             active = [at for at, length in enumerate(self.lengths) if depth < length]
-            histories = [[*texts[at], *guesses[at]] for at in active]
-            lists, logits = self.shortlists(depth, active, histories)
+            so_far = [[*histories[at], *guesses[at]] for at in active]
+            lists, logits = self.shortlists(depth, active, so_far)
             if draws is not None:
                 tokens = torch.stack([own.tokens for own in lists])
                 logits = draws.perturb(logits, active, depth, tokens)
@@ -347,13 +347,13 @@ def fit_operators(*tensors: Tensor) -> bool:
     return all(t.is_contiguous() and t.dtype in (torch.bfloat16, torch.float32) for t in tensors)
 
 
-def last_tokens(texts: Sequence[Sequence[int]], count: int, device: torch.device) -> Tensor:
+def last_tokens(histories: Sequence[Sequence[int]], count: int, device: torch.device) -> Tensor:
     """Return the last `count` token ids of each sequence, the last one first, `[N, count]`.
 
     For a shorter sequence, the first token is repeated.
     """
     back = range(1, count + 1)
-    last = [[text[max(len(text) - steps, 0)] for steps in back] for text in texts]
+    last = [[history[max(len(history) - steps, 0)] for steps in back] for history in histories]
     return torch.tensor(last, device=device)
 
 

@@ -178,7 +178,7 @@ class RowCache(Cache):
 
     @property
     def written(self) -> bool:
-        """Whether memory for keys and values was allocated in any layer."""
+        """True if memory for keys and values was allocated in any layer."""
         return any(layer.stored is not None for layer in self.row_layers)
 
     @property

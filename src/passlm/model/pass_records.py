@@ -61,7 +61,7 @@ class LookAheadRows:
 
     @property
     def reads_hidden(self) -> bool:
-        """Whether a head reads the inputs of the output layer."""
+        """True if a head reads the inputs of the output layer."""
         return self.sampler is not None or self.head is not None
 
 

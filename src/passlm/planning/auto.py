@@ -70,7 +70,10 @@ class AutoPlan:
 
     def __post_init__(self) -> None:
         if self.prior and not self.curve.groups:
-            raise ValueError("a cost curve without groups cannot say what look-ahead rows cost")
+            raise ValueError(
+                "look-ahead rows need a cost curve with the costs of groups: this one was measured "
+                "without look-ahead files"
+            )
 
     @cached_property
     def cost(self) -> Callable[[int, int, int, PassSize | None], float]:
@@ -102,7 +105,10 @@ class AutoPlan:
 
     @property
     def passes(self) -> tuple[PassSize, ...]:
-        """Sizes of passes that a batch can agree on: the measured numbers of rows."""
+        """Sizes of passes that a batch can agree on, with and without look-ahead rows.
+
+        The numbers of rows are those that were measured.
+        """
         kinds = (False, True) if self.prior else (False,)
         rows = self.curve.rows
         return tuple(PassSize(n, kind) for kind in kinds for n in rows if n > 1 or not kind)
@@ -146,19 +152,19 @@ class AutoPlan:
 
     @cached_property
     def _by_guessing(self) -> dict[Guessing, AutoPlan]:
-        return {guessing: self._drawing(guessing) for guessing in get_args(Guessing)}
+        return {guessing: self._for_guessing(guessing) for guessing in get_args(Guessing)}
 
-    def _drawing(self, guessing: Guessing) -> AutoPlan:
+    def _for_guessing(self, guessing: Guessing) -> AutoPlan:
         """Return the settings with the costs of a way of guessing, which may be higher."""
-        curve, curves = self.curve.drawing(guessing), self.curves
+        curve, curves = self.curve.for_guessing(guessing), self.curves
         if curve == self.curve:
             return self
 
-        def of(batch_size: int) -> CostCurve | None:
+        def curves_for_guessing(batch_size: int) -> CostCurve | None:
             known = None if curves is None else curves(batch_size)
-            return None if known is None else known.drawing(guessing)
+            return None if known is None else known.for_guessing(guessing)
 
-        return replace(self, curve=curve, curves=curves and of, sizes={})
+        return replace(self, curve=curve, curves=curves and curves_for_guessing, sizes={})
 
 
 class AutoChooser:
@@ -188,9 +194,11 @@ class AutoChooser:
         self._settings = settings
         self._observed = Observed(settings.prior, settings.head, known)
         self._gains = list(gains)  # of 1, 2, ... draft-head tokens, in tokens
-        self._proposals = [0] * len(gains)  # number of proposals behind each gain
+        self._proposals = [0] * len(gains)  # number of proposals averaged in each gain
         self._first_gains = list(gains)  # gains before any proposal, for greedy decoding
-        self._evidence: dict[int, float] = {0: 1.0}  # of lookup chains; 0 for none
+        # How often lookup chains of each evidence were proposed, decaying; 0 for no chain.
+        self._evidence: dict[int, float] = {0: 1.0}
+        # Decaying sums over the last passes.
         self._seconds = _PRIOR_PASSES * settings.curve.of(1)
         self._tokens = settings.first_rate * self._seconds
         self._group_values = list(group_values)  # by number of rows, in tokens
@@ -233,8 +241,8 @@ class AutoChooser:
             self._settings = settings
             expected, first = settings.first_values
             gains = zip(self._gains, expected, self._first_gains, strict=False)
-            share = self._observed.head_confidence
-            self._gains = [gain + share * (new - old) for gain, new, old in gains]
+            factor = self._observed.head_confidence
+            self._gains = [gain + factor * (new - old) for gain, new, old in gains]
             self._first_gains = expected[: len(self._gains)]
             known = self._group_values_by_curve.get(settings.curve)
             self._group_values = list(first) if known is None else known
@@ -292,8 +300,8 @@ class AutoChooser:
                     value = self._best_plan((counted, places[: 1 + at]), shared)[0]
                     gain = max(0.0, value - alone)
                     self._proposals[at] += 1
-                    share = max(1 - _GAIN_MEMORY, 1 / (_PRIOR_GAINS + self._proposals[at]))
-                    self._gains[at] += share * (gain - self._gains[at])
+                    weight = max(1 - _GAIN_MEMORY, 1 / (_PRIOR_GAINS + self._proposals[at]))
+                    self._gains[at] += weight * (gain - self._gains[at])
 
     def value_of(self, chains: Sequence[Chain], shared: PassSize) -> float:
         """See `strategies.Chooser`."""
@@ -340,8 +348,8 @@ class AutoChooser:
         """
         plan, accepted = choice.plan, len(settled) - 1
         self._observed.count(self._proposed, settled, confidences)
-        share = self._observed.head_confidence
-        firsts = [share * gain for gain in self._first_gains]
+        factor = self._observed.head_confidence
+        firsts = [factor * gain for gain in self._first_gains]
         pairs = zip(self._gains, firsts, strict=True)
         self._gains = [first + _LONG_MEMORY * (gain - first) for gain, first in pairs]
         self._tokens = self._tokens * _MEMORY + 1 + accepted
@@ -354,8 +362,8 @@ class AutoChooser:
 
     @staticmethod
     def _decay(weights: dict[int, float]) -> None:
-        for known, weight in weights.items():
-            weights[known] = weight * _MEMORY
+        for key, weight in weights.items():
+            weights[key] = weight * _MEMORY
 
     def _update_values(self) -> None:
         """Update the plans from the counts, and the values of groups from the plans.
@@ -406,22 +414,22 @@ class AutoChooser:
         """
         rate, cost = self.rate, self._settings.cost
         best, chosen = -math.inf, Plan(0, (0,))
-        reached, tokens = 1.0, 1.0
-        ends: list[float] = []  # probability that a real row is the last accepted one
+        reached, tokens = 1.0, 1.0  # probability that all candidates are accepted; expected tokens
+        rejected: list[float] = []  # probability that each candidate is the first one rejected
         longest = len(chances) if shared is None else min(len(chances), shared.rows - 1)
-        groups_too = shared is None or shared.look_ahead
+        groups_allowed = shared is None or shared.look_ahead
         for candidates in range(1 + longest):
             if candidates:
-                ends.append(reached * (1 - chances[candidates - 1]))
+                rejected.append(reached * (1 - chances[candidates - 1]))
                 reached *= chances[candidates - 1]
                 tokens += reached
-            here = [*ends, reached]
+            ends = [*rejected, reached]  # probability that each real row is the last accepted
             value = tokens - rate * cost(1 + candidates, 0, 0, shared)
             if value > best:
                 best, chosen = value, Plan(candidates, (0,) * (1 + candidates))
-            if not groups_too:
+            if not groups_allowed:
                 continue
-            likeliest = sorted(range(1 + candidates), key=here.__getitem__, reverse=True)
+            likeliest = sorted(range(1 + candidates), key=ends.__getitem__, reverse=True)
             for rows in range(1, len(self._group_values)):
                 if self._group_values[rows] <= 0:
                     continue
@@ -432,7 +440,7 @@ class AutoChooser:
                 )
                 if bound <= best:
                     continue
-                value, owners = self._best_groups(tokens, rows, here, likeliest, shared)
+                value, owners = self._best_groups(tokens, rows, ends, likeliest, shared)
                 if value > best:
                     groups = [rows if at in owners else 0 for at in range(1 + candidates)]
                     best, chosen = value, Plan(candidates, tuple(groups))

@@ -54,7 +54,7 @@ class CostCurve:
                 "a cost curve needs one time for each number of rows, and these in rising order"
             )
 
-    def drawing(self, guessing: Guessing) -> CostCurve:
+    def for_guessing(self, guessing: Guessing) -> CostCurve:
         """Return the curve with the costs of a way of guessing candidates."""
         kinds = {"likeliest": 0.0, "drawn": self.draw_seconds, "knowing": self.know_seconds}
         more = kinds[guessing]
