@@ -163,7 +163,7 @@ def test_the_size_of_hidden_states_does_not_matter(head: SamplerHead, tables: Em
 
 def test_a_head_told_more_begins_as_it_was(head: SamplerHead, tables: Embeddings) -> None:
     """Catches training that goes on from other numbers where heads are told more than before."""
-    more = head.told(3)
+    more = head.extended_to(3)
     assert (head.tokens, more.tokens) == (2, 3)
     history = [4, 9, 12, 30]
     for row in range(ROWS):

@@ -314,7 +314,7 @@ def _with_parts(rows: LookAhead, target: Target, config: TrainConfig) -> LookAhe
     told = config.sampler_tokens
     new = rows.extended(target, rank, config.lora_layers, width, config.seed, told)
     _check_parts(rows, new, config)
-    kept = rows.sampler and rows.sampler.told(told)
+    kept = rows.sampler and rows.sampler.extended_to(told)
     return LookAhead(
         rows.embeddings,
         rows.card,

@@ -170,7 +170,6 @@ class FixedChooser:
     Attributes:
         strategy: returns the plan of each pass.
         guesses: number of tokens that the draft head proposes before each pass.
-        lookup: see `Chooser`.
         passes: see `Chooser`.
     """
 

@@ -88,7 +88,7 @@ class SamplerHead(nn.Module):
         """Number of tokens before its own that a row is conditioned on."""
         return int(self.token_in.shape[1]) // int(self.hidden_in.shape[1])
 
-    def told(self, tokens: int) -> SamplerHead:
+    def extended_to(self, tokens: int) -> SamplerHead:
         """Return a copy conditioned on `tokens` tokens; weights of the new inputs are zero."""
         more = (tokens - self.tokens) * self.hidden_in.shape[1]
         token_in = nn.functional.pad(self.token_in.detach(), (0, more))
