@@ -191,7 +191,8 @@ def served(
     try:
         app = create_app(lm, worker, settings)
         with web(app, worker, send_buffer, read_seconds=settings.read_seconds) as server:
-            until(lambda: worker.state().ready)
+            # The first server of a run compiles the native operators, slowly on a busy machine.
+            until(lambda: worker.state().ready, 180.0)
             yield server
     finally:
         worker.stop(0)
