@@ -1,6 +1,6 @@
-"""A server in a thread of the test, around a real worker or a scripted one.
+"""Run a server in a thread of the test, with a real worker or a scripted one.
 
-Nothing here asserts; that is left to the tests.
+Contains no assertions; those are left to the tests.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ MODEL = "bytes"
 SETTINGS = ServeSettings(model_name=MODEL, max_tokens=64)
 WORKER = WorkerSettings(max_batch=4, max_context=192, max_waiting=16, prefill_chunk=16)
 Script = Callable[[int, SequenceRequest], Iterable[Event | float]]
-"""The events of one text; a number is seconds to wait."""
+"""Returns the events of one sequence, by index and request; a number is seconds to wait."""
 
 
 class ScriptedWorker:
-    """Tells what a test wants it to, in a thread for each request, as a worker would.
+    """Stands in for `Worker`: delivers scripted events, in a thread per request.
 
     Args:
-        script: what becomes of each text.
-        refusal: raised instead, where there is one.
+        script: returns the events of each sequence.
+        refusal: exception that `submit` raises; None to accept requests.
     """
 
     max_context = 192
@@ -93,13 +93,13 @@ class ScriptedWorker:
 
 @dataclass
 class Server:
-    """A server that runs.
+    """A running server.
 
     Attributes:
-        url: where.
-        worker: behind it.
-        app: in between.
-        web: what listens.
+        url: its base URL.
+        worker: its worker.
+        app: its application.
+        web: its HTTP server.
     """
 
     url: str
@@ -109,34 +109,34 @@ class Server:
     clients: list[httpx.Client] = field(default_factory=list)
 
     def client(self, **options: Any) -> httpx.Client:
-        """A client that is closed with the server."""
+        """Return a client that is closed with the server."""
         client = httpx.Client(base_url=self.url, timeout=60, **options)
         self.clients.append(client)
         return client
 
     def post(self, path: str, body: dict[str, Any], **options: Any) -> httpx.Response:
-        """Ask; the model's name is added."""
+        """Send a request with the model's name added."""
         with httpx.Client(base_url=self.url, timeout=60) as client:
             return client.post(f"/v1/{path}", json={"model": MODEL, **body}, **options)
 
     def complete(self, prompt: Any, **body: Any) -> dict[str, Any]:
-        """A completion, greedy unless told otherwise, as it came."""
+        """Return the response to a completion request, greedy by default."""
         asked = {"prompt": prompt, "temperature": 0, **body}
         reply: dict[str, Any] = self.post("completions", asked).raise_for_status().json()
         return reply
 
     def text(self, prompt: Any, **body: Any) -> str:
-        """Its first text."""
+        """Return the text of the first choice of a completion."""
         return str(self.complete(prompt, **body)["choices"][0]["text"])
 
     def stream(self, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
-        """The chunks of a streamed answer."""
+        """Return the chunks of a streamed response."""
         response = self.post(path, {"stream": True, **body}).raise_for_status()
         return chunks(response.text)
 
 
 def chunks(text: str) -> list[dict[str, Any]]:
-    """The events of a whole stream, its end left out; fails where there is none."""
+    """Return the events of a stream before `[DONE]`; raise `ValueError` if that is missing."""
     *events, end = [line[6:] for line in text.splitlines() if line.startswith("data: ")]
     if end != "[DONE]":
         raise ValueError(f"the stream ends with {end!r}")
@@ -154,11 +154,11 @@ def web(
     """Run an application on a free port.
 
     Args:
-        app: of `create_app`.
-        worker: behind it, for the test to look at.
-        send_buffer: bytes that the system takes of us before a slow reader shows.
-        write_seconds: after which the system drops a client that takes nothing.
-        read_seconds: after which a connection whose request does not come is closed.
+        app: from `create_app`.
+        worker: its worker, for the test to inspect.
+        send_buffer: size of the socket's send buffer in bytes; a small one fills for slow readers.
+        write_seconds: time after which the system closes a connection that reads nothing.
+        read_seconds: time within which a request must arrive.
     """
     listening = bound_socket("127.0.0.1", 0, write_seconds)
     if send_buffer is not None:
@@ -185,13 +185,14 @@ def served(
     worker_settings: WorkerSettings = WORKER,
     send_buffer: int | None = None,
 ) -> Iterator[Server]:
-    """A server around a real worker."""
+    """Run a server with a real worker."""
     worker = Worker(lm, worker_settings)
     worker.start()
     try:
         app = create_app(lm, worker, settings)
         with web(app, worker, send_buffer, read_seconds=settings.read_seconds) as server:
-            until(lambda: worker.state().ready)
+            # The first server of a run compiles the native operators, slowly on a busy machine.
+            until(lambda: worker.state().ready, 180.0)
             yield server
     finally:
         worker.stop(0)
@@ -205,7 +206,7 @@ def scripted(
     settings: ServeSettings = SETTINGS,
     send_buffer: int | None = None,
 ) -> Iterator[Server]:
-    """A server around a scripted worker."""
+    """Run a server with a scripted worker."""
     worker = ScriptedWorker(script, refusal)
     decoding: DecodingWorker = worker
     app, seconds = create_app(lm, decoding, settings), settings.write_seconds
@@ -214,7 +215,7 @@ def scripted(
 
 
 def until(holds: Callable[[], bool], seconds: float = 30.0) -> None:
-    """Wait until something holds; fails if it does not in time."""
+    """Wait until a condition holds; raise `TimeoutError` if it does not in time."""
     deadline = time.monotonic() + seconds
     while not holds():
         if time.monotonic() > deadline:

@@ -23,9 +23,8 @@ from passlm.serve.events import ClientDisconnectedError
 from passlm.serve.metrics import Metrics
 from passlm.serve.request_record import RequestRecord, record_of
 
-CLIENT_CLOSED_REQUEST = (
-    499  # nginx's status of a request whose client disconnected before the response
-)
+# nginx's status of a request whose client disconnected before the response
+CLIENT_CLOSED_REQUEST = 499
 PROBES = frozenset({"/health", "/ready", "/metrics"})
 _VALID_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _SECURITY = {
@@ -165,9 +164,8 @@ class ApiKeyMiddleware:
             )
         scheme, _, key = given.partition(" ")
         digest = _digest(key.strip().encode())
-        found = [
-            hmac.compare_digest(digest, known) for known in self._digests
-        ]  # no early exit: constant time
+        # All keys are compared, without an early exit, so that the time is constant.
+        found = [hmac.compare_digest(digest, known) for known in self._digests]
         if scheme.lower() == "bearer" and any(found):
             return None
         return ApiError(401, "the API key is not valid", headers=headers)

@@ -256,9 +256,8 @@ def _sampling(request: CommonRequest) -> dict[str, Any]:
     chosen = {name: value for name, value in given.items() if value is not None}
     chosen["temperature"] = 1.0 if request.temperature is None else request.temperature
     if request.top_p is not None:
-        chosen["top_p"] = max(
-            request.top_p, sys.float_info.min
-        )  # 0 is allowed here and keeps only the most probable token
+        # The API allows 0, which keeps only the most probable token.
+        chosen["top_p"] = max(request.top_p, sys.float_info.min)
     if request.logit_bias:
         chosen["logit_bias"] = {int(token): bias for token, bias in request.logit_bias.items()}
     return chosen

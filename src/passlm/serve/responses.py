@@ -133,9 +133,8 @@ class GenerationResponse(Response):
         body = "".join(f"data: {event}\n\n" for event in events) or _KEEP_ALIVE
         seconds = self._context.write_seconds
         try:
-            async with asyncio.timeout(
-                seconds
-            ):  # sending blocks while the client's buffers are full
+            # Sending blocks while the client's buffers are full.
+            async with asyncio.timeout(seconds):
                 await send(
                     {"type": "http.response.body", "body": body.encode(), "more_body": not last}
                 )

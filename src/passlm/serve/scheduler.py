@@ -74,9 +74,8 @@ class Scheduler:
         context = lm.target.context
         longest = min(settings.max_context, context or settings.max_context)
         self.max_cache = settings.max_cache or settings.max_batch * longest
-        self.max_context = min(
-            longest, self.max_cache
-        )  # a longer sequence would wait for room for ever
+        # A sequence longer than the cache would wait for room for ever.
+        self.max_context = min(longest, self.max_cache)
         self.passes = 0
         self.pass_seconds = 0.0
         self.faults = 0
