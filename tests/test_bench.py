@@ -21,13 +21,13 @@ from transformers import PreTrainedTokenizerFast
 from passlm.bench.engines import methods as bench_methods
 from passlm.bench.engines.decoding import PlanDecoding, Record, TimedTarget
 from passlm.bench.engines.methods import Asked, Method, MethodError, build
+from passlm.bench.measuring.agreement import margin
 from passlm.bench.measuring.intervals import student_quantile
 from passlm.bench.measuring.measure import (
     Prompt,
     Sample,
     converse,
     interleave,
-    margin,
     speedup_interval,
     summarize,
 )
