@@ -69,7 +69,13 @@ class AcceleratedProcesses:
             )
         # If set, transformers expects the first process to broadcast the weights.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-        self._state = PartialState(cpu=device == "cpu")
+        try:
+            self._state = PartialState(cpu=device == "cpu")
+        except ValueError as error:  # from accelerate 1.10, which does not know such a launch
+            raise ProcessesError(
+                f"accelerate cannot set up this launch ({error}): look-ahead rows can be trained "
+                "on several CPUs or GPUs, with or without FSDP"
+            ) from error
         kind = self._state.distributed_type.value
         if not kind.startswith("MULTI_") or _env_flag("ACCELERATE_USE_MEGATRON_LM"):
             raise ProcessesError(
