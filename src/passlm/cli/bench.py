@@ -76,6 +76,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_others(parser)
     _add_lists(parser)
+    _add_run_flags(parser)
+    add_model_arguments(parser)
+    add_decoding_arguments(parser)
+    add_fields(parser, SamplingParams, SAMPLING_ELSEWHERE)
+    add_fields(parser, StopParams, STOPPING_ELSEWHERE)
+    _add_output(parser)
+    add_json_argument(parser)
+
+
+def _add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags for which prompts run, how often, and what is reported of them."""
     parser.add_argument(
         "--limit", type=int, metavar="N", help="number of prompts from each suite (default: all)"
     )
@@ -110,12 +121,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="random seed for the order of the runs and for sampling (default: 0)",
     )
-    add_model_arguments(parser)
-    add_decoding_arguments(parser)
-    add_fields(parser, SamplingParams, SAMPLING_ELSEWHERE)
-    add_fields(parser, StopParams, STOPPING_ELSEWHERE)
-    _add_output(parser)
-    add_json_argument(parser)
 
 
 def _add_others(parser: argparse.ArgumentParser) -> None:

@@ -140,9 +140,9 @@ class Row:
         return Limits(self.room, span, shared)
 
     def begin_step(self, batch_size: int) -> None:
-        """Drop the last pass's proposals and tell the chooser a changed batch size.
+        """Drop the last pass's proposals and update the chooser's batch size if it changed.
 
-        The size is told as a step begins, so that one sequence that replaces another is no change.
+        Sizes are compared between steps, so a sequence that replaces another is not a change.
         """
         self.proposed = []
         if self.chooser is not None and batch_size != self._batch_size:
